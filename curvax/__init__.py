@@ -1,0 +1,44 @@
+"""Learning rates from the curvature of the loss.
+
+    update = -gamma * radius(layer) * gradient
+
+Every method here is one choice of *radius* (`radii`), one way of grouping parameters into *layers* (`layers`) and, for
+the second-order ones, one source of *curvature* (`hessian`, refreshed by `refresh`). The three are independent;
+`transforms` brings them together, and `optimizers` gives the usual combinations their names. After Gao & Zhong, "Study
+on the Large Batch Size Training of Neural Networks Based on the Second Order Gradient".
+"""
+
+from curvax.hessian import hessian_diag, hvp, value_grad_and_hessian_diag
+from curvax.objective import Objective
+from curvax.optimizers import cblr, lamb, lars, mclr, percent_delta
+from curvax.refresh import HessianDiagState, with_hessian_diag
+from curvax.transforms import (
+    discard_small_gradients,
+    scale_by_approximate_radius,
+    scale_by_curvature_radius,
+    scale_by_lars,
+    scale_by_median_curvature,
+    scale_by_percent_delta,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HessianDiagState",
+    "Objective",
+    "cblr",
+    "discard_small_gradients",
+    "hessian_diag",
+    "hvp",
+    "lamb",
+    "lars",
+    "mclr",
+    "percent_delta",
+    "scale_by_approximate_radius",
+    "scale_by_curvature_radius",
+    "scale_by_lars",
+    "scale_by_median_curvature",
+    "scale_by_percent_delta",
+    "value_grad_and_hessian_diag",
+    "with_hessian_diag",
+]

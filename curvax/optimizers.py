@@ -1,0 +1,313 @@
+"""Named methods. Each is a chain, and adds no arithmetic of its own.
+
+| method          | radius of a layer                              | source               |
+|-----------------|------------------------------------------------|----------------------|
+| `cblr`          | `1 / (abs(h) + damping * mean(abs(h)))`, then LARS's | Gao & Zhong, eq. 9-11 |
+| `mclr`          | `median(abs(w)) / median(abs(g))`              | Gao & Zhong, eq. 20-22 |
+| `lars`          | `norm2(w) / norm2(g)`                          | eq. 23; You et al. 2017 |
+| `percent_delta` | `n / norm1(g / w)`                             | eq. 24; Abu-El-Haija 2017 |
+| `lamb`          | LARS's, after Adam and decay                   | You et al. 2019      |
+
+gamma of eq. 10 and 21 is the learning rate. It does not carry over from one rule to another: each needs its own search.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from curvax import radii
+from curvax.layers import Layers
+from curvax.refresh import with_hessian_diag
+from curvax.transforms import (
+    scale_by_curvature_radius,
+    scale_by_lars,
+    scale_by_median_curvature,
+    scale_by_percent_delta,
+)
+
+Mask = Any | Callable[[optax.Params], Any] | None
+
+
+def cblr(
+    learning_rate: optax.ScalarOrSchedule,
+    damping: jax.typing.ArrayLike = 0.1,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay_mask: Mask = None,
+    momentum: jax.typing.ArrayLike = 0.9,
+    nesterov: bool = False,
+    *,
+    max_radius: jax.typing.ArrayLike | None = None,
+    slope_term: bool = False,
+    norm_ratio: bool = True,
+    layers: Layers = "kernel",
+    method: str | None = None,
+    every: jax.typing.ArrayLike = 10,
+    hessian_decay: jax.typing.ArrayLike = 0.5,
+    key: jax.typing.ArrayLike = 0,
+    axis_name: radii.AxisName = None,
+    **method_options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Curvature-based learning rates: diagonal Newton, damped, at the step length of LARS.
+
+    Formula:
+      `u = g / (|h| + damping * mean|h|)`, `w <- w - trace(learning_rate * (u * norm2(w) / norm2(u) + weight_decay *
+      w))`; Gao & Zhong, eq. 9-11, made to work. The step of eq. 10-11 diverges on real networks, where most curvatures
+      are next to nothing: damping bounds it, and LARS's norm ratio, which eq. 23 shows to be a radius too, sets its
+      length. `cblr(gamma, damping=0, slope_term=True, norm_ratio=False, momentum=0, every=1, hessian_decay=0)` is eq.
+      9-11.
+
+    Args:
+      learning_rate: gamma, a number or a schedule. With the norm ratio, the relative change of a layer in a step.
+      damping: dimensionless, as a fraction of the layer's mean absolute curvature; 0.1 to 1 worked in trials.
+      weight_decay: decoupled: it is added after the radius.
+      weight_decay_mask: which parameters decay, as in `optax.add_decayed_weights`.
+      momentum: decay rate of heavy-ball momentum.
+      nesterov: whether to use Nesterov momentum.
+      max_radius: the largest radius of a parameter, before the norm ratio.
+      slope_term: whether to keep the factor `(1 + g^2)^(3/2)` of eq. 9, which depends on the scale of the loss.
+      norm_ratio: whether to follow the radius with `scale_by_lars`.
+      layers: the layers of the norm ratio. The mean curvature of the damping is each array's own.
+      method: how curvature is computed, see `hessian_diag`; `None` for `"ggn_sampled"` where the objective is an
+        `Objective` with a softmax cross-entropy loss, and `"hutchinson"` elsewhere.
+      every: number of steps between two computations of the curvature.
+      hessian_decay: decay rate of the average of curvature over its refreshes.
+      key: a seed or a `jax.random.key` for the stochastic methods.
+      axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
+      **method_options: further arguments of `with_hessian_diag`, such as `num_samples`.
+
+    Returns:
+      A transformation whose `update` takes `params` and either `obj_fn=` (an `Objective` or a function `params ->
+      scalar`, the loss whose gradient is passed) or `hessian_diag=`.
+
+    Raises:
+      ValueError: from `update`, without `params` or without any of the two.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, curvax
+      >>> loss = lambda w: jnp.sum(jnp.array([[1.0, 100.0]]) * (w - 1) ** 2)
+      >>> w, tx = jnp.array([[2.0, 3.0]]), curvax.cblr(0.1, damping=0.01)
+      >>> state = tx.init(w)
+      >>> for _ in range(60):
+      ...   updates, state = tx.update(jax.grad(loss)(w), state, w, obj_fn=loss)
+      ...   w = optax.apply_updates(w, updates)
+      >>> bool(loss(w) < 1e-2 * loss(jnp.array([[2.0, 3.0]])))
+      True
+    """
+    radius = scale_by_curvature_radius(damping, max_radius, slope_term=slope_term, axis_name=axis_name)
+    length = scale_by_lars(layers=layers, axis_name=axis_name) if norm_ratio else optax.identity()
+    return with_hessian_diag(
+        optax.chain(
+            radius,
+            length,
+            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            optax.scale_by_learning_rate(learning_rate),
+            optax.trace(momentum, nesterov),
+        ),
+        method=method,
+        every=every,
+        decay=hessian_decay,
+        key=key,
+        **method_options,
+    )
+
+
+def mclr(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay_mask: Mask = None,
+    momentum: jax.typing.ArrayLike = 0.9,
+    nesterov: bool = False,
+    *,
+    trust_coefficient: jax.typing.ArrayLike = 1.0,
+    median_of_ratios: bool = False,
+    layers: Layers = "kernel",
+    axis_name: radii.AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Median-curvature learning rates.
+
+    Formula:
+      `w <- w - trace(learning_rate * R * (g + weight_decay * w))` with `R = median|w| / median|g + weight_decay * w|`;
+      Gao & Zhong, eq. 20-22. The paper finds it as good as LARS below a batch of 8192, and does not recommend it above.
+
+    Args:
+      learning_rate: gamma, a number or a schedule.
+      weight_decay: beta of eq. 22.
+      weight_decay_mask: which parameters decay, as in `optax.add_decayed_weights`.
+      momentum: decay rate of heavy-ball momentum.
+      nesterov: whether to use Nesterov momentum.
+      trust_coefficient: factor inside the radius; it multiplies gamma, but for degenerate layers, whose radius is 1.
+      median_of_ratios: whether to take the median of `|w / g|` instead.
+      layers: `"array"`, `"module"`, `"kernel"` or a mapping from path regex to layer name.
+      axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
+
+    Returns:
+      A transformation whose `update` takes `params`.
+
+    Raises:
+      ValueError: from `update`, without `params`.
+
+    Example:
+      >>> import jax.numpy as jnp, curvax
+      >>> tx = curvax.mclr(0.5)
+      >>> w, g = jnp.array([[1.0, -4.0, 9.0]]), jnp.array([[-1.0, 2.0, 3.0]])
+      >>> print(tx.update(g, tx.init(w), w)[0])
+      [[ 1. -2. -3.]]
+    """
+    radius = scale_by_median_curvature(
+        trust_coefficient=trust_coefficient, median_of_ratios=median_of_ratios, layers=layers, axis_name=axis_name
+    )
+    return _decay_radius_rate_trace(radius, learning_rate, weight_decay, weight_decay_mask, momentum, nesterov)
+
+
+def lars(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay_mask: Mask = None,
+    momentum: jax.typing.ArrayLike = 0.9,
+    nesterov: bool = False,
+    *,
+    trust_coefficient: jax.typing.ArrayLike = 0.001,
+    eps: jax.typing.ArrayLike = 0.0,
+    trust_ratio_mask: Mask = True,
+    layers: Layers = "array",
+    axis_name: radii.AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Layer-wise adaptive rate scaling; equal to `optax.lars` to float32 rounding.
+
+    Formula:
+      `w <- w - trace(learning_rate * R * (g + weight_decay * w))` with
+      `R = trust_coefficient * norm2(w) / (norm2(g + weight_decay * w) + eps)`; Gao & Zhong, eq. 23; You et al. 2017.
+
+    Args:
+      learning_rate: a number or a schedule. gamma of eq. 23 is `learning_rate * trust_coefficient`.
+      weight_decay: strength of the decay, added before the radius.
+      weight_decay_mask: which parameters decay, as in `optax.add_decayed_weights`.
+      momentum: decay rate of heavy-ball momentum.
+      nesterov: whether to use Nesterov momentum.
+      trust_coefficient: factor inside the radius; a layer with a zero norm has radius 1 without it.
+      eps: added to the norm of the gradient.
+      trust_ratio_mask: which parameters have a radius, as in `optax.masked`; the others have 1.
+      layers: `"array"`, `"module"`, `"kernel"` or a mapping from path regex to layer name.
+      axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
+
+    Returns:
+      A transformation whose `update` takes `params`.
+
+    Raises:
+      ValueError: from `update`, without `params`.
+
+    Example:
+      >>> import jax.numpy as jnp, curvax
+      >>> tx = curvax.lars(0.5, trust_coefficient=1.0)
+      >>> w, g = jnp.array([3.0, 4.0]), jnp.array([0.0, 0.5])
+      >>> print(tx.update(g, tx.init(w), w)[0])
+      [-0.  -2.5]
+    """
+    radius = scale_by_lars(trust_coefficient=trust_coefficient, eps=eps, layers=layers, axis_name=axis_name)
+    radius = optax.masked(radius, trust_ratio_mask)
+    return _decay_radius_rate_trace(radius, learning_rate, weight_decay, weight_decay_mask, momentum, nesterov)
+
+
+def percent_delta(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay_mask: Mask = None,
+    momentum: jax.typing.ArrayLike = 0.9,
+    nesterov: bool = False,
+    *,
+    trust_coefficient: jax.typing.ArrayLike = 1.0,
+    layers: Layers = "kernel",
+    axis_name: radii.AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """PercentDelta: every layer changes by the same percentage in a step.
+
+    Formula:
+      `w <- w - trace(learning_rate * R * (g + weight_decay * w))` with
+      `R = trust_coefficient * n / norm1((g + weight_decay * w) / w)`; Gao & Zhong, eq. 24; Abu-El-Haija 2017.
+
+    Args:
+      learning_rate: gamma, a number or a schedule: the mean relative change of a layer's parameters in a step.
+      weight_decay: strength of the decay, added before the radius.
+      weight_decay_mask: which parameters decay, as in `optax.add_decayed_weights`.
+      momentum: decay rate of heavy-ball momentum.
+      nesterov: whether to use Nesterov momentum.
+      trust_coefficient: factor inside the radius; it multiplies gamma, but for degenerate layers, whose radius is 1.
+      layers: `"array"`, `"module"`, `"kernel"` or a mapping from path regex to layer name.
+      axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
+
+    Returns:
+      A transformation whose `update` takes `params`.
+
+    Raises:
+      ValueError: from `update`, without `params`.
+
+    Example:
+      >>> import jax.numpy as jnp, curvax
+      >>> tx = curvax.percent_delta(0.5)
+      >>> w, g = jnp.array([[1.0, -2.0]]), jnp.array([[1.0, 2.0]])
+      >>> print(tx.update(g, tx.init(w), w)[0])
+      [[-0.5 -1. ]]
+    """
+    radius = scale_by_percent_delta(trust_coefficient=trust_coefficient, layers=layers, axis_name=axis_name)
+    return _decay_radius_rate_trace(radius, learning_rate, weight_decay, weight_decay_mask, momentum, nesterov)
+
+
+def lamb(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-6,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask = None,
+    *,
+    layers: Layers = "array",
+    axis_name: radii.AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """LAMB: LARS's radius after Adam; equal to `optax.lamb` to float32 rounding.
+
+    Formula:
+      `u = adam(g) + weight_decay * w`, `w <- w - learning_rate * u * norm2(w) / norm2(u)`; You et al. 2019.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: added to the root of the second moment.
+      eps_root: added to the second moment inside the root.
+      weight_decay: strength of the decay, added before the radius.
+      mask: which parameters decay, as in `optax.add_decayed_weights`.
+      layers: `"array"`, `"module"`, `"kernel"` or a mapping from path regex to layer name.
+      axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
+
+    Returns:
+      A transformation whose `update` takes `params`.
+
+    Raises:
+      ValueError: from `update`, without `params`.
+
+    Example:
+      >>> import jax.numpy as jnp, curvax
+      >>> tx = curvax.lamb(0.1)
+      >>> w, g = jnp.array([3.0, 4.0]), jnp.array([1.0, -2.0])
+      >>> print(tx.update(g, tx.init(w), w)[0].round(4))
+      [-0.3536  0.3536]
+    """
+    return optax.chain(
+        optax.scale_by_adam(b1, b2, eps, eps_root),
+        optax.add_decayed_weights(weight_decay, mask),
+        scale_by_lars(layers=layers, axis_name=axis_name),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _decay_radius_rate_trace(radius, learning_rate, weight_decay, mask, momentum, nesterov):
+    """The order of `optax.lars`: decay enters the radius, and momentum averages updates, not gradients."""
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask),
+        radius,
+        optax.scale_by_learning_rate(learning_rate),
+        optax.trace(momentum, nesterov),
+    )

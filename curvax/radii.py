@@ -1,0 +1,172 @@
+"""The rules: from the arrays of a layer to its radius.
+
+Every rule estimates the radius of curvature of the loss along a parameter,
+
+    R_i = (1 + g_i^2)^(3/2) / |h_i|         (Gao & Zhong, eq. 9),
+
+from the parameters w, their gradient g and, if it has it, the diagonal h of the Hessian. Near the minimum of a parabola
+centred at zero h_i = g_i / w_i, so without h it is |w_i / g_i| (eq. 17): useless entry by entry, where w_i or g_i is
+near zero, but sound as an average over a layer. The layer rules differ in the average alone:
+
+    LARS           norm2(w) / norm2(g)            eq. 23: the root of the mean of R_i^2, weighted by g_i^2
+    PercentDelta   n / norm1(g / w)               eq. 24: the harmonic mean of R_i
+    MCLR           median|w| / median|g|          eq. 20-22
+
+Degenerate layers are dealt with here, once, in `_or_one`: a radius of 0, inf or 0/0 that comes of finite numbers
+carries no information, and becomes 1 (after the trust coefficient, as in `optax.lars`), so that a layer of zeros can
+leave zero. NaN is passed on: it is somebody's bug, and must be seen. An infinite gradient entry leaves an infinite or
+NaN update.
+
+A rule is a function `(measured, scaled) -> radii`: from the leaves on which the layer is measured and those which it
+scales (see `layers`) to one radius for each scaled leaf, a scalar or an array. All sums, counts and sizes run over
+`axis_name` too, the mesh axes (of `shard_map` or `pmap`) that split parameters.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from curvax import order_statistics
+
+Arrays = Sequence[jax.Array]
+Scalar = jax.typing.ArrayLike
+AxisName = str | tuple[str, ...] | None
+
+
+class Leaves(NamedTuple):
+    """Some leaves of a layer, all of one dtype of at least float32.
+
+    Attributes:
+      w: the parameters.
+      g: their gradients, or whatever came out of the transformation before.
+      h: the diagonal of the Hessian at each; empty for the rules that do without.
+    """
+
+    w: Arrays
+    g: Arrays
+    h: Arrays
+
+
+Rule = Callable[[Leaves, Leaves], list[jax.Array]]
+
+
+def curvature(damping: Scalar, max_radius: Scalar | None, slope_term: bool, axis_name: AxisName) -> Rule:
+    """Eq. 9 per parameter: `(1 + g^2)^(3/2) / (|h| + damping * mean|h|)`, or `1 / ...` without the slope term."""
+
+    def one_leaf(g, h, mean_curvature):
+        slope = 1 + jnp.square(jnp.abs(g)) if slope_term else jnp.ones_like(h)
+        arc = slope * jnp.sqrt(slope)
+        return _bounded(arc, jnp.abs(h) + _like(damping, h) * mean_curvature, max_radius)
+
+    def radii(measured: Leaves, scaled: Leaves):
+        mean_curvature = _mean_magnitude(measured.h or scaled.h, axis_name)
+        return [one_leaf(g, h, mean_curvature) for g, h in zip(scaled.g, scaled.h, strict=True)]
+
+    return radii
+
+
+def approximate(max_radius: Scalar | None) -> Rule:
+    """Eq. 17 per parameter: `|w / g|`."""
+
+    def radii(measured: Leaves, scaled: Leaves):
+        del measured
+        return [_bounded(jnp.abs(w), jnp.abs(g), max_radius) for w, g in zip(scaled.w, scaled.g, strict=True)]
+
+    return radii
+
+
+def lars(trust_coefficient: Scalar, eps: Scalar, axis_name: AxisName) -> Rule:
+    """Eq. 23: `norm2(w) / (norm2(g) + eps)`."""
+
+    def radius(w: Arrays, g: Arrays):
+        return _ratio(_norm(w, axis_name), _norm(g, axis_name), trust_coefficient, eps)
+
+    return _one_for_all(radius)
+
+
+def percent_delta(trust_coefficient: Scalar, axis_name: AxisName) -> Rule:
+    """Eq. 24: `n / norm1(g / w)`, where entries with `w = 0` are neither counted nor summed."""
+
+    def slope(w, g):
+        return jnp.where(w == 0, 0, jnp.abs(g) / jnp.where(w == 0, 1, jnp.abs(w)))
+
+    def radius(w: Arrays, g: Arrays):
+        total = _sum([jnp.sum(slope(x, y)) for x, y in zip(w, g, strict=True)], axis_name)
+        count = _sum([jnp.sum(x != 0).astype(total.dtype) for x in w], axis_name)
+        return _ratio(count, total, trust_coefficient)
+
+    return _one_for_all(radius)
+
+
+def median(weight_decay: Scalar, trust_coefficient: Scalar, of_ratios: bool, axis_name: AxisName) -> Rule:
+    """Eq. 20-22: `median|w| / median|g + weight_decay w|`, or the median of the ratios themselves."""
+    middle = functools.partial(order_statistics.median, axis_name=axis_name)
+
+    def decayed(w, g):
+        return g + jnp.asarray(weight_decay, w.dtype) * w
+
+    def radius(w: Arrays, g: Arrays):
+        slopes = [decayed(x, y) for x, y in zip(w, g, strict=True)]
+        if not of_ratios:
+            return _ratio(middle(w), middle(slopes), trust_coefficient)
+        # A parameter at zero has a ratio of 0 whatever its slope, so 0/0 counts as 0 too.
+        ratios = [jnp.where((x == 0) & (y == 0), 0, jnp.abs(x) / jnp.abs(y)) for x, y in zip(w, slopes, strict=True)]
+        return _ratio(middle(ratios), jnp.ones((), ratios[0].dtype), trust_coefficient)
+
+    return _one_for_all(radius)
+
+
+def _one_for_all(radius: Callable[[Arrays, Arrays], jax.Array]) -> Rule:
+    """A rule that gives all scaled leaves the radius of the measured ones, and 1 where nothing is measured."""
+
+    def radii(measured: Leaves, scaled: Leaves):
+        value = radius(measured.w, measured.g) if measured.w else jnp.ones((), jnp.finfo(scaled.w[0].dtype).dtype)
+        return [value] * len(scaled.w)
+
+    return radii
+
+
+def _mean_magnitude(x: Arrays, axis_name: AxisName) -> jax.Array:
+    total = _sum([jnp.sum(jnp.abs(leaf)) for leaf in x], axis_name)
+    size = _sum([jnp.full((), leaf.size, total.dtype) for leaf in x], axis_name)
+    return total / jnp.maximum(size, 1)
+
+
+def _norm(x: Arrays, axis_name: AxisName) -> jax.Array:
+    return jnp.sqrt(_sum([jnp.sum(jnp.square(jnp.abs(leaf))) for leaf in x], axis_name))
+
+
+def _sum(parts: Sequence[jax.Array], axis_name: AxisName) -> jax.Array:
+    total = functools.reduce(jnp.add, parts)
+    return total if axis_name is None else jax.lax.psum(total, axis_name)
+
+
+def _ratio(numerator: jax.Array, denominator: jax.Array, trust_coefficient: Scalar, eps: Scalar = 0.0) -> jax.Array:
+    radius = _like(trust_coefficient, numerator) * numerator / (denominator + _like(eps, denominator))
+    # `eps` hides a vanishing denominator; the test for degenerate layers must see it, as that of optax.lars does.
+    return _or_one(jnp.where(denominator == 0, jnp.inf, radius), numerator, denominator)
+
+
+def _bounded(numerator: jax.Array, denominator: jax.Array, max_radius: Scalar | None) -> jax.Array:
+    radius = numerator / denominator
+    if max_radius is not None:
+        # 0/0 is as flat as the loss can be along a parameter: it gets the largest radius, like 1/0.
+        flat = (denominator == 0) & ~jnp.isnan(numerator)
+        radius = jnp.where(flat, jnp.inf, radius)
+        radius = jnp.minimum(radius, _like(max_radius, radius))
+    return _or_one(radius, numerator, denominator)
+
+
+def _or_one(radius: jax.Array, *evidence: jax.Array) -> jax.Array:
+    """The policy for degenerate layers: see the head of this file."""
+    passed_on = functools.reduce(jnp.logical_or, [jnp.isnan(x) for x in evidence])
+    informative = (radius > 0) & (radius < jnp.inf)
+    return jnp.where(passed_on, jnp.nan, jnp.where(informative, radius, 1))
+
+
+def _like(value: Scalar, x: jax.Array) -> jax.Array:
+    """A hyperparameter in the dtype of `x`, whether it comes as a number or, injected, as an array."""
+    return jnp.asarray(value, x.dtype)
