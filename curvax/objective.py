@@ -63,6 +63,6 @@ class Objective:
         if losses.ndim != 1:
             raise ValueError(
                 f"loss(outputs, data) returned an array of shape {losses.shape}; it must return one loss per example,"
-                " a vector (B,). Sum or average over every axis but the first, and leave the mean over examples to Objective."
+                " a vector (B,). Sum or average over all axes but the first; Objective takes the mean over examples."
             )
         return losses

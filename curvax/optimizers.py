@@ -203,7 +203,7 @@ def lars(
       >>> tx = curvax.lars(0.5, trust_coefficient=1.0)
       >>> w, g = jnp.array([3.0, 4.0]), jnp.array([0.0, 0.5])
       >>> print(tx.update(g, tx.init(w), w)[0])
-      [-0.  -2.5]
+      [ 0.  -2.5]
     """
     radius = scale_by_lars(trust_coefficient=trust_coefficient, eps=eps, layers=layers, axis_name=axis_name)
     radius = optax.masked(radius, trust_ratio_mask)
