@@ -1,0 +1,155 @@
+"""Images that live on the device once, as bytes, and leave it never.
+
+A data set is four arrays. Everything random about feeding them, the order of an epoch and the augmentation of an image,
+is a pure function of a key and of the image's position, so it runs inside the compiled step and comes out the same
+whatever the micro-batch or the number of devices.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import images_tfds
+from experiments.console import progress_bar
+from experiments.errors import UsageError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images `(N, size, size, 3)`, uint8, and their labels `(N,)`, int32."""
+
+    images: Any
+    labels: Any
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Training and test images, and what has to be known to read them.
+
+    Attributes:
+        train: what the network learns from.
+        test: what it is judged by.
+        num_classes: labels run from 0 to `num_classes - 1`.
+        flips: whether a mirrored image is still of its class; a mirrored digit is not.
+    """
+
+    train: Split
+    test: Split
+    num_classes: int
+    flips: bool = True
+
+
+def load(config) -> Dataset:
+    """The data set of a configuration, in host memory.
+
+    Args:
+        config: an `experiments.config.TrainConfig`.
+
+    Raises:
+        UsageError: for a name that nobody knows, or a batch larger than the training split.
+        RunError: if the images cannot be had.
+    """
+    makers = {"digits": digits, "generated": generated}
+    dataset = makers[config.dataset](config.image_size) if config.dataset in makers else tfds(config)
+    if config.holdout:
+        dataset = hold_out(dataset, config.holdout)
+    for phase in config.plan(1.0):
+        if phase.batch_size > len(dataset.train):
+            raise UsageError(
+                f"--batch-size {phase.batch_size} exceeds the {len(dataset.train)} training images of {config.dataset}"
+            )
+    return dataset
+
+
+def digits(size: int) -> Dataset:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 and grey, scaled up: 1,437 to train on, 360 to test."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = jnp.asarray(images, jnp.float32).reshape(-1, 8, 8, 1) * (255 / 16)
+    images = jax.image.resize(images, (len(labels), size, size, 1), "bilinear")
+    images = np.asarray(jnp.broadcast_to(jnp.round(images), (len(labels), size, size, 3)), np.uint8)
+    # The digits are ordered by writer. Mixed once, for every seed alike, so that both splits know all writers.
+    order = np.random.default_rng(0).permutation(len(labels))
+    return cut(Split(images[order], labels[order].astype(np.int32)), 360, 10, flips=False)
+
+
+def generated(size: int, num_train: int = 512, num_test: int = 128) -> Dataset:
+    """Ten blurred random patterns, each seen through noise: a data set for checks that should take seconds."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(num_train + num_test, dtype=np.int32) % 10
+    patterns = jax.image.resize(rng.normal(size=(10, 4, 4, 3)), (10, size, size, 3), "bilinear")
+    images = 128 + 40 * np.asarray(patterns)[labels] + 40 * rng.normal(size=(len(labels), size, size, 3))
+    return cut(Split(np.clip(images, 0, 255).astype(np.uint8), labels), num_test, 10)
+
+
+def tfds(config) -> Dataset:
+    """An image classification data set of TensorFlow Datasets, resized to the network's input."""
+    source = images_tfds.open_source(config.dataset, config.data_dir)
+    sizes = {name: len(source.splits[name]) for name in source.names}
+    with progress_bar() as bar:
+        task = bar.add_task(f"decoding {config.dataset}", total=sum(sizes.values()))
+        splits = [source.decode(name, config.image_size, lambda n: bar.advance(task, n)) for name in source.names]
+    train, test = (Split(images, labels) for images, labels in splits)
+    return Dataset(train, test, source.num_classes)
+
+
+def hold_out(dataset: Dataset, fraction: float) -> Dataset:
+    """Puts the last images of the training split in place of the test split."""
+    return cut(dataset.train, round(fraction * len(dataset.train)), dataset.num_classes, dataset.flips)
+
+
+def cut(split: Split, num_test: int, num_classes: int, flips: bool = True) -> Dataset:
+    """Cuts the last `num_test` images off to test on."""
+    head, tail = (Split(split.images[part], split.labels[part]) for part in np.s_[:-num_test, -num_test:])
+    return Dataset(head, tail, num_classes, flips)
+
+
+def shuffle(key: jax.Array, num_images: int) -> jax.Array:
+    """The order of one epoch: a permutation of the images, `(num_images,)`, int32."""
+    return jax.random.permutation(key, jnp.arange(num_images, dtype=jnp.int32))
+
+
+def augment(key: jax.Array, positions: jax.Array, images: jax.Array, flips: bool) -> jax.Array:
+    """Crops each image at random out of itself padded by 4 pixels, and mirrors every second one.
+
+    Args:
+        key: of the step.
+        positions: place of each image in the batch, `(B,)`: an image's randomness depends on it alone.
+        images: `(B, size, size, 3)`, any dtype; the padding is 0.
+        flips: whether to mirror at all.
+
+    Returns:
+        Images of the same shape and dtype.
+    """
+
+    def one(position, image):
+        crop_key, flip_key = jax.random.split(jax.random.fold_in(key, position))
+        row, column = jax.random.randint(crop_key, (2,), 0, 9)
+        padded = jnp.pad(image, ((4, 4), (4, 4), (0, 0)))
+        image = jax.lax.dynamic_slice(padded, (row, column, 0), image.shape)
+        return jnp.where(flips & jax.random.bernoulli(flip_key), image[:, ::-1], image)
+
+    return jax.vmap(one)(positions, images)
+
+
+def normalise(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+    """Bytes to floats with mean 0 and deviation 1 per channel over the training split."""
+    return (images.astype(jnp.float32) - mean) / std
+
+
+def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel over a split, both `(3,)`, float32, in bytes."""
+    # Counted, not averaged: exact, and without a float copy of the whole split.
+    counts = np.stack([np.bincount(images[..., c].reshape(-1), minlength=256) for c in range(images.shape[-1])])
+    levels = np.arange(256)
+    mean = counts @ levels / counts.sum(1)
+    variance = counts @ levels**2 / counts.sum(1) - mean**2
+    return mean.astype(np.float32), np.sqrt(np.maximum(variance, 1)).astype(np.float32)

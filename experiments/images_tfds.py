@@ -1,0 +1,126 @@
+"""Any image classification data set that TensorFlow Datasets knows, read without TensorFlow.
+
+`tfds.data_source` reads files in the ArrayRecord format, which needs no TensorFlow; so a data set is prepared, and
+looked for, in that format. Decoded images are NumPy arrays of any size, which Pillow brings to the network's.
+"""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from experiments.console import console
+from experiments.errors import RunError, UsageError
+
+CHUNK = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A prepared data set: its two splits by name, the training split first, and its number of classes."""
+
+    splits: Mapping[str, Any]
+    num_classes: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the splits, the training split first."""
+        return tuple(self.splits)
+
+    def decode(self, name: str, size: int, advance: Callable[[int], Any]) -> tuple[np.ndarray, np.ndarray]:
+        """All images of a split, `(N, size, size, 3)`, uint8, and labels `(N,)`, int32; `advance(n)` after each `n`."""
+        source = self.splits[name]
+        images = np.empty((len(source), size, size, 3), np.uint8)
+        labels = np.empty(len(source), np.int32)
+        for start in range(0, len(source), CHUNK):
+            records = source.__getitems__(list(range(start, min(start + CHUNK, len(source)))))
+            for i, record in enumerate(records, start):
+                images[i], labels[i] = resize(record["image"], size), record["label"]
+            advance(len(records))
+        return images, labels
+
+
+def open_source(name: str, data_dir: Path | None) -> Source:
+    """Finds a data set, or downloads and prepares it.
+
+    Args:
+        name: as TFDS spells it.
+        data_dir: where TFDS keeps its data sets; its own default if None, which the variable TFDS_DATA_DIR sets.
+
+    Raises:
+        UsageError: if TFDS has no such data set, or it is not one of labelled images.
+        RunError: if it is not prepared and cannot be downloaded.
+    """
+    builder = find_builder(name, data_dir)
+    features = builder.info.features
+    if not {"image", "label"} <= set(features) or not hasattr(features["label"], "num_classes"):
+        raise UsageError(f"--dataset {name} is not image classification: it needs the features image and label")
+    if not builder.is_prepared():
+        prepare(builder)
+    try:
+        source = builder.as_data_source()
+    except NotImplementedError as error:
+        raise RunError(
+            f"{builder.data_dir} was not prepared as array_record; prepare it again with"
+            f" `tfds build {name} --file_format=array_record`, or give another --data-dir"
+        ) from error
+    test = next((split for split in ("test", "validation") if split in source), None)
+    if "train" not in source or test is None:
+        raise UsageError(f"--dataset {name} needs a split train and a split test or validation; it has {list(source)}")
+    return Source({"train": source["train"], test: source[test]}, features["label"].num_classes)
+
+
+def find_builder(name: str, data_dir: Path | None):
+    """The TFDS builder of a data set."""
+    import tensorflow_datasets as tfds
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    if data_dir is not None and not data_dir.is_dir():
+        raise UsageError(f"--data-dir {data_dir} is not a folder")
+    try:
+        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
+        raise UsageError(
+            f"--dataset {name} is not known: digits, generated, or a name that TFDS lists, such as cifar10"
+        ) from error
+
+
+def prepare(builder):
+    """Downloads a data set and writes it to the builder's folder."""
+    cure = "connect to the network once, or give --data-dir (or TFDS_DATA_DIR) a folder in which it is prepared"
+    where = f"{builder.name} is not prepared in {builder.data_dir}"
+    if not reachable(builder):
+        raise RunError(f"{where} and its download cannot be reached: {cure}; --dataset digits needs none")
+    console.print(f"{where}: downloading")
+    try:
+        builder.download_and_prepare()
+    # What a download can raise is open-ended: sockets, HTTP, checksums, archives, a full disk.
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RunError(f"{where} and could not be prepared ({reason}): {cure}") from error
+
+
+def reachable(builder) -> bool:
+    """Whether any host of the data set's files answers; TFDS itself would retry for minutes before it says no."""
+    import requests
+
+    urls = [*builder.url_infos, "https://storage.googleapis.com"]
+    for host in {"/".join(url.split("/")[:3]) for url in urls}:
+        with contextlib.suppress(requests.RequestException):
+            requests.head(host, timeout=10)
+            return True
+    return False
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """An image `(h, w, 1 or 3)`, uint8, as `(size, size, 3)`."""
+    if image.shape[-1] == 1:
+        image = np.repeat(image, 3, axis=-1)
+    if image.shape[:2] == (size, size):
+        return image
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))

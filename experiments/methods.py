@@ -1,0 +1,100 @@
+"""The methods that are compared: a name, a chain, and the learning rate that `tune` found for it.
+
+All share their order, decay then radius then learning rate then momentum, and so their meaning of the learning rate:
+the gamma of eq. 10 and 21. Its size does not carry over from one radius to another: each method has its own.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import optax
+
+import curvax
+
+TUNED_FILE = Path(__file__).with_name("tuned.json")
+
+
+def sgd(config, learning_rate, key):
+    """Gradient descent with heavy-ball momentum: a radius of 1."""
+    del key
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay),
+        # As in LARS, unlike `optax.sgd`, momentum averages steps: a decaying rate then means the same to all.
+        optax.scale_by_learning_rate(learning_rate),
+        optax.trace(config.momentum),
+    )
+
+
+def lars(config, learning_rate, key):
+    """norm2(w) / norm2(g), eq. 23."""
+    del key
+    return curvax.lars(learning_rate, config.weight_decay, momentum=config.momentum, trust_coefficient=1.0)
+
+
+def mclr(config, learning_rate, key):
+    """median(|w|) / median(|g|), eq. 20-22."""
+    del key
+    return curvax.mclr(learning_rate, config.weight_decay, momentum=config.momentum)
+
+
+def percent_delta(config, learning_rate, key):
+    """n / norm1(g / w), eq. 24."""
+    del key
+    return curvax.percent_delta(learning_rate, config.weight_decay, momentum=config.momentum)
+
+
+def cblr(config, learning_rate, key):
+    """The radius of curvature, eq. 9-11, damped, at the step length of LARS."""
+    return curvax.cblr(
+        learning_rate,
+        config.damping,
+        config.weight_decay,
+        momentum=config.momentum,
+        every=config.curvature_every,
+        key=key,
+    )
+
+
+def lamb(config, learning_rate, key):
+    """LARS's radius after Adam."""
+    del key
+    return curvax.lamb(learning_rate, b1=config.momentum, weight_decay=config.weight_decay)
+
+
+METHODS: dict[str, Callable] = {
+    "sgd": sgd,
+    "lars": lars,
+    "mclr": mclr,
+    "percent_delta": percent_delta,
+    "cblr": cblr,
+    "lamb": lamb,
+}
+
+
+def make(config, learning_rate: jax.typing.ArrayLike, key: jax.Array) -> optax.GradientTransformationExtraArgs:
+    """The transformation of a configuration.
+
+    Args:
+        config: an `experiments.config.TrainConfig`.
+        learning_rate: of this step; it may be traced, since no state depends on it.
+        key: for the probes of `cblr`; the same in every step, which the state counts.
+
+    Returns:
+        A transformation that accepts `obj_fn`, whether it uses it or not.
+    """
+    return optax.with_extra_args_support(METHODS[config.optimizer](config, learning_rate, key))
+
+
+def tuned_learning_rate(problem: str, optimizer: str) -> float | None:
+    """The best learning rate of a method on a problem's committed grid, or None if it was not tuned there."""
+    try:
+        return load_tuned()[problem]["methods"][optimizer]["best"]
+    except KeyError:
+        return None
+
+
+def load_tuned() -> dict:
+    """The committed results of `tune`, by problem."""
+    return json.loads(TUNED_FILE.read_text()) if TUNED_FILE.exists() else {}

@@ -1,0 +1,163 @@
+"""AlexNet and ResNet18 for small images, in Flax NNX.
+
+A network here is a function of images, a key and a mode; what the training loop knows of Flax ends in this file:
+`build` splits a module into its definition, parameters and state, `apply` puts them together again.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class AlexNet(nnx.Module):
+    """AlexNet as used on CIFAR-10: five convolutions, three poolings, three fully connected layers.
+
+    At width 1, image size 32 and 10 classes it has 23,272,266 parameters.
+
+    Args:
+        num_classes: features of the last layer.
+        width: fraction of 64-192-384-256-256 channels and of 4096 features.
+        image_size: side of the images in pixels, at least 16.
+        hidden: features of the fully connected layers, if not 4096 times the width.
+        dropout: share of the features dropped before each of the first two fully connected layers.
+        init: `"he"` or `"pytorch"`.
+        rngs: source of the initial parameters.
+    """
+
+    def __init__(self, num_classes, *, width=1.0, image_size=32, hidden=None, dropout=0.5, init="he", rngs):
+        channels = [scaled(c, width) for c in (64, 192, 384, 256, 256)]
+        hidden = hidden or scaled(4096, width)
+        # The stride and the three poolings leave a sixteenth of the side: 2 x 2 positions of a 32 x 32 image.
+        flat = channels[-1] * ((image_size + 1) // 2 // 8) ** 2
+        shapes = zip([3, *channels[:-1]], channels, (2, 1, 1, 1, 1), strict=True)
+        self.convs = nnx.List([conv(i, o, 3, stride, True, init, rngs) for i, o, stride in shapes])
+        sizes = [(flat, hidden), (hidden, hidden), (hidden, num_classes)]
+        self.linears = nnx.List([linear(i, o, init, rngs) for i, o in sizes])
+        self.dropout = nnx.Dropout(dropout)
+
+    def __call__(self, x: jax.Array, *, train: bool, key: jax.Array) -> jax.Array:
+        """Images `(B, size, size, 3)` to logits `(B, num_classes)`."""
+        for i, layer in enumerate(self.convs):
+            x = nnx.relu(layer(x))
+            if i in (0, 1, 4):
+                x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+        x = x.reshape(x.shape[0], -1)
+        for i, layer in enumerate(self.linears):
+            if i < 2:
+                x = self.dropout(x, deterministic=not train, rngs=jax.random.fold_in(key, i))
+            x = layer(x) if i == 2 else nnx.relu(layer(x))
+        return x
+
+
+class BasicBlock(nnx.Module):
+    """Two 3 x 3 convolutions with batch norm, added to their input, which is projected where the shape changes."""
+
+    def __init__(self, inputs, outputs, stride, init, rngs):
+        self.conv1, self.norm1 = conv(inputs, outputs, 3, stride, False, init, rngs), norm(outputs, rngs)
+        self.conv2, self.norm2 = conv(outputs, outputs, 3, 1, False, init, rngs), norm(outputs, rngs)
+        self.projects = stride != 1 or inputs != outputs
+        if self.projects:
+            self.conv3, self.norm3 = conv(inputs, outputs, 1, stride, False, init, rngs), norm(outputs, rngs)
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Images `(B, h, w, inputs)` to `(B, h / stride, w / stride, outputs)`."""
+        y = nnx.relu(self.norm1(self.conv1(x), use_running_average=not train))
+        y = self.norm2(self.conv2(y), use_running_average=not train)
+        shortcut = self.norm3(self.conv3(x), use_running_average=not train) if self.projects else x
+        return nnx.relu(y + shortcut)
+
+
+class ResNet18(nnx.Module):
+    """ResNet18 as used on CIFAR-10: a 3 x 3 stem, eight basic blocks, the mean over positions, one linear layer.
+
+    At width 1 and 10 classes it has 11,173,962 parameters.
+
+    Args:
+        num_classes: features of the last layer.
+        width: fraction of 64-128-256-512 channels.
+        init: `"he"` or `"pytorch"`.
+        rngs: source of the initial parameters.
+    """
+
+    def __init__(self, num_classes, *, width=1.0, init="he", rngs):
+        channels = [scaled(c, width) for c in (64, 128, 256, 512)]
+        self.stem, self.norm = conv(3, channels[0], 3, 1, False, init, rngs), norm(channels[0], rngs)
+        blocks, inputs = [], channels[0]
+        for stage, outputs in enumerate(channels):
+            for stride in (2 if stage else 1, 1):
+                blocks.append(BasicBlock(inputs, outputs, stride, init, rngs))
+                inputs = outputs
+        self.blocks = nnx.List(blocks)
+        self.linear = linear(channels[-1], num_classes, init, rngs)
+
+    def __call__(self, x: jax.Array, *, train: bool, key: jax.Array) -> jax.Array:
+        """Images `(B, size, size, 3)` to logits `(B, num_classes)`; the key is not used."""
+        x = nnx.relu(self.norm(self.stem(x), use_running_average=not train))
+        for block in self.blocks:
+            x = block(x, train=train)
+        return self.linear(jnp.mean(x, axis=(1, 2)))
+
+
+def build(config, num_classes: int, key: jax.Array) -> tuple[Any, Any, Any]:
+    """Makes the network of a configuration.
+
+    Args:
+        config: an `experiments.config.TrainConfig`.
+        num_classes: of the data set.
+        key: determines the initial parameters.
+
+    Returns:
+        Its definition (static), its parameters and its other state (the statistics of batch norm), both pytrees.
+    """
+    rngs = nnx.Rngs(key)
+    if config.model == "resnet18":
+        model = ResNet18(num_classes, width=config.width, init=config.init, rngs=rngs)
+    else:
+        names = ("width", "image_size", "hidden", "dropout", "init")
+        model = AlexNet(num_classes, **{name: getattr(config, name) for name in names}, rngs=rngs)
+    return nnx.split(model, nnx.Param, nnx.BatchStat)
+
+
+def apply(definition, params, stats, images: jax.Array, key: jax.Array, train: bool) -> tuple[jax.Array, Any]:
+    """The logits, and the state after them; nothing is mutated."""
+    model = nnx.merge(definition, params, stats)
+    logits = model(images, train=train, key=key)
+    return logits, nnx.state(model, nnx.BatchStat)
+
+
+def scaled(features: int, width: float) -> int:
+    """A number of features at a fraction of the published width, at least 1."""
+    return max(1, round(features * width))
+
+
+def conv(inputs, outputs, size, stride, bias, init, rngs) -> nnx.Conv:
+    """A square convolution that keeps the side of the image, divided by the stride."""
+    options = initializers(init, inputs * size * size)
+    pads = size // 2
+    return nnx.Conv(inputs, outputs, (size, size), strides=stride, padding=pads, use_bias=bias, **options, rngs=rngs)
+
+
+def linear(inputs, outputs, init, rngs) -> nnx.Linear:
+    """A fully connected layer."""
+    return nnx.Linear(inputs, outputs, **initializers(init, inputs), rngs=rngs)
+
+
+def norm(features, rngs) -> nnx.BatchNorm:
+    """Batch norm whose averages forget as fast as PyTorch's: large batches make few steps."""
+    return nnx.BatchNorm(features, momentum=0.9, epsilon=1e-5, rngs=rngs)
+
+
+def initializers(init: str, fan_in: int) -> dict[str, Any]:
+    """Kernel and bias initializers of a layer that sums over `fan_in` inputs."""
+    if init == "he":
+        return {"kernel_init": nnx.initializers.he_normal(), "bias_init": nnx.initializers.zeros_init()}
+    bound = 1 / math.sqrt(fan_in)
+
+    def uniform(key, shape, dtype=jnp.float32, out_sharding=None):
+        del out_sharding
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return {"kernel_init": uniform, "bias_init": uniform}

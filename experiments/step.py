@@ -1,0 +1,208 @@
+"""What runs on the devices: a gradient, an update, an evaluation, each compiled once per batch size.
+
+A step is `gradient` for each micro-batch and then `update`. The loop over micro-batches is Python's on purpose: XLA's
+CPU kernels for convolutions are some ten times slower inside `lax.scan`, and where a micro-batch fills an accelerator
+the dispatch is free. Parameters are replicated over a mesh of one axis, `data`; the images of a batch are split over it,
+so means over the batch (the loss, its gradient, batch norm, the curvature) are those of the whole batch.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import curvax
+from experiments import data, methods, models
+from experiments.config import TrainConfig
+from experiments.data import Dataset, Split
+from experiments.errors import UsageError
+
+EVAL_BATCH = 1024
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes during a run, in one pytree; with the configuration it determines everything that follows.
+
+    Attributes:
+        step: optimizer steps taken, int32: the position in the plan, and with `key` the source of all randomness.
+        key: never changes.
+        params: of the network.
+        stats: statistics of its batch norms.
+        opt_state: of the optimizer, its curvature included.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    params: Any
+    stats: Any
+    opt_state: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Over the micro-batches of a step so far: gradient, loss, right answers; the latest statistics of batch norm."""
+
+    grads: Any
+    loss: jax.Array
+    correct: jax.Array
+    stats: Any
+
+
+class Stepper:
+    """The compiled functions of one configuration on one data set.
+
+    The learning rate and the seed are arguments of these functions: one `Stepper` serves all trials of a method.
+
+    Args:
+        config: what to train, and how.
+        dataset: its images; they are copied to every device here.
+
+    Raises:
+        UsageError: if there are fewer devices than the configuration asks for.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: Dataset):
+        if config.devices > jax.device_count():
+            raise UsageError(f"--devices {config.devices}: there are {jax.device_count()}")
+        self.config, self.num_classes, self.flips = config, dataset.num_classes, dataset.flips
+        mesh = jax.make_mesh((config.devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[: config.devices])
+        self.everywhere, self.split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+        self.train, self.test = (jax.device_put(split, self.everywhere) for split in (dataset.train, dataset.test))
+        self.mean, self.std = data.channel_statistics(dataset.train.images)
+        self.definition, *_ = models.build(config, dataset.num_classes, jax.random.key(0))
+        jit = functools.partial(jax.jit, out_shardings=self.everywhere)
+        self._init, self._shuffle, self._zeros = jit(self._init), jit(self._shuffle), jit(self._zeros)
+        self._gradient = jit(self._gradient, static_argnames="size", donate_argnums=0)
+        self._update = jit(self._update, static_argnames="batch_size", donate_argnums=(0, 1))
+        self._evaluate = jit(self._evaluate, static_argnames="size")
+
+    # What the training loop calls, on whole batches.
+
+    def init(self, seed: int) -> TrainState:
+        """The state before the first step."""
+        return self._init(jax.random.key(seed))
+
+    def shuffle(self, state: TrainState, epoch: int) -> jax.Array:
+        """The order of an epoch, `(num_images,)`, int32."""
+        return self._shuffle(state.key, np.int32(epoch))
+
+    def step(self, state: TrainState, order: jax.Array, batch: int, batch_size: int, learning_rate: float):
+        """One optimizer step on one batch of an epoch.
+
+        Args:
+            state: is consumed.
+            order: of the epoch.
+            batch: which batch of it.
+            batch_size: images in it.
+            learning_rate: of this step.
+
+        Returns:
+            The state after it, and its metrics: `loss` and `accuracy`, means over the batch as it was trained on.
+        """
+        first, micro = np.int32(batch * batch_size), self.config.micro_size(batch_size)
+        sums = self._zeros(state)
+        for place in range(0, batch_size, micro):
+            sums = self._gradient(sums, state, self.train, order, first, np.int32(place), size=micro)
+        rate = np.float32(learning_rate)
+        return self._update(state, sums, self.train, order, first, rate, batch_size=batch_size)
+
+    def evaluate(self, state: TrainState) -> tuple[float, float]:
+        """Mean plain cross-entropy and accuracy over the test images."""
+        size = -(-min(EVAL_BATCH, len(self.test)) // self.config.devices) * self.config.devices
+        starts = np.arange(0, len(self.test), size, dtype=np.int32)
+        chunks = [self._evaluate(state.params, state.stats, self.test, start, size=size) for start in starts]
+        loss, accuracy = np.sum(jax.device_get(chunks), axis=0, dtype=np.float64) / len(self.test)
+        return float(loss), float(accuracy)
+
+    # What is compiled.
+
+    def _init(self, key):
+        _, params, stats = models.build(self.config, self.num_classes, stream(key, "init"))
+        # No optimizer's initial state depends on its learning rate.
+        opt_state = methods.make(self.config, 0.0, stream(key, "probes")).init(params)
+        return TrainState(jnp.zeros([], jnp.int32), key, params, stats, opt_state)
+
+    def _shuffle(self, key, epoch):
+        return data.shuffle(jax.random.fold_in(stream(key, "order"), epoch), len(self.train))
+
+    def _zeros(self, state):
+        zero = jnp.zeros([], jnp.float32)
+        return Sums(optax.tree.zeros_like(state.params), zero, zero, state.stats)
+
+    def _gradient(self, sums, state, train, order, first, place, size):
+        """Adds one micro-batch: `size` images from `place` in the batch that begins at `first` in the epoch."""
+        batch = self._batch(state, train, order, first, place, size)
+        key = jax.random.fold_in(self._step_key(state, "dropout"), place)
+
+        def loss(params):
+            logits, stats = self._logits(params, sums.stats, batch, key)
+            return jnp.sum(cross_entropy(logits, batch)), (logits, stats)
+
+        (value, (logits, stats)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        correct = jnp.sum(jnp.argmax(logits, -1) == batch["labels"])
+        return Sums(optax.tree.add(sums.grads, grads), sums.loss + value, sums.correct + correct, stats)
+
+    def _update(self, state, sums, train, order, first, learning_rate, batch_size):
+        tx = methods.make(self.config, learning_rate, stream(state.key, "probes"))
+        grads = jax.tree.map(lambda g: g / batch_size, sums.grads)
+        objective = self._objective(state, train, order, first, batch_size)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, obj_fn=objective)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": sums.loss / batch_size, "accuracy": sums.correct / batch_size}
+        return TrainState(state.step + 1, state.key, params, sums.stats, opt_state), metrics
+
+    def _objective(self, state, train, order, first, batch_size):
+        """The loss of the step on the first images of its batch; only what uses curvature evaluates it."""
+        size = self.config.curvature_size(batch_size)
+        key = jax.random.fold_in(self._step_key(state, "dropout"), 0)
+
+        def predict(params, batch):
+            return self._logits(params, state.stats, batch, key)[0]
+
+        return curvax.Objective(predict, cross_entropy, self._batch(state, train, order, first, np.int32(0), size))
+
+    def _evaluate(self, params, stats, test, start, size):
+        places = start + jnp.arange(size)
+        # All chunks have one shape: the last one begins again at the first image, and what it repeats does not count.
+        indices, counts = jax.lax.with_sharding_constraint((places % len(test), places < len(test)), self.split)
+        labels = test.labels[indices]
+        images = data.normalise(test.images[indices], self.mean, self.std)
+        logits, _ = models.apply(self.definition, params, stats, images, jax.random.key(0), train=False)
+        losses = cross_entropy(logits, {"labels": labels})
+        return jnp.sum(counts * losses), jnp.sum(counts * (jnp.argmax(logits, -1) == labels), dtype=jnp.float32)
+
+    # Pieces of these.
+
+    def _batch(self, state, train: Split, order, first, place, size):
+        places = jax.lax.with_sharding_constraint(place + jnp.arange(size), self.split)
+        indices = order[first + places]
+        images = train.images[indices]
+        if self.config.augment:
+            images = data.augment(self._step_key(state, "augment"), places, images, self.flips)
+        return {"images": data.normalise(images, self.mean, self.std), "labels": train.labels[indices]}
+
+    def _logits(self, params, stats, batch, key):
+        logits, stats = models.apply(self.definition, params, stats, batch["images"], key, train=True)
+        return self.config.sharpness * logits, stats
+
+    def _step_key(self, state, name):
+        return jax.random.fold_in(stream(state.key, name), state.step)
+
+
+def cross_entropy(logits: jax.Array, batch) -> jax.Array:
+    """Softmax cross-entropy of each example, `(B,)`."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+
+
+def stream(key: jax.Array, name: str) -> jax.Array:
+    """The key of one kind of randomness, so that more of one kind leaves the others as they are."""
+    return jax.random.fold_in(key, ("init", "order", "augment", "dropout", "probes").index(name))
