@@ -52,7 +52,7 @@ class TrainConfig:
     """Decay of the heavy-ball momentum (of Adam's first moment, for lamb)."""
     weight_decay: float = 0.0005
     """Multiple of the parameters added to their update."""
-    damping: float = 1.0
+    damping: float = 0.1
     """cblr: added to the curvature, in multiples of its mean over each layer."""
     curvature_every: int = 10
     """cblr: steps from one curvature estimate to the next."""

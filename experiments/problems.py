@@ -43,7 +43,9 @@ class Problem:
 
 PROBLEMS = {
     "digits": Problem(
-        TrainConfig(dataset="digits", width=0.125, batch_size=512, epochs=30, warmup_epochs=3, weight_decay=0.0),
+        TrainConfig(
+            dataset="digits", width=0.125, dropout=0.25, batch_size=512, epochs=40, warmup_epochs=4, weight_decay=0.0
+        ),
         target=0.9,
         holdout=0.2,
         tune_seeds=2,

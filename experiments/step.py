@@ -2,8 +2,8 @@
 
 A step is `gradient` for each micro-batch and then `update`. The loop over micro-batches is Python's on purpose: XLA's
 CPU kernels for convolutions are some ten times slower inside `lax.scan`, and where a micro-batch fills an accelerator
-the dispatch is free. Parameters are replicated over a mesh of one axis, `data`; the images of a batch are split over it,
-so means over the batch (the loss, its gradient, batch norm, the curvature) are those of the whole batch.
+the dispatch is free. Parameters are replicated over a mesh of one axis, `data`, and the images of a batch split over
+it, so that means over the batch (the loss, its gradient, batch norm, the curvature) are those of the whole batch.
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ class Stepper:
         jit = functools.partial(jax.jit, out_shardings=self.everywhere)
         self._init, self._shuffle, self._zeros = jit(self._init), jit(self._shuffle), jit(self._zeros)
         self._gradient = jit(self._gradient, static_argnames="size", donate_argnums=0)
-        self._update = jit(self._update, static_argnames="batch_size", donate_argnums=(0, 1))
+        self._update = jit(self._update, static_argnames="batch_size", donate_argnums=0)
         self._evaluate = jit(self._evaluate, static_argnames="size")
 
     # What the training loop calls, on whole batches.

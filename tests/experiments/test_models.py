@@ -1,0 +1,90 @@
+"""The published networks: their sizes, to the parameter, and their shapes."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import models
+from experiments.config import TrainConfig
+
+
+def count(config, classes=10):
+    shapes = jax.eval_shape(lambda key: models.build(config, classes, key)[1], jax.random.key(0))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameters"),
+    [
+        ({"model": "alexnet"}, 23_272_266),
+        ({"model": "resnet18"}, 11_173_962),
+        # 2,252,992 in the convolutions of AlexNet, then 1024 -> 1024 -> 1024 -> 10.
+        ({"model": "alexnet", "hidden": 1024}, 2_251_584 + 2 * (1024 * 1024 + 1024) + 1024 * 10 + 10),
+    ],
+)
+def test_published_sizes(changes, parameters):
+    assert count(TrainConfig(**changes)) == parameters
+
+
+def test_only_the_last_layer_depends_on_the_classes():
+    assert count(TrainConfig(), 100) - count(TrainConfig(), 10) == 90 * (4096 + 1)
+    assert count(TrainConfig(model="resnet18"), 100) - count(TrainConfig(model="resnet18"), 10) == 90 * (512 + 1)
+
+
+@pytest.mark.parametrize("model", ["alexnet", "resnet18"])
+@pytest.mark.parametrize(("width", "size", "classes"), [(1.0, 32, 10), (0.25, 32, 7), (0.01, 16, 2), (0.1, 47, 3)])
+def test_shapes_at_any_width_and_image_size(model, width, size, classes):
+    config = TrainConfig(model=model, width=width, image_size=size)
+
+    def run(images, key):
+        return models.apply(*models.build(config, classes, key), images, key, train=True)
+
+    logits, _ = jax.eval_shape(run, jnp.zeros((4, size, size, 3)), jax.random.key(0))
+    assert logits.shape == (4, classes)
+    assert logits.dtype == jnp.float32
+
+
+def test_pytorch_initialisation_is_uniform_within_the_root_of_the_fan_in():
+    config = TrainConfig(width=0.25, init="pytorch")
+    _, params, _ = models.build(config, 10, jax.random.key(0))
+    kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
+    biases = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 1]
+    assert len(kernels) == len(biases) == 8
+    for leaf in kernels:
+        bound = 1 / np.sqrt(math.prod(leaf.shape[:-1]))
+        assert bound * 0.95 < np.max(np.abs(leaf)) <= bound
+        np.testing.assert_allclose(np.std(leaf), bound / np.sqrt(3), rtol=0.1)
+    assert all(np.all(leaf != 0) for leaf in biases)
+
+
+def test_he_initialisation_keeps_the_scale_of_the_signal():
+    _, params, _ = models.build(TrainConfig(width=0.25), 10, jax.random.key(0))
+    for leaf in jax.tree.leaves(params):
+        if leaf.ndim == 1:
+            assert np.all(leaf == 0)
+        else:
+            np.testing.assert_allclose(np.var(leaf), 2 / math.prod(leaf.shape[:-1]), rtol=0.2)
+
+
+def test_dropout_and_batch_norm_differ_between_training_and_judging():
+    images = jax.random.normal(jax.random.key(1), (8, 16, 16, 3))
+    config = TrainConfig(width=0.02, image_size=16)
+    alexnet = models.build(config, 10, jax.random.key(0))
+    first, second = (models.apply(*alexnet, images, jax.random.key(k), train=True)[0] for k in (0, 1))
+    assert not np.allclose(first, second)
+    first, second = (models.apply(*alexnet, images, jax.random.key(k), train=False)[0] for k in (0, 1))
+    np.testing.assert_array_equal(first, second)
+
+    definition, params, stats = models.build(dataclasses.replace(config, model="resnet18"), 10, jax.random.key(0))
+    _, after = models.apply(definition, params, stats, images, jax.random.key(0), train=True)
+    stem = jax.lax.conv_general_dilated(
+        images, params["stem"]["kernel"][...], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    # The averages began at 0 and forget a tenth per step.
+    np.testing.assert_allclose(after["norm"]["mean"][...], 0.1 * stem.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
+    _, unchanged = models.apply(definition, params, stats, images, jax.random.key(0), train=False)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), unchanged, stats))
