@@ -1,7 +1,8 @@
 """Any image classification data set that TensorFlow Datasets knows, read without TensorFlow.
 
-`tfds.data_source` reads files in the ArrayRecord format, which needs no TensorFlow; so a data set is prepared, and
-looked for, in that format. Decoded images are NumPy arrays of any size, which Pillow brings to the network's.
+TFDS reads files in the ArrayRecord format without TensorFlow, so they are prepared, and looked for, in that format.
+While preparing them it would call TensorFlow for one thing, to encode images given as arrays; Pillow does that here.
+Decoded images are NumPy arrays of any size, which Pillow brings to the network's.
 """
 
 import contextlib
@@ -97,12 +98,25 @@ def prepare(builder):
     if not reachable(builder):
         raise RunError(f"{where} and its download cannot be reached: {cure}; --dataset digits needs none")
     console.print(f"{where}: downloading")
+    encode_with_pillow(builder.info.features["image"])
     try:
         builder.download_and_prepare()
     # What a download can raise is open-ended: sockets, HTTP, checksums, archives, a full disk.
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise RunError(f"{where} and could not be prepared ({reason}): {cure}") from error
+
+
+def encode_with_pillow(feature):
+    """Makes an image feature accept arrays without TensorFlow; it does accept Pillow's images."""
+    encode = feature.encode_example
+
+    def encode_example(image):
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        return encode(image)
+
+    feature.encode_example = encode_example
 
 
 def reachable(builder) -> bool:
@@ -118,9 +132,8 @@ def reachable(builder) -> bool:
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """An image `(h, w, 1 or 3)`, uint8, as `(size, size, 3)`."""
-    if image.shape[-1] == 1:
-        image = np.repeat(image, 3, axis=-1)
+    """An image `(h, w, 1, 3 or 4)`, uint8, as `(size, size, 3)`; transparency is dropped."""
+    image = np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image[..., :3]
     if image.shape[:2] == (size, size):
         return image
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))

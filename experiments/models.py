@@ -1,7 +1,8 @@
 """AlexNet and ResNet18 for small images, in Flax NNX.
 
 A network here is a function of images, a key and a mode; what the training loop knows of Flax ends in this file:
-`build` splits a module into its definition, parameters and state, `apply` puts them together again.
+`build` splits a module into its definition, parameters and state, `apply` puts them together again. Parameters and
+state are plain nested dicts of arrays.
 """
 
 import math
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -118,14 +120,15 @@ def build(config, num_classes: int, key: jax.Array) -> tuple[Any, Any, Any]:
     else:
         names = ("width", "image_size", "hidden", "dropout", "init")
         model = AlexNet(num_classes, **{name: getattr(config, name) for name in names}, rngs=rngs)
-    return nnx.split(model, nnx.Param, nnx.BatchStat)
+    definition, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return definition, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
 
 def apply(definition, params, stats, images: jax.Array, key: jax.Array, train: bool) -> tuple[jax.Array, Any]:
     """The logits, and the state after them; nothing is mutated."""
     model = nnx.merge(definition, params, stats)
     logits = model(images, train=train, key=key)
-    return logits, nnx.state(model, nnx.BatchStat)
+    return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
 
 def scaled(features: int, width: float) -> int:
@@ -152,12 +155,19 @@ def norm(features, rngs) -> nnx.BatchNorm:
 
 def initializers(init: str, fan_in: int) -> dict[str, Any]:
     """Kernel and bias initializers of a layer that sums over `fan_in` inputs."""
+
+    # NumPy draws: to compile one draw for every shape takes longer than to train on the digits.
+    def normal(key, shape, dtype, **_):
+        return jnp.asarray(generator(key).normal(0, math.sqrt(2 / fan_in), shape), dtype)
+
+    def uniform(key, shape, dtype, **_):
+        return jnp.asarray(generator(key).uniform(-1, 1, shape) / math.sqrt(fan_in), dtype)
+
     if init == "he":
-        return {"kernel_init": nnx.initializers.he_normal(), "bias_init": nnx.initializers.zeros_init()}
-    bound = 1 / math.sqrt(fan_in)
-
-    def uniform(key, shape, dtype=jnp.float32, out_sharding=None):
-        del out_sharding
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
+        return {"kernel_init": normal, "bias_init": nnx.initializers.zeros_init()}
     return {"kernel_init": uniform, "bias_init": uniform}
+
+
+def generator(key: jax.Array) -> np.random.Generator:
+    """A NumPy generator that a JAX key determines."""
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))

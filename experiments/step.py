@@ -80,7 +80,7 @@ class Stepper:
         self.mean, self.std = data.channel_statistics(dataset.train.images)
         self.definition, *_ = models.build(config, dataset.num_classes, jax.random.key(0))
         jit = functools.partial(jax.jit, out_shardings=self.everywhere)
-        self._init, self._shuffle, self._zeros = jit(self._init), jit(self._shuffle), jit(self._zeros)
+        self._shuffle, self._zeros = jit(self._shuffle), jit(self._zeros)
         self._gradient = jit(self._gradient, static_argnames="size", donate_argnums=0)
         self._update = jit(self._update, static_argnames="batch_size", donate_argnums=0)
         self._evaluate = jit(self._evaluate, static_argnames="size")
@@ -89,7 +89,12 @@ class Stepper:
 
     def init(self, seed: int) -> TrainState:
         """The state before the first step."""
-        return self._init(jax.random.key(seed))
+        key = jax.random.key(seed)
+        _, params, stats = models.build(self.config, self.num_classes, stream(key, "init"))
+        # No optimizer's initial state depends on its learning rate.
+        opt_state = methods.make(self.config, 0.0, stream(key, "probes")).init(params)
+        state = TrainState(jnp.zeros([], jnp.int32), key, params, stats, opt_state)
+        return jax.device_put(state, self.everywhere)
 
     def shuffle(self, state: TrainState, epoch: int) -> jax.Array:
         """The order of an epoch, `(num_images,)`, int32."""
@@ -124,12 +129,6 @@ class Stepper:
         return float(loss), float(accuracy)
 
     # What is compiled.
-
-    def _init(self, key):
-        _, params, stats = models.build(self.config, self.num_classes, stream(key, "init"))
-        # No optimizer's initial state depends on its learning rate.
-        opt_state = methods.make(self.config, 0.0, stream(key, "probes")).init(params)
-        return TrainState(jnp.zeros([], jnp.int32), key, params, stats, opt_state)
 
     def _shuffle(self, key, epoch):
         return data.shuffle(jax.random.fold_in(stream(key, "order"), epoch), len(self.train))

@@ -1,6 +1,7 @@
 """The published networks: their sizes, to the parameter, and their shapes."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -11,10 +12,12 @@ import pytest
 from experiments import models
 from experiments.config import TrainConfig
 
+apply = jax.jit(models.apply, static_argnums=0, static_argnames="train")
+
 
 def count(config, classes=10):
-    shapes = jax.eval_shape(lambda key: models.build(config, classes, key)[1], jax.random.key(0))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    _, params, _ = models.build(config, classes, jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize(
@@ -39,13 +42,12 @@ def test_only_the_last_layer_depends_on_the_classes():
 @pytest.mark.parametrize(("width", "size", "classes"), [(1.0, 32, 10), (0.25, 32, 7), (0.01, 16, 2), (0.1, 47, 3)])
 def test_shapes_at_any_width_and_image_size(model, width, size, classes):
     config = TrainConfig(model=model, width=width, image_size=size)
-
-    def run(images, key):
-        return models.apply(*models.build(config, classes, key), images, key, train=True)
-
-    logits, _ = jax.eval_shape(run, jnp.zeros((4, size, size, 3)), jax.random.key(0))
+    definition, params, stats = models.build(config, classes, jax.random.key(0))
+    run = functools.partial(models.apply, definition, train=True)
+    logits, after = jax.eval_shape(run, params, stats, jnp.zeros((4, size, size, 3)), jax.random.key(0))
     assert logits.shape == (4, classes)
     assert logits.dtype == jnp.float32
+    assert jax.tree.map(jnp.shape, stats) == jax.tree.map(lambda leaf: leaf.shape, after)
 
 
 def test_pytorch_initialisation_is_uniform_within_the_root_of_the_fan_in():
@@ -74,17 +76,17 @@ def test_dropout_and_batch_norm_differ_between_training_and_judging():
     images = jax.random.normal(jax.random.key(1), (8, 16, 16, 3))
     config = TrainConfig(width=0.02, image_size=16)
     alexnet = models.build(config, 10, jax.random.key(0))
-    first, second = (models.apply(*alexnet, images, jax.random.key(k), train=True)[0] for k in (0, 1))
+    first, second = (apply(*alexnet, images, jax.random.key(k), train=True)[0] for k in (0, 1))
     assert not np.allclose(first, second)
-    first, second = (models.apply(*alexnet, images, jax.random.key(k), train=False)[0] for k in (0, 1))
+    first, second = (apply(*alexnet, images, jax.random.key(k), train=False)[0] for k in (0, 1))
     np.testing.assert_array_equal(first, second)
 
     definition, params, stats = models.build(dataclasses.replace(config, model="resnet18"), 10, jax.random.key(0))
-    _, after = models.apply(definition, params, stats, images, jax.random.key(0), train=True)
+    _, after = apply(definition, params, stats, images, jax.random.key(0), train=True)
     stem = jax.lax.conv_general_dilated(
-        images, params["stem"]["kernel"][...], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        images, params["stem"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     # The averages began at 0 and forget a tenth per step.
-    np.testing.assert_allclose(after["norm"]["mean"][...], 0.1 * stem.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
-    _, unchanged = models.apply(definition, params, stats, images, jax.random.key(0), train=False)
+    np.testing.assert_allclose(after["norm"]["mean"], 0.1 * stem.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
+    _, unchanged = apply(definition, params, stats, images, jax.random.key(0), train=False)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), unchanged, stats))

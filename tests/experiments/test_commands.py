@@ -1,0 +1,215 @@
+"""The command line, and what it leaves behind."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import __main__, compare, problems, records
+from experiments.config import TrainConfig, load_config
+from experiments.problems import GRID_POINTS, PROBLEMS, RACERS
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--dataset", "generated", "--image-size", "16", "--width", "0.05", "--batch-size", "128", "--epochs", "2"]
+
+
+def command(capfd, *arguments):
+    """Exit code, output and errors of `python -m experiments ...`, run in this process."""
+    try:
+        code = __main__.main(arguments)
+    except SystemExit as exit:
+        code = exit.code or 0
+    return (code, *capfd.readouterr())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["race", "--help"], ["tune", "--help"], ["train", "--help"]])
+def test_help_succeeds_and_names_the_options(capfd, arguments):
+    code, out, _ = command(capfd, *arguments)
+    assert code == 0
+    for word in {"--help": ["race", "tune", "train"], "train": ["--learning-rate", "TFDS"]}.get(arguments[0], []):
+        assert word in out
+
+
+def test_help_tells_the_purpose_of_every_option(capfd):
+    _, out, _ = command(capfd, "train", "--help")
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "accepted"),
+    [
+        (["train", "--optimizer", "adamax"], "'mclr', 'percent_delta', 'cblr'"),
+        (["train", "--batch-size", "many"], "it takes --batch-size INT"),
+        (["train", "--batch-size", "0"], "--batch-size must be above 0, not 0"),
+        (["train", "--batch-size", "2000"], "--batch-size 2000 exceeds the 1437 training images of digits"),
+        (["train", "--learning-rte", "1"], "--learning-rate"),
+        (["train", "--dataset", "cifar11"], "digits, generated, or a name that TFDS lists"),
+        (["train", "--data-dir", "/nowhere", "--dataset", "cifar10"], "--data-dir /nowhere is not a folder"),
+        (["race", "--methods", "sgd", "adam"], "'cblr'"),
+        (["race", "--seeds", "0"], "--seeds must be above 0, not 0"),
+        (["sprint"], "race, tune, train"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_says_what_is_accepted(capfd, arguments, accepted):
+    code, out, err = command(capfd, *arguments, *(["--learning-rate", "0.1"] if arguments[0] == "train" else []))
+    assert code == 2
+    assert err.count("\n") == 1 and err.startswith("error: ")
+    assert accepted in err
+    assert "Traceback" not in out + err
+
+
+def test_the_exit_code_reaches_the_shell():
+    for arguments, code in ((["--help"], 0), (["sprint"], 2)):
+        done = subprocess.run([sys.executable, "-m", "experiments", *arguments], cwd=ROOT, capture_output=True)
+        assert done.returncode == code
+
+
+def test_training_leaves_its_configuration_and_its_metrics(capfd, tmp_path):
+    arguments = [
+        "train",
+        *TINY,
+        "--optimizer",
+        "lars",
+        "--learning-rate",
+        "0.02",
+        "--out",
+        str(tmp_path),
+        "--no-augment",
+    ]
+    code, out, _ = command(capfd, *arguments)
+    assert code == 0
+    [path] = tmp_path.glob("*/metrics.jsonl")
+    assert str(path) in out.replace("\n", "")
+    first, *rest = records.read(path)
+    assert first.pop("kind") == "config"
+    assert load_config(first).optimizer == "lars"
+    assert [record["kind"] for record in rest] == ["step"] * 4 + ["epoch"] + ["step"] * 4 + ["epoch"]
+    assert [record["step"] for record in rest if record["kind"] == "step"] == list(range(1, 9))
+    for record in rest:
+        assert {"epoch", "loss", "accuracy", "learning_rate", "batch_size"} <= set(record)
+    assert all({"test_accuracy", "images_per_second"} <= set(r) for r in rest if r["kind"] == "epoch")
+
+
+def test_divergence_is_exit_code_1_and_one_line(capfd, tmp_path):
+    code, out, err = command(
+        capfd, "train", *TINY, "--optimizer", "sgd", "--learning-rate", "1e20", "--out", str(tmp_path)
+    )
+    assert code == 1
+    assert err.startswith("error: the loss is nan at step ") and err.count("\n") == 1
+    assert "Traceback" not in out + err
+
+
+def test_an_unwritable_folder_is_exit_code_1_before_the_work(capfd, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = command(capfd, "train", *TINY, "--learning-rate", "0.1", "--out", str(tmp_path / "file" / "runs"))
+    assert code == 1
+    assert "cannot write to" in err and "--out" in err
+
+
+def test_records_round_trip_and_numbers_that_are_none_become_null(tmp_path):
+    rows = [{"kind": "config", "phases": ["1:2:3"], "x": None}, {"loss": 0.1 + 0.2, "step": 3, "name": "é"}]
+    with records.Writer(tmp_path / "a.jsonl") as writer:
+        for row in [*rows, {"loss": float("nan"), "other": float("-inf")}]:
+            writer.write(row)
+    assert records.read(tmp_path / "a.jsonl") == [*rows, {"loss": None, "other": None}]
+
+
+def test_new_folders_never_coincide(tmp_path):
+    folders = {records.new_folder(tmp_path, "run") for _ in range(5)}
+    assert len(folders) == 5 and all(folder.is_dir() for folder in folders)
+
+
+@pytest.fixture
+def tiny_problem(monkeypatch):
+    config = TrainConfig(dataset="generated", image_size=16, width=0.05, batch_size=128, epochs=2, dropout=0.0)
+    problem = dataclasses.replace(PROBLEMS["digits"], config=config, tune_seeds=1, race_seeds=2, target=0.3)
+    monkeypatch.setitem(PROBLEMS, "digits", problem)
+    return problem
+
+
+def test_tune_then_race_from_nothing(capfd, tmp_path, tiny_problem, monkeypatch):
+    file = tmp_path / "tuned.json"
+    monkeypatch.setattr("experiments.methods.TUNED_FILE", file)
+    code, _, err = command(capfd, "race", "--out", str(tmp_path))
+    assert code == 2 and "python -m experiments tune --problem digits" in err
+
+    methods = ["--methods", "sgd", "lars"]
+    code, _, _ = command(capfd, "tune", *methods, "--file", str(file))
+    assert code == 0
+    tuned = json.loads(file.read_text())["digits"]
+    for name in ("sgd", "lars"):
+        trials = tuned["methods"][name]["trials"]
+        assert [trial["learning_rate"] for trial in trials] == tiny_problem.grid(name)
+        best = max(trials, key=lambda trial: trial["accuracy"])
+        chosen = next(t for t in trials if t["learning_rate"] == tuned["methods"][name]["best"])
+        assert chosen["accuracy"] == best["accuracy"]
+    assert tuned["settings"]["holdout"] == tiny_problem.holdout
+
+    code, out, _ = command(capfd, "race", *methods, "--out", str(tmp_path))
+    assert code == 0
+    assert "steps to 30%" in out and "ratio to SGD" in out
+    [folder] = tmp_path.glob("*-race-digits")
+    assert (folder / "race.png").read_bytes().startswith(b"\x89PNG")
+    first, *rest = records.read(folder / "race.jsonl")
+    assert first["learning_rates"] == {name: tuned["methods"][name]["best"] for name in ("sgd", "lars")}
+    steps = [record for record in rest if record["kind"] == "step"]
+    assert len(steps) == 2 * 2 * 2 * 4
+    outcomes = [record for record in rest if record["kind"] == "outcome"]
+    assert [(o["method"], o["seed"]) for o in outcomes] == [("sgd", 0), ("sgd", 1), ("lars", 0), ("lars", 1)]
+
+
+def test_tune_goes_on_where_it_stopped(capfd, tmp_path, tiny_problem, monkeypatch):
+    file, trained = tmp_path / "tuned.json", []
+    run = compare.run
+    monkeypatch.setattr(compare, "run", lambda stepper, rate, *rest: trained.append(rate) or run(stepper, rate, *rest))
+    command(capfd, "tune", "--methods", "sgd", "--file", str(file))
+    results = json.loads(file.read_text())
+    lost = results["digits"]["methods"]["sgd"]["trials"].pop(2)
+    file.write_text(json.dumps(results))
+    trained.clear()
+    command(capfd, "tune", "--methods", "sgd", "--file", str(file))
+    assert trained == [lost["learning_rate"]]
+    assert json.loads(file.read_text())["digits"]["methods"]["sgd"]["trials"][2] == lost
+
+
+def test_grids_are_of_equal_size_and_hold_the_committed_rates():
+    for problem in PROBLEMS.values():
+        assert all(len(problem.grid(method)) == GRID_POINTS for method in problem.lowest)
+    tuned = json.loads((ROOT / "experiments" / "tuned.json").read_text())
+    for name, entry in tuned.items():
+        for method, result in entry["methods"].items():
+            rates = [trial["learning_rate"] for trial in result["trials"]]
+            assert rates == PROBLEMS[name].grid(method)
+            assert result["best"] in rates
+    assert set(tuned["digits"]["methods"]) >= set(RACERS)
+
+
+def test_outcomes_are_read_off_the_records():
+    steps = [{"kind": "step", "step": i + 1, "seconds": 5.0 if i == 0 else 0.1} for i in range(4)]
+    epochs = [
+        {"kind": "epoch", "step": 2, "loss": 2.0, "test_loss": 2.1, "test_accuracy": 0.4},
+        {"kind": "epoch", "step": 4, "loss": 1.0, "test_loss": 1.1, "test_accuracy": 0.6},
+    ]
+    outcome = compare.summarise(steps + epochs, "sgd", 0.1, 0, target=0.5, diverged=False)
+    assert (outcome.steps_to_target, outcome.loss, outcome.test_accuracy) == (4, 1.0, 0.6)
+    np.testing.assert_allclose([outcome.step_seconds, outcome.compile_seconds], [0.1, 4.9])
+    outcome = compare.summarise(steps + epochs, "sgd", 0.1, 0, target=0.7, diverged=True)
+    assert outcome.steps_to_target is None and outcome.loss == float("inf") and outcome.test_accuracy == 0
+
+
+def test_a_rate_is_borrowed_from_the_nearest_problem(monkeypatch):
+    rates = {"digits": 0.1, "cifar10": 0.2}
+    monkeypatch.setattr("experiments.methods.tuned_learning_rate", lambda problem, method: rates.get(problem))
+    assert problems.default_learning_rate(TrainConfig(dataset="digits")) == (0.1, "digits")
+    assert problems.default_learning_rate(TrainConfig(dataset="svhn_cropped")) == (0.2, "cifar10")
+
+
+def test_importing_the_command_line_imports_no_tensorflow():
+    code = "import sys, experiments.__main__, tensorflow_datasets; assert 'tensorflow' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

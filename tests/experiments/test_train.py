@@ -1,0 +1,180 @@
+"""The training loop: what must not change its results, and what must."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import data, plan
+from experiments.config import TrainConfig, load_config
+from experiments.errors import UsageError
+from experiments.step import Stepper
+from experiments.train import Diverged, train
+
+TINY = TrainConfig(
+    dataset="generated", image_size=16, width=0.05, dropout=0.0, batch_size=64, epochs=1, learning_rate=0.02
+)
+
+
+@functools.cache
+def dataset():
+    return data.load(TINY)
+
+
+def change(**changes):
+    return dataclasses.replace(TINY, **changes)
+
+
+@functools.cache
+def run(config, seed=0):
+    """The metrics of each step and epoch of a run, without its times."""
+    records = list(train(Stepper(config, dataset()), seed, config.learning_rate))
+    timed = ("seconds", "images_per_second")
+    return [{name: value for name, value in record.items() if name not in timed} for record in records]
+
+
+def column(records, name, kind="step"):
+    return np.array([record[name] for record in records if record["kind"] == kind])
+
+
+def test_the_loss_falls_and_the_test_images_are_learnt():
+    records = run(change(epochs=6, optimizer="lars"))
+    assert column(records, "test_accuracy", "epoch")[-1] > 0.8
+    assert column(records, "loss", "epoch")[-1] < 0.5 * column(records, "loss", "epoch")[0]
+
+
+def test_one_seed_gives_the_same_numbers_and_another_gives_others():
+    again = list(train(Stepper(TINY, dataset()), 0, TINY.learning_rate))
+    np.testing.assert_array_equal(column(again, "loss"), column(run(TINY), "loss"))
+    other = list(train(Stepper(TINY, dataset()), 1, TINY.learning_rate))
+    assert not np.any(column(other, "loss") == column(run(TINY), "loss"))
+
+
+@pytest.mark.parametrize("optimizer", ["mclr", "cblr"])
+def test_one_device_and_eight_agree(optimizer):
+    one, eight = (run(change(optimizer=optimizer, devices=devices, dropout=0.5)) for devices in (1, 8))
+    np.testing.assert_allclose(column(eight, "loss"), column(one, "loss"), rtol=1e-4)
+    np.testing.assert_allclose(column(eight, "test_loss", "epoch"), column(one, "test_loss", "epoch"), rtol=1e-4)
+
+
+def test_batch_norm_over_eight_devices_is_over_the_whole_batch():
+    config = change(model="resnet18", width=0.03, image_size=8, phases=("1:256:0.02",))
+    images = data.load(config)
+    runs = [list(train(Stepper(dataclasses.replace(config, devices=n), images), 0, 0.02)) for n in (1, 8)]
+    np.testing.assert_allclose(*(column(records, "loss") for records in runs), rtol=1e-4)
+    np.testing.assert_allclose(*(column(records, "test_loss", "epoch") for records in runs), rtol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "cblr"])
+def test_micro_batches_add_up_to_the_batch(optimizer):
+    whole = run(change(optimizer=optimizer, curvature_batch_size=64))
+    micro = run(change(optimizer=optimizer, curvature_batch_size=64, micro_batch_size=16))
+    np.testing.assert_allclose(column(micro, "loss"), column(whole, "loss"), rtol=1e-4)
+    np.testing.assert_allclose(column(micro, "accuracy"), column(whole, "accuracy"))
+
+
+def test_a_run_goes_on_from_its_state_to_the_same_bits():
+    config = change(phases=("1:128:0.01", "2:64:0.02"), dropout=0.5, optimizer="cblr", curvature_every=3)
+    stepper = Stepper(config, dataset())
+    whole = list(train(stepper, 0, 1.0))
+    state = stepper.init(0)
+    for epoch in plan.epochs(config.plan(1.0), len(stepper.train), config.schedule, config.warmup_epochs):
+        if epoch.number < 2:
+            order = stepper.shuffle(state, epoch.number)
+            for batch, rate in enumerate(epoch.learning_rates):
+                state, _ = stepper.step(state, order, batch, epoch.batch_size, rate)
+    rest = list(train(stepper, 0, 1.0, state))
+    assert [record["step"] for record in rest] == [record["step"] for record in whole[-len(rest) :]]
+    np.testing.assert_array_equal(column(rest, "loss"), column(whole, "loss")[-8:])
+    assert rest[-1]["test_loss"] == whole[-1]["test_loss"]
+
+
+def test_one_compilation_per_batch_size_and_none_for_rates_or_seeds():
+    stepper = Stepper(change(phases=("1:128:0.01", "1:64:0.02", "1:128:0.03")), dataset())
+    for seed, rate in ((0, 0.1), (1, 0.2)):
+        list(train(stepper, seed, rate))
+    assert stepper._update._cache_size() == stepper._gradient._cache_size() == 2
+    assert stepper._shuffle._cache_size() == stepper._evaluate._cache_size() == 1
+
+
+def test_sharpness_multiplies_the_logits():
+    stepper, sharp = (Stepper(change(sharpness=sharpness), dataset()) for sharpness in (1.0, 4.0))
+    state = stepper.init(0)
+    order = stepper.shuffle(state, 0)
+    batch = stepper._batch(state, stepper.train, order, 0, 0, 8)
+    logits, sharper = (s._logits(state.params, state.stats, batch, state.key)[0] for s in (stepper, sharp))
+    np.testing.assert_allclose(sharper, 4 * logits, rtol=1e-5)
+
+
+def test_an_epoch_trains_on_every_image_of_its_full_batches_once():
+    stepper = Stepper(change(augment=False, batch_size=192), dataset())
+    state = stepper.init(0)
+    order = stepper.shuffle(state, 0)
+    labels = [stepper._batch(state, stepper.train, order, 192 * b, 0, 192)["labels"] for b in range(2)]
+    np.testing.assert_array_equal(np.concatenate(labels), dataset().train.labels[np.asarray(order)[:384]])
+    images = stepper._batch(state, stepper.train, order, 0, 64, 128)["images"]
+    mean, std = data.channel_statistics(dataset().train.images)
+    expected = (dataset().train.images[np.asarray(order)[64:192]] - mean) / std
+    np.testing.assert_allclose(images, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_evaluation_counts_every_test_image_once():
+    # 100 images do not divide by 8 devices: four are seen twice and may count only once.
+    part = dataclasses.replace(dataset(), test=data.Split(dataset().test.images[:100], dataset().test.labels[:100]))
+    results = [stepper.evaluate(stepper.init(0)) for stepper in (Stepper(change(devices=n), part) for n in (1, 8))]
+    np.testing.assert_allclose(*results, rtol=1e-5)
+
+
+def test_divergence_is_said_in_one_line():
+    with pytest.raises(Diverged, match=r"the loss is nan at step .*: try a smaller --learning-rate"):
+        list(train(Stepper(TINY, dataset()), 0, 1e20))
+
+
+def test_too_few_devices_are_refused():
+    with pytest.raises(UsageError, match=f"--devices 64: there are {jax.device_count()}"):
+        Stepper(change(devices=64), dataset())
+
+
+def test_schedules_against_their_formulas():
+    phases = (plan.Phase(2, 10, 0.1), plan.Phase(3, 20, 0.4))
+    epochs = list(plan.epochs(phases, 45, "cosine", 1.5))
+    assert [epoch.steps for epoch in epochs] == [4, 4, 2, 2, 2]
+    assert [epoch.first_step for epoch in epochs] == [0, 4, 8, 10, 12]
+    rates = np.concatenate([epoch.learning_rates for epoch in epochs])
+    start = np.array([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 4.5])
+    end = np.array([0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 4.5, 5])
+    peak = np.where(start < 2, 0.1, 0.4)
+    decay = np.where(start < 1.5, 1, (1 + np.cos(np.pi * (start - 1.5) / 3.5)) / 2)
+    np.testing.assert_allclose(rates, peak * np.minimum(end / 1.5, 1) * decay, rtol=1e-12)
+    constant = np.concatenate([epoch.learning_rates for epoch in plan.epochs(phases, 45, "constant", 0.0)])
+    np.testing.assert_allclose(constant, peak)
+
+
+def test_configurations_survive_json():
+    config = change(phases=("1:512:0.005", "2:256:0.05"), micro_batch_size=64, devices=2)
+    assert load_config(config.as_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size must be above 0, not 0"),
+        ({"dropout": 1.0}, "--dropout must be at least 0 and below 1, not 1.0"),
+        ({"learning_rate": -1.0}, "--learning-rate must be above 0, not -1.0"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be above 0, not nan"),
+        ({"micro_batch_size": 48}, "--micro-batch-size must divide the batch size 64, and 48 does not"),
+        ({"devices": 3}, "--devices 3 must divide the --micro-batch-size, here 64 images"),
+        (
+            {"devices": 8, "curvature_batch_size": 12},
+            "--devices 8 must divide the --curvature-batch-size, here 12 images",
+        ),
+        ({"phases": ("1:512",)}, "--phases takes EPOCHS:BATCH:RATE"),
+        ({"phases": ("1:512:0",)}, "--phases takes EPOCHS:BATCH:RATE"),
+    ],
+)
+def test_impossible_configurations_say_what_is_accepted(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        change(**changes)
+    assert "\n" not in str(error.value)
