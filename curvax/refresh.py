@@ -84,7 +84,7 @@ def with_hessian_diag(
 
     def init_fn(params):
         chosen = hessian.select(params, options.get("where"))
-        average = jax.tree.map(lambda x: jnp.zeros(x.shape, hessian.diag_dtype(x.dtype)), chosen)
+        average = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=hessian.diag_dtype(x.dtype)), chosen)
         return HessianDiagState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), average, inner.init(params))
 
     def refresh(objective, params, num_refreshes, average):
