@@ -3,8 +3,8 @@
 optax ships them in its wheel. A suite looks a factory up by its name, and is parametrised over optimizers, targets and
 dtypes: here the cases of one of its optimizers, the stand-in, are run again with a factory of curvax in its place.
 
-Left out, as `test_what_is_left_out` asserts: `cblr` in the alias suite, which passes `obj_fn` to no optimizer; the tests of
-each suite that name one optimizer of optax's; and layers of single arrays for `mclr` (see `FIRST_ORDER`).
+Left out, as `test_what_is_left_out` asserts: `cblr` in the alias suite, which passes `obj_fn` to no optimizer; the
+tests of each suite that name one optimizer of optax's; and layers of single arrays for `mclr` (see `FIRST_ORDER`).
 """
 
 import collections
@@ -31,9 +31,9 @@ def percent_delta_per_array(learning_rate: optax.ScalarOrSchedule):
     return curvax.percent_delta(learning_rate, layers="array")
 
 
-# A learning rate at which each reaches the suites' minima. Their targets are bare vectors, which by default have no larger
-# array to follow, and radius 1; LARS, LAMB and the per-array PercentDelta take them for layers. MCLR cannot: once two of
-# three entries have converged, the median gradient is next to zero, and the radius throws the third about.
+# A learning rate at which each reaches the suites' minima. Their targets are bare vectors, which by default have no
+# larger array to follow, and radius 1; LARS, LAMB and the per-array PercentDelta take them for layers. MCLR cannot:
+# once two of three entries have converged, the median gradient is next to zero, and the radius throws the third about.
 FIRST_ORDER = {
     "lars": (curvax.lars, 1.0),
     "lamb": (curvax.lamb, 1e-3),
