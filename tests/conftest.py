@@ -5,8 +5,8 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Other people's code, which promises nothing of the kind: optax's own suites, and Flax.
-NOT_STRICT = {"contract", "experiments"}
+# Where other people's code runs, which promises nothing of the kind: Flax, optax's Adam, schedules and MultiSteps.
+NOT_STRICT = {"contract", "experiments", "test_devices.py", "test_optimizers.py", "test_refresh.py"}
 
 
 @pytest.fixture(autouse=True)
