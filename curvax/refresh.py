@@ -139,7 +139,7 @@ def _mean_over_devices(objective, params, method, key, axis_name, options):
 
 def _varying(x, axis_name):
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
-    missing = tuple(name for name in names if name not in jax.typeof(x).vma)
+    missing = tuple(name for name in names if name not in jax.typeof(x).manual_axis_type.varying)
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
