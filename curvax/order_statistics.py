@@ -128,7 +128,7 @@ def order_statistics(x: Any, rank: Any, axis_name: AxisName = None) -> tuple[jax
         [5.0, 7.0]
     """
     dtype, size = _magnitude_dtype(x), population_size(x, axis_name)
-    leaves = [_patterns(leaf, dtype) for leaf in jax.tree.leaves(x) if np.size(leaf)]
+    leaves = [_rows(leaf, dtype) for leaf in jax.tree.leaves(x) if np.size(leaf)]
     if not leaves:
         return jnp.zeros((), dtype), jnp.zeros((), dtype)
     population = _Population(leaves, size, axis_name, _infinity(dtype))
@@ -185,10 +185,17 @@ def _word(dtype: np.dtype) -> np.dtype:
     return np.dtype(f"int{jnp.finfo(dtype).bits}")
 
 
-def _patterns(leaf: Any, dtype: np.dtype) -> jax.Array:
-    leaf = jnp.abs(leaf) if jnp.iscomplexobj(leaf) else jnp.asarray(leaf)
-    word = _word(dtype)
-    bits = lax.bitcast_convert_type(leaf.astype(dtype), word) & np.iinfo(word).max
+def _rows(leaf: Any, dtype: np.dtype) -> jax.Array:
+    """The real numbers of an array, as a matrix where a reshape moves nothing."""
+    leaf = (jnp.abs(leaf) if jnp.iscomplexobj(leaf) else jnp.asarray(leaf)).astype(dtype)
+    # Rows, since XLA's CPU compiler splits a reduction over threads by its outputs alone; reshaped before the search,
+    # since it would otherwise divide indices within.
+    return leaf.reshape(math.gcd(leaf.size, 64) if leaf.size >= 2**16 else 1, -1) if _is_local(leaf) else leaf
+
+
+def _patterns(leaf: jax.Array) -> jax.Array:
+    word = _word(leaf.dtype)
+    bits = lax.bitcast_convert_type(leaf, word) & np.iinfo(word).max
     # XLA's CPU compiler vectorises 16-bit comparisons badly where they feed 32-bit counts.
     return bits.astype(max(word, np.dtype(np.int32)))
 
@@ -260,7 +267,13 @@ def _search(population: _Population, sample: jax.Array | None, rank: jax.Array) 
 
     def narrow(state):
         bracket, thresholds = state
-        counts = _fold(population, lambda p: [(p < t).astype(rank.dtype) for t in thresholds], [_SUM] * len(thresholds))
+        # The barrier keeps the patterns, a copy of the whole population, from being computed once and stored.
+        leaves, thresholds = lax.optimization_barrier((population.leaves, thresholds))
+        counts = _fold(
+            population._replace(leaves=leaves),
+            lambda p: [(p < t).astype(rank.dtype) for t in thresholds],
+            [_SUM] * len(thresholds),
+        )
         narrower = _narrowed(bracket, thresholds, jnp.stack(counts), rank)
         shrank = narrower.high - narrower.low <= (bracket.high - bracket.low) >> 3
         return narrower, _thresholds(narrower, shrank, rank)
@@ -273,7 +286,7 @@ def _search(population: _Population, sample: jax.Array | None, rank: jax.Array) 
 
 def _everything(population: _Population, count_dtype: np.dtype) -> _Bracket:
     # Zeros that vary over the same device axes as the counts will: a loop's carry may not change its type.
-    zero = functools.reduce(lax.add, (lax.full_like(leaf, 0, shape=()) for leaf in population.leaves))
+    zero = functools.reduce(lax.add, (_patterns(lax.full_like(leaf, 0, shape=())) for leaf in population.leaves))
     zero = _across(lax.psum, zero, population.axis_name)
     none = zero.astype(count_dtype)
     return _Bracket(zero, zero + population.infinity, none, none + np.asarray(population.size, count_dtype))
@@ -309,7 +322,7 @@ def _sorted_sample(leaves: list[jax.Array]) -> jax.Array | None:
     stride = sum(leaf.size for leaf in leaves) // _SAMPLE
     # Odd, since an even stride would meet few columns of a matrix whose width is a power of two.
     stride = stride | 1 if stride else 1
-    return lax.sort(jnp.concatenate([leaf.reshape(-1)[::stride] for leaf in leaves]), is_stable=False)
+    return lax.sort(jnp.concatenate([_patterns(leaf.reshape(-1)[::stride]) for leaf in leaves]), is_stable=False)
 
 
 def _sample_thresholds(population: _Population, sample: jax.Array, rank: jax.Array) -> jax.Array:
@@ -364,15 +377,13 @@ def _fold(population: _Population, operands: Callable, monoids: list[_Monoid]) -
 
 
 def _reduce(leaf: jax.Array, operands: Callable, monoids: list[_Monoid]) -> list[jax.Array]:
+    values = operands(_patterns(leaf))
     if _is_local(leaf):
-        # Rows, since XLA's CPU compiler splits a reduction over threads by its outputs alone.
-        rows = math.gcd(leaf.size, 64) if leaf.size >= 2**16 else 1
-        partial = _one_pass(operands(leaf.reshape(rows, -1)), monoids, (1,))
-        return [m.total(value, (0,)) for m, value in zip(monoids, partial)]
+        return [m.total(row, (0,)) for m, row in zip(monoids, _one_pass(values, monoids, (1,)))]
     axes = tuple(range(leaf.ndim))
     if _is_on_few_cpus(leaf):
-        return _one_pass(operands(leaf), monoids, axes)
-    return [m.total(value, axes) for m, value in zip(monoids, operands(leaf))]
+        return _one_pass(values, monoids, axes)
+    return [m.total(value, axes) for m, value in zip(monoids, values)]
 
 
 def _one_pass(values: Sequence[jax.Array], monoids: list[_Monoid], axes: tuple[int, ...]) -> list[jax.Array]:
