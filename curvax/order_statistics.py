@@ -100,7 +100,10 @@ def quantile(x: Any, q: Any, axis_name: AxisName = None) -> jax.Array:
     rank, fraction = _rank_and_fraction(q, max(size - 1, 0))
     low, above = order_statistics(x, rank, axis_name)
     high = jnp.where(fraction > 0, above, low)
-    return (high.astype(q.dtype) * fraction + low.astype(q.dtype) * (1 - fraction)).astype(dtype)
+    # XLA contracts one of the two products into a fused multiply-add. The other is positive: its absolute value only
+    # makes sure that the one is the same here as in a call of jnp.quantile.
+    rounded = jnp.abs(low.astype(q.dtype) * (1 - fraction))
+    return (rounded + high.astype(q.dtype) * fraction).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames="axis_name")
@@ -190,7 +193,7 @@ def _rows(leaf: Any, dtype: np.dtype) -> jax.Array:
     leaf = (jnp.abs(leaf) if jnp.iscomplexobj(leaf) else jnp.asarray(leaf)).astype(dtype)
     # Rows, since XLA's CPU compiler splits a reduction over threads by its outputs alone; reshaped before the search,
     # since it would otherwise divide indices within.
-    return leaf.reshape(math.gcd(leaf.size, 64) if leaf.size >= 2**16 else 1, -1) if _is_local(leaf) else leaf
+    return leaf.reshape(math.gcd(leaf.size, 32) if leaf.size >= 2**16 else 1, -1) if _is_local(leaf) else leaf
 
 
 def _patterns(leaf: jax.Array) -> jax.Array:
@@ -294,12 +297,13 @@ def _everything(population: _Population, count_dtype: np.dtype) -> _Bracket:
 
 def _narrowed(bracket: _Bracket, thresholds: jax.Array, counts: jax.Array, rank: jax.Array) -> _Bracket:
     is_low = counts <= rank
-    return _Bracket(
-        jnp.maximum(bracket.low, jnp.max(jnp.where(is_low, thresholds, bracket.low))),
-        jnp.minimum(bracket.high, jnp.min(jnp.where(is_low, bracket.high, thresholds - 1))),
-        jnp.maximum(bracket.below, jnp.max(jnp.where(is_low, counts, bracket.below))),
-        jnp.minimum(bracket.upto, jnp.min(jnp.where(is_low, bracket.upto, counts))),
+    ends = (
+        jnp.where(is_low, thresholds, bracket.low),
+        jnp.where(is_low, bracket.high, thresholds - 1),
+        jnp.where(is_low, counts, bracket.below),
+        jnp.where(is_low, bracket.upto, counts),
     )
+    return _Bracket(*_one_pass(ends, [_MAX, _MIN, _MAX, _MIN], (0,)))
 
 
 def _thresholds(bracket: _Bracket, interpolate: jax.Array | bool, rank: jax.Array) -> jax.Array:
@@ -333,7 +337,9 @@ def _sample_thresholds(population: _Population, sample: jax.Array, rank: jax.Arr
     low = _across(lax.pmin, guesses[:2], population.axis_name)
     high = _across(lax.pmax, guesses[2:], population.axis_name)
     # v and v + 1 enclose the ties of a v that is sampled often, such as the zeros of a gradient.
-    return jnp.stack([low[0], low[0] + 1, low[1], high[0], high[0] + 1, high[1], high[2] + 1])
+    thresholds = jnp.stack([low[0], low[0] + 1, low[1], high[0], high[0] + 1, high[1], high[2] + 1])
+    # A sampled NaN lies beyond infinity.
+    return jnp.minimum(thresholds, population.infinity)
 
 
 def _read_off(population: _Population, bracket: _Bracket, rank: jax.Array) -> tuple[jax.Array, ...]:
@@ -379,7 +385,7 @@ def _fold(population: _Population, operands: Callable, monoids: list[_Monoid]) -
 def _reduce(leaf: jax.Array, operands: Callable, monoids: list[_Monoid]) -> list[jax.Array]:
     values = operands(_patterns(leaf))
     if _is_local(leaf):
-        return [m.total(row, (0,)) for m, row in zip(monoids, _one_pass(values, monoids, (1,)))]
+        return _one_pass(_one_pass(values, monoids, (1,)), monoids, (0,))
     axes = tuple(range(leaf.ndim))
     if _is_on_few_cpus(leaf):
         return _one_pass(values, monoids, axes)
