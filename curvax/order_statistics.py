@@ -63,7 +63,7 @@ def median(x: Any, axis_name: AxisName = None) -> jax.Array:
         >>> float(median([jnp.array([-3., 1.]), jnp.array([[2., -8.]])]))
         2.5
     """
-    size = population_size(x, axis_name)
+    size = _size(x, axis_name)
     low, high = order_statistics(x, max(size - 1, 0) // 2, axis_name)
     return lax.mul(lax.add(low, low if size % 2 else high), lax.full_like(low, 0.5))
 
@@ -94,7 +94,7 @@ def quantile(x: Any, q: Any, axis_name: AxisName = None) -> jax.Array:
         >>> float(quantile(jnp.array([0., -1., 2., -3., 4.]), 0.375))
         1.5
     """
-    size = population_size(x, axis_name)
+    size = _size(x, axis_name)
     dtype = _magnitude_dtype(x)
     q = _widened(q, dtype)
     rank, fraction = _rank_and_fraction(q, max(size - 1, 0))
@@ -130,46 +130,27 @@ def order_statistics(x: Any, rank: Any, axis_name: AxisName = None) -> tuple[jax
         >>> [float(a) for a in order_statistics(jnp.array([5., -7., 1.]), 1)]
         [5.0, 7.0]
     """
-    dtype, size = _magnitude_dtype(x), population_size(x, axis_name)
+    dtype, size = _magnitude_dtype(x), _size(x, axis_name)
     leaves = [_rows(leaf, dtype) for leaf in jax.tree.leaves(x) if np.size(leaf)]
     if not leaves:
         return jnp.zeros((), dtype), jnp.zeros((), dtype)
     population = _Population(leaves, size, axis_name, _infinity(dtype))
-    rank = jnp.asarray(rank).astype(_count_dtype(size))
+    rank = jnp.minimum(jnp.asarray(rank).astype(_count_dtype(size)), size - 1)
     sample = _sorted_sample(leaves)
     if sample is not None and sample.size == size:
-        # An index past the end is clamped, which makes the largest magnitude its own successor.
-        found, above, largest = sample[rank], sample[rank + 1], sample[-1]
+        found, above, largest = sample[rank], sample[jnp.minimum(rank + 1, size - 1)], sample[-1]
     else:
         found, above, largest = _search(population, sample, rank)
     is_nan = largest > population.infinity
     return tuple(jnp.where(is_nan, np.asarray(np.nan, dtype), _magnitude(p, dtype)) for p in (found, above))
 
 
-def population_size(x: Any, axis_name: AxisName = None) -> int:
-    """The number of elements of a pytree of arrays, over every device of the named axes.
+# Magnitudes as integers, ranks as integers.
 
-    Formula:
-        `n = sum of sizes * product of axis sizes`.
 
-    Args:
-        x: a pytree of arrays.
-        axis_name: name or names of the axes that split every array of `x`.
-
-    Returns:
-        A Python integer.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from curvax.order_statistics import population_size
-        >>> population_size([jnp.zeros((2, 3)), jnp.zeros(4)])
-        10
-    """
+def _size(x: Any, axis_name: AxisName) -> int:
     size = sum(np.size(leaf) for leaf in jax.tree.leaves(x))
     return size if axis_name is None else size * lax.axis_size(axis_name)
-
-
-# Magnitudes as integers, ranks as integers.
 
 
 def _magnitude_dtype(x: Any) -> np.dtype:
@@ -271,7 +252,7 @@ def _search(population: _Population, sample: jax.Array | None, rank: jax.Array) 
     def narrow(state):
         bracket, thresholds = state
         # The barrier keeps the patterns, a copy of the whole population, from being computed once and stored.
-        leaves, thresholds = lax.optimization_barrier((population.leaves, thresholds))
+        leaves, _ = lax.optimization_barrier((population.leaves, thresholds))
         counts = _fold(
             population._replace(leaves=leaves),
             lambda p: [(p < t).astype(rank.dtype) for t in thresholds],
@@ -311,7 +292,7 @@ def _thresholds(bracket: _Bracket, interpolate: jax.Array | bool, rank: jax.Arra
     # Rounding to float32 only moves guesses.
     width = (bracket.high - bracket.low).astype(jnp.float32)
     inside = (bracket.upto - bracket.below).astype(jnp.float32)
-    share = ((rank - bracket.below).astype(jnp.float32) + 0.5) / inside
+    share = jnp.minimum(((rank - bracket.below).astype(jnp.float32) + 0.5) / inside, 1)
     error = jnp.sqrt(share * (1 - share) / inside)
     # Neighbouring patterns at the least, so that a narrow bracket is resolved at once.
     guesses = width * (share + error * _RANK_ERRORS) + (_STEPS - 4)
@@ -323,9 +304,8 @@ def _sorted_sample(leaves: list[jax.Array]) -> jax.Array | None:
     """All patterns if they are few, else evenly spaced ones; none if that might move them between devices."""
     if not all(map(_is_local, leaves)):
         return None
-    stride = sum(leaf.size for leaf in leaves) // _SAMPLE
     # Odd, since an even stride would meet few columns of a matrix whose width is a power of two.
-    stride = stride | 1 if stride else 1
+    stride = -(-sum(leaf.size for leaf in leaves) // _SAMPLE) | 1
     return lax.sort(jnp.concatenate([_patterns(leaf.reshape(-1)[::stride]) for leaf in leaves]), is_stable=False)
 
 
@@ -378,8 +358,11 @@ def _across(collective: Callable, x: Any, axis_name: AxisName) -> Any:
 def _fold(population: _Population, operands: Callable, monoids: list[_Monoid]) -> list[jax.Array]:
     """`operands(patterns)`, each reduced by its monoid over every array and device."""
     partial = [_reduce(leaf, operands, monoids) for leaf in population.leaves]
-    folded = [functools.reduce(monoid.combine, column) for monoid, column in zip(monoids, zip(*partial))]
-    return [_across(monoid.across, value, population.axis_name) for monoid, value in zip(monoids, folded)]
+    folded = [
+        functools.reduce(monoid.combine, column)
+        for monoid, column in zip(monoids, zip(*partial, strict=True), strict=True)
+    ]
+    return [_across(monoid.across, value, population.axis_name) for monoid, value in zip(monoids, folded, strict=True)]
 
 
 def _reduce(leaf: jax.Array, operands: Callable, monoids: list[_Monoid]) -> list[jax.Array]:
@@ -389,16 +372,16 @@ def _reduce(leaf: jax.Array, operands: Callable, monoids: list[_Monoid]) -> list
     axes = tuple(range(leaf.ndim))
     if _is_on_few_cpus(leaf):
         return _one_pass(values, monoids, axes)
-    return [m.total(value, axes) for m, value in zip(monoids, values)]
+    return [m.total(value, axes) for m, value in zip(monoids, values, strict=True)]
 
 
 def _one_pass(values: Sequence[jax.Array], monoids: list[_Monoid], axes: tuple[int, ...]) -> list[jax.Array]:
     """One variadic reduction. XLA's CPU compiler turns separate ones into as many passes, each ten times slower."""
 
     def combine(left, right):
-        return tuple(m.combine(a, b) for m, a, b in zip(monoids, left, right))
+        return tuple(m.combine(a, b) for m, a, b in zip(monoids, left, right, strict=True))
 
-    identities = tuple(np.asarray(m.identity(v.dtype), v.dtype) for m, v in zip(monoids, values))
+    identities = tuple(np.asarray(m.identity(v.dtype), v.dtype) for m, v in zip(monoids, values, strict=True))
     return lax.reduce(tuple(values), identities, combine, axes)
 
 
@@ -406,7 +389,9 @@ def _is_local(x: jax.Array) -> bool:
     """Whether each device that computes with `x` is known to hold all of it, so that it may be reshaped and sampled."""
     sharding = jax.typeof(x).sharding
     mesh = sharding.mesh
-    is_automatic = any(kind == AxisType.Auto and mesh.shape[name] > 1 for name, kind in zip(mesh.axis_names, mesh.axis_types))
+    is_automatic = any(
+        n > 1 and kind == AxisType.Auto for n, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    )
     return not is_automatic and all(axis is None for axis in sharding.spec)
 
 
