@@ -64,7 +64,8 @@ def median(x: Any, axis_name: AxisName = None) -> jax.Array:
         2.5
     """
     size = _size(x, axis_name)
-    low, high = order_statistics(x, max(size - 1, 0) // 2, axis_name)
+    middle = np.asarray(max(size - 1, 0) // 2, _count_dtype(size))
+    low, high = order_statistics(x, middle, axis_name)
     return lax.mul(lax.add(low, low if size % 2 else high), lax.full_like(low, 0.5))
 
 
@@ -100,10 +101,7 @@ def quantile(x: Any, q: Any, axis_name: AxisName = None) -> jax.Array:
     rank, fraction = _rank_and_fraction(q, max(size - 1, 0))
     low, above = order_statistics(x, rank, axis_name)
     high = jnp.where(fraction > 0, above, low)
-    # XLA contracts one of the two products into a fused multiply-add. The other is positive: its absolute value only
-    # makes sure that the one is the same here as in a call of jnp.quantile.
-    rounded = jnp.abs(low.astype(q.dtype) * (1 - fraction))
-    return (rounded + high.astype(q.dtype) * fraction).astype(dtype)
+    return _interpolated(low.astype(q.dtype), high.astype(q.dtype), fraction, dtype)
 
 
 @functools.partial(jax.jit, static_argnames="axis_name")
@@ -135,10 +133,11 @@ def order_statistics(x: Any, rank: Any, axis_name: AxisName = None) -> tuple[jax
     if not leaves:
         return jnp.zeros((), dtype), jnp.zeros((), dtype)
     population = _Population(leaves, size, axis_name, _infinity(dtype))
-    rank = jnp.minimum(jnp.asarray(rank).astype(_count_dtype(size)), size - 1)
+    last = np.asarray(size - 1, _count_dtype(size))
+    rank = jnp.minimum(jnp.asarray(rank).astype(last.dtype), last)
     sample = _sorted_sample(leaves)
     if sample is not None and sample.size == size:
-        found, above, largest = sample[rank], sample[jnp.minimum(rank + 1, size - 1)], sample[-1]
+        found, above, largest = sample[rank], sample[jnp.minimum(rank + 1, last)], sample[-1]
     else:
         found, above, largest = _search(population, sample, rank)
     is_nan = largest > population.infinity
@@ -221,6 +220,15 @@ def _long_multiplication(q: jax.Array, last: int) -> tuple[jax.Array, jax.Array]
     fraction = (cross & 0xFFFF).astype(q.dtype) * 2.0**-16
     # The second branch is 0 for q = 1, and NaN for NaN.
     return jnp.where(q < 1, rank, np.uint32(last)), jnp.where(q < 1, fraction, q - q)
+
+
+def _interpolated(low: jax.Array, high: jax.Array, fraction: jax.Array, dtype: np.dtype) -> jax.Array:
+    products = [low * (1 - fraction), high * fraction]
+    # XLA contracts one product into a fused multiply-add. The other is positive: its absolute value changes nothing but
+    # that the one is what it is, on CPUs, in a call of jnp.quantile (and depends on the width of its result).
+    other = 0 if jnp.finfo(dtype).bits > 16 else 1
+    products[other] = jnp.abs(products[other])
+    return (products[0] + products[1]).astype(dtype)
 
 
 # The search.
