@@ -63,7 +63,7 @@ def median(x: Any, axis_name: AxisName = None) -> jax.Array:
         >>> float(median([jnp.array([-3., 1.]), jnp.array([[2., -8.]])]))
         2.5
     """
-    size = _size(x, axis_name)
+    size = population_size(x, axis_name)
     middle = np.asarray(max(size - 1, 0) // 2, _count_dtype(size))
     low, high = order_statistics(x, middle, axis_name)
     return lax.mul(lax.add(low, low if size % 2 else high), lax.full_like(low, 0.5))
@@ -95,7 +95,7 @@ def quantile(x: Any, q: Any, axis_name: AxisName = None) -> jax.Array:
         >>> float(quantile(jnp.array([0., -1., 2., -3., 4.]), 0.375))
         1.5
     """
-    size = _size(x, axis_name)
+    size = population_size(x, axis_name)
     dtype = _magnitude_dtype(x)
     q = _widened(q, dtype)
     rank, fraction = _rank_and_fraction(q, max(size - 1, 0))
@@ -128,7 +128,7 @@ def order_statistics(x: Any, rank: Any, axis_name: AxisName = None) -> tuple[jax
         >>> [float(a) for a in order_statistics(jnp.array([5., -7., 1.]), 1)]
         [5.0, 7.0]
     """
-    dtype, size = _magnitude_dtype(x), _size(x, axis_name)
+    dtype, size = _magnitude_dtype(x), population_size(x, axis_name)
     leaves = [_rows(leaf, dtype) for leaf in jax.tree.leaves(x) if np.size(leaf)]
     if not leaves:
         return jnp.zeros((), dtype), jnp.zeros((), dtype)
@@ -147,7 +147,7 @@ def order_statistics(x: Any, rank: Any, axis_name: AxisName = None) -> tuple[jax
 # Magnitudes as integers, ranks as integers.
 
 
-def _size(x: Any, axis_name: AxisName) -> int:
+def population_size(x: Any, axis_name: AxisName) -> int:
     size = sum(np.size(leaf) for leaf in jax.tree.leaves(x))
     return size if axis_name is None else size * lax.axis_size(axis_name)
 

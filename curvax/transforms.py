@@ -244,7 +244,7 @@ def discard_small_gradients(
 
     def kept(measured: radii.Leaves, scaled: radii.Leaves):
         population = measured.g or scaled.g
-        size = order_statistics._size(population, axis_name)
+        size = order_statistics.population_size(population, axis_name)
         # The slack makes 0.3 of 10 the 3 that is meant, where the product in binary falls short of it.
         rank = jnp.floor(jnp.asarray(fraction, jnp.float32) * size + 1e-6).astype(jnp.int32)
         threshold, _ = order_statistics.order_statistics(population, rank, axis_name)
