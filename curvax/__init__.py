@@ -9,6 +9,7 @@ on the Large Batch Size Training of Neural Networks Based on the Second Order Gr
 """
 
 from curvax.hessian import hessian_diag, hvp, value_grad_and_hessian_diag
+from curvax.large_batch import discard_random_losses, discard_small_losses
 from curvax.objective import Objective
 from curvax.optimizers import cblr, lamb, lars, mclr, percent_delta
 from curvax.refresh import HessianDiagState, with_hessian_diag
@@ -27,7 +28,9 @@ __all__ = [
     "HessianDiagState",
     "Objective",
     "cblr",
+    "discard_random_losses",
     "discard_small_gradients",
+    "discard_small_losses",
     "hessian_diag",
     "hvp",
     "lamb",

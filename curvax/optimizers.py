@@ -11,7 +11,7 @@
 gamma of eq. 10 and 21 is the learning rate. It does not carry over from one rule to another: each needs its own search.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -47,7 +47,7 @@ def cblr(
     hessian_decay: jax.typing.ArrayLike = 0.5,
     key: jax.typing.ArrayLike = 0,
     axis_name: radii.AxisName = None,
-    **method_options: Any,
+    method_options: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Curvature-based learning rates: diagonal Newton, damped, at the step length of LARS.
 
@@ -75,7 +75,8 @@ def cblr(
       hessian_decay: decay rate of the average of curvature over its refreshes.
       key: a seed or a `jax.random.key` for the stochastic methods.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
-      **method_options: further arguments of `with_hessian_diag`, such as `num_samples`.
+      method_options: further arguments of `hessian_diag`, such as `{"num_samples": 2}`; a mapping, so that
+        `optax.inject_hyperparams` leaves them alone.
 
     Returns:
       A transformation whose `update` takes `params` and either `obj_fn=` (an `Objective` or a function `params ->
@@ -109,7 +110,7 @@ def cblr(
         every=every,
         decay=hessian_decay,
         key=key,
-        **method_options,
+        **(method_options or {}),
     )
 
 

@@ -84,7 +84,7 @@ def with_hessian_diag(
 
     def init_fn(params):
         chosen = hessian.select(params, options.get("where"))
-        average = jax.tree.map(lambda x: jnp.zeros(x.shape, hessian.diag_dtype(x.dtype)), chosen)
+        average = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=hessian.diag_dtype(x.dtype)), chosen)
         return HessianDiagState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), average, inner.init(params))
 
     def refresh(objective, params, num_refreshes, average):
@@ -139,7 +139,7 @@ def _mean_over_devices(objective, params, method, key, axis_name, options):
 
 def _varying(x, axis_name):
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
-    missing = tuple(name for name in names if name not in jax.typeof(x).vma)
+    missing = tuple(name for name in names if name not in jax.typeof(x).manual_axis_type.varying)
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 

@@ -1,0 +1,121 @@
+"""Tools for large batches: training on the examples that still have something to teach.
+
+The gradient of a large batch is small because those of its examples cancel (Gao & Zhong, eq. 4). Section 3.1 of the
+paper enlarges it by leaving out the examples whose loss is small. That is a matter of weights: each example's loss is
+multiplied by one, and the mean is taken as ever, so a selection needs no ragged batch and no change to the training
+loop.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from curvax import order_statistics
+from curvax.radii import AxisName
+
+
+def discard_small_losses(losses: jax.Array, fraction: jax.typing.ArrayLike, *, axis_name: AxisName = None) -> jax.Array:
+    """Weights that leave out the examples with the smallest losses.
+
+    Formula:
+      `B / (B - k)` for the `B - k` largest of `B` losses and 0 for the `k = floor(fraction * B)` smallest; Gao & Zhong,
+      section 3.1. The weights average 1, so that `mean(weights * losses)` is the mean over those that are kept. Of
+      losses that tie at the border, those of the later examples are kept.
+
+    Args:
+      losses: one loss per example, `(B,)`.
+      fraction: how many to leave out, in [0, 1); it may be traced, so that a schedule can end the discarding. 0 changes
+        nothing, bit for bit.
+      axis_name: mesh axes (of `shard_map` or `pmap`) that split the examples: the smallest of all are left out, not
+        those of each device. Under `jit` a sharded vector needs none.
+
+    Returns:
+      Weights `(B,)` of the dtype of `losses`, through which no gradient flows. Where a loss is NaN all of them are 0,
+      and the weighted mean is NaN.
+
+    Raises:
+      ValueError: if `losses` is no vector, or `fraction` a number outside [0, 1).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from curvax import discard_small_losses
+      >>> discard_small_losses(jnp.array([0.1, 2.0, 0.5, 3.0]), 0.5).tolist()
+      [0.0, 2.0, 0.0, 2.0]
+    """
+    _check(losses, fraction)
+    losses = jax.lax.stop_gradient(losses)
+    scores = _not_negative(losses, axis_name)
+    size = order_statistics.population_size(scores, axis_name)
+    # The slack makes 0.3 of 10 the 3 that is meant, where the product in binary falls short of it.
+    discarded = jnp.floor(jnp.asarray(fraction, jnp.float32) * size + 1e-6).astype(jnp.int32)
+    border, _ = order_statistics.order_statistics(scores, discarded, axis_name)
+    above, ties = scores > border, scores == border
+    spare = discarded - (size - _total(above, axis_name) - _total(ties, axis_name))
+    kept = above | (ties & (_rank_among(ties, axis_name) >= spare))
+    return jnp.where(kept, size / (size - discarded), 0).astype(losses.dtype)
+
+
+def discard_random_losses(
+    key: jax.Array, losses: jax.Array, fraction: jax.typing.ArrayLike, *, axis_name: AxisName = None
+) -> jax.Array:
+    """Weights that leave out as many examples as `discard_small_losses` does, whatever their loss.
+
+    Formula:
+      That of `discard_small_losses` on random numbers: the control which tells the effect of choosing small losses from
+      that of a smaller batch.
+
+    Args:
+      key: a `jax.random.key`, the same on all devices.
+      losses: one loss per example, `(B,)`; only their number and dtype matter.
+      fraction: how many to leave out, in [0, 1).
+      axis_name: mesh axes that split the examples; each device then draws numbers of its own.
+
+    Returns:
+      Weights `(B,)` that average 1.
+
+    Raises:
+      ValueError: as `discard_small_losses`.
+
+    Example:
+      >>> import jax
+      >>> from curvax import discard_random_losses
+      >>> weights = discard_random_losses(jax.random.key(0), jax.numpy.zeros(8), 0.25)
+      >>> int((weights == 0).sum()), float(weights.mean())
+      (2, 1.0)
+    """
+    _check(losses, fraction)
+    if axis_name is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    weights = discard_small_losses(jax.random.uniform(key, losses.shape), fraction, axis_name=axis_name)
+    return weights.astype(losses.dtype)
+
+
+def _check(losses: jax.Array, fraction: jax.typing.ArrayLike) -> None:
+    if losses.ndim != 1:
+        raise ValueError(f"losses have the shape {losses.shape}; pass one loss per example, a vector (B,).")
+    if isinstance(fraction, float | int) and not 0 <= fraction < 1:
+        raise ValueError(f"fraction={fraction} of the losses cannot be discarded; pass a number in [0, 1).")
+
+
+def _not_negative(losses: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Losses that order as these do, but have no sign: order statistics are those of magnitudes.
+
+    Subtracting a negative minimum rounds, which can make ties of neighbours but cannot change their order.
+    """
+    least = jnp.min(losses, initial=0)
+    least = least if axis_name is None else jax.lax.pmin(least, axis_name)
+    return losses - least
+
+
+def _total(flags: jax.Array, axis_name: AxisName) -> jax.Array:
+    count = jnp.sum(flags, dtype=jnp.int32)
+    return count if axis_name is None else jax.lax.psum(count, axis_name)
+
+
+def _rank_among(flags: jax.Array, axis_name: AxisName) -> jax.Array:
+    """For each example, how many flags stand before it; examples count from the first device to the last."""
+    before = jnp.cumsum(flags, dtype=jnp.int32) - flags.astype(jnp.int32)
+    if axis_name is None:
+        return before
+    counts = jax.lax.all_gather(jnp.sum(flags, dtype=jnp.int32), axis_name)
+    is_earlier = jnp.arange(counts.size) < jax.lax.axis_index(axis_name)
+    return before + jnp.sum(jnp.where(is_earlier, counts, 0))
