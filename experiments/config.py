@@ -117,8 +117,8 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON values, in order."""
-        fields = dataclasses.asdict(self)
-        return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+        as_json = {type(Path()): str, tuple: list}
+        return {name: as_json.get(type(v), lambda v: v)(v) for name, v in dataclasses.asdict(self).items()}
 
 
 def load_config(fields: Mapping[str, Any]) -> TrainConfig:

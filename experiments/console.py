@@ -1,9 +1,16 @@
 """What the terminal shows: one console, one look for progress bars."""
 
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from rich import progress
 from rich.console import Console
 
 console = Console(highlight=False)
+if not console.is_terminal:
+    # A log file has no width, and what rich assumes breaks tables.
+    console = Console(highlight=False, width=120)
 
 
 def progress_bar(*columns: str) -> progress.Progress:
@@ -16,19 +23,32 @@ def progress_bar(*columns: str) -> progress.Progress:
     return progress.Progress(*texts, bar, progress.TimeRemainingColumn(compact=True), console=console)
 
 
-def training_bar() -> progress.Progress:
-    """A progress bar that shows, of each task, what `show` tells it."""
-    return progress_bar("{task.fields[text]}")
+class TrainingBars:
+    """Progress bars that follow the records of `train`, one bar per run.
 
+    Args:
+        bars: a progress bar display with the columns `step` and `test`.
+    """
 
-def show(bar: progress.Progress, task: progress.TaskID, record: dict):
-    """Moves a task to a record of `train`."""
-    if record["kind"] == "step":
+    def __init__(self, bars: progress.Progress):
+        self._bars = bars
+
+    def start(self, name: str, steps: int) -> progress.TaskID:
+        """A bar for a run of so many optimizer steps."""
+        return self._bars.add_task(name, total=steps, step="compiling", test="")
+
+    def see(self, task: progress.TaskID, record: Mapping[str, Any]):
+        """Moves a bar to a record."""
+        if record["kind"] == "epoch":
+            self._bars.update(task, test=f"test accuracy {record['test_accuracy']:6.2%}")
+            return
         speed = record["batch_size"] / record["seconds"]
-        text = f"epoch {record['epoch']:>3}  loss {record['loss']:6.3f}  {speed:7,.0f} images/s"
-        test = bar.tasks[bar.task_ids.index(task)].fields.get("test", "")
-        bar.update(task, completed=record["step"], step_text=text, text=f"{text}  {test}")
-    else:
-        test = f"test accuracy {record['test_accuracy']:6.2%}"
-        fields = bar.tasks[bar.task_ids.index(task)].fields
-        bar.update(task, test=test, text=f"{fields['step_text']}  {test}")
+        step = f"epoch {record['epoch']:>3}  loss {record['loss']:6.3f}  {speed:7,.0f} images/s"
+        self._bars.update(task, completed=record["step"], step=step)
+
+
+@contextlib.contextmanager
+def training_bars() -> Iterator[TrainingBars]:
+    """Shows progress bars for training runs while the context lasts."""
+    with progress_bar("{task.fields[step]}", "{task.fields[test]}") as bars:
+        yield TrainingBars(bars)

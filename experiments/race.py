@@ -11,7 +11,7 @@ from rich.table import Table
 
 from experiments import compare, data, records
 from experiments.compare import Outcome
-from experiments.console import console, show, training_bar
+from experiments.console import console, training_bars
 from experiments.errors import UsageError
 from experiments.methods import METHODS, tuned_learning_rate
 from experiments.plot import plot_race
@@ -55,9 +55,9 @@ def race(config: RaceConfig):
     folder = records.new_folder(config.out, f"race-{config.problem}")
 
     console.print(describe(problem, len(dataset.train), len(seeds)))
-    with records.Writer(folder / "race.jsonl") as writer, training_bar() as bar:
+    with records.Writer(folder / "race.jsonl") as writer, training_bars() as bars:
         writer.write({"kind": "config", "problem": config.problem, "learning_rates": rates, **problem.config.as_dict()})
-        outcomes, epochs = run_all(problem, dataset, rates, seeds, writer, bar)
+        outcomes, epochs = run_all(problem, dataset, rates, seeds, writer, bars)
         for outcome in outcomes:
             writer.write({"kind": "outcome", **dataclasses.asdict(outcome)})
     console.print(table(outcomes, problem.target))
@@ -74,7 +74,7 @@ def learning_rate(problem: str, method: str) -> float:
     return rate
 
 
-def run_all(problem: Problem, dataset, rates: Mapping[str, float], seeds: Sequence[int], writer, bar):
+def run_all(problem: Problem, dataset, rates: Mapping[str, float], seeds: Sequence[int], writer, bars):
     """Trains every method with every seed; returns the outcomes, and by method the epoch records of each seed."""
     outcomes, epochs = [], collections.defaultdict(list)
     total = problem.config.epochs * (len(dataset.train) // problem.config.batch_size)
@@ -82,10 +82,10 @@ def run_all(problem: Problem, dataset, rates: Mapping[str, float], seeds: Sequen
         stepper = Stepper(config, dataset)
         for seed in seeds:
             epochs[method].append([])
-            task = bar.add_task(f"{method:>13}", total=total, text="compiling")
+            task = bars.start(f"{method:>13}", total)
 
             def see(record, method=method, seed=seed, task=task):
-                show(bar, task, record)
+                bars.see(task, record)
                 writer.write({"method": method, "seed": seed, **record})
                 if record["kind"] == "epoch":
                     epochs[method][-1].append(record)
@@ -100,7 +100,7 @@ def table(outcomes: Sequence[Outcome], target: float) -> Table:
     for outcome in outcomes:
         by_method[outcome.method].append(outcome)
     base = statistics.median(o.step_seconds for o in by_method.get("sgd") or next(iter(by_method.values())))
-    result = Table(caption="mean \\[lowest to highest] over the seeds; ms/step is a median without compilation")
+    result = Table(caption="mean ± half the range over the seeds; ms/step: median, compilation apart")
     for column in ("method", "learning rate", "final loss", "test accuracy (%)", f"steps to {target:.0%}"):
         result.add_column(column, justify="left" if column == "method" else "right")
     for column in ("ms/step", "ratio to " + ("SGD" if "sgd" in by_method else next(iter(by_method))), "compile (s)"):
@@ -127,9 +127,9 @@ def row(method: str, runs: Sequence[Outcome], base: float) -> list[str]:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """`mean [lowest to highest]`, or the one value."""
+    """`mean ± half the range`, or the one value."""
     mean = format(statistics.fmean(values), form)
-    return mean if len(values) == 1 else f"{mean} \\[{min(values):{form}} to {max(values):{form}}]"
+    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:{form}}"
 
 
 def describe(problem: Problem, num_images: int, seeds: int) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 
 from experiments import data, plan, records
 from experiments.config import TrainConfig
-from experiments.console import console, show, training_bar
+from experiments.console import console, training_bars
 from experiments.problems import default_learning_rate
 from experiments.step import Stepper
 from experiments.train import train
@@ -23,12 +23,12 @@ def run_single(config: TrainConfig):
     folder = records.new_folder(config.out, f"train-{config.dataset}-{config.model}-{config.optimizer}")
     phases = config.plan(config.learning_rate)
     epochs = list(plan.epochs(phases, len(dataset.train), config.schedule, config.warmup_epochs))
-    with records.Writer(folder / "metrics.jsonl") as writer, training_bar() as bar:
+    with records.Writer(folder / "metrics.jsonl") as writer, training_bars() as bars:
         writer.write({"kind": "config", **config.as_dict()})
-        task = bar.add_task(config.optimizer, total=sum(epoch.steps for epoch in epochs), text="compiling")
+        task = bars.start(config.optimizer, sum(epoch.steps for epoch in epochs))
         for record in train(stepper, config.seed, config.learning_rate):
             writer.write(record)
-            show(bar, task, record)
+            bars.see(task, record)
             if record["kind"] == "epoch":
                 console.print(describe(record, len(epochs)))
     console.print(f"records: {folder / 'metrics.jsonl'}", soft_wrap=True)

@@ -6,6 +6,7 @@ race gives the same learning rates to everyone.
 """
 
 import dataclasses
+import functools
 import json
 import statistics
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from experiments import compare, data
 from experiments.compare import Outcome
-from experiments.console import console, show, training_bar
+from experiments.console import console, training_bars
 from experiments.methods import METHODS, TUNED_FILE
 from experiments.problems import GRID_FACTOR, GRID_POINTS, PROBLEMS, RACERS, Problem
 from experiments.step import Stepper
@@ -44,14 +45,14 @@ def tune(config: TuneConfig):
     fixed = dataclasses.replace(problem.config, holdout=problem.holdout, data_dir=config.data_dir)
     results = Results(config.file, config.problem, settings(fixed, problem), config.again)
     dataset = data.load(fixed)
-    with training_bar() as bar:
+    with training_bars() as bars:
         for method in config.methods:
-            tune_method(method, dataclasses.replace(fixed, optimizer=method), problem, dataset, results, bar)
+            tune_method(method, dataclasses.replace(fixed, optimizer=method), problem, dataset, results, bars)
     console.print(table(problem, {method: results.trials(method) for method in config.methods}))
     console.print(f"results: {config.file}", soft_wrap=True)
 
 
-def tune_method(method: str, config, problem: Problem, dataset, results: "Results", bar):
+def tune_method(method: str, config, problem: Problem, dataset, results: "Results", bars):
     """Runs the missing trials of one method, all with the same compiled step."""
     stepper = None
     steps = config.epochs * (len(dataset.train) // config.batch_size)
@@ -59,16 +60,12 @@ def tune_method(method: str, config, problem: Problem, dataset, results: "Result
         if results.has(method, rate):
             continue
         stepper = stepper or Stepper(config, dataset)
-        task = bar.add_task(f"{method:>13} {rate:<8g}", total=steps, text="")
-
-        def see(record, task=task):
-            show(bar, task, record)
-
-        runs = []
+        task, runs = bars.start(f"{method:>13} {rate:<8g}", steps), []
         for seed in range(problem.tune_seeds):
-            bar.update(task, completed=0, text=f"seed {seed}")
-            runs.append(compare.run(stepper, rate, seed, problem.target, see))
-        results.add(method, trial(rate, runs))
+            runs.append(compare.run(stepper, rate, seed, problem.target, functools.partial(bars.see, task)))
+        result = trial(rate, runs)
+        results.add(method, result)
+        console.print(f"{method} at {rate:g}: {result['accuracy']:.2%} of the held-out images right")
 
 
 def trial(rate: float, runs: Sequence[Outcome]) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import __main__, compare, problems, records
+from experiments import __main__, compare, problems, records, tune
 from experiments.config import TrainConfig, load_config
 from experiments.problems import GRID_POINTS, PROBLEMS, RACERS
 
@@ -166,16 +166,25 @@ def test_tune_then_race_from_nothing(capfd, tmp_path, tiny_problem, monkeypatch)
 
 def test_tune_goes_on_where_it_stopped(capfd, tmp_path, tiny_problem, monkeypatch):
     file, trained = tmp_path / "tuned.json", []
-    run = compare.run
-    monkeypatch.setattr(compare, "run", lambda stepper, rate, *rest: trained.append(rate) or run(stepper, rate, *rest))
+    config = dataclasses.replace(tiny_problem.config, holdout=tiny_problem.holdout)
+    results = tune.Results(file, "digits", tune.settings(config, tiny_problem), again=False)
+    for rate in tiny_problem.grid("sgd"):
+        if rate != tiny_problem.grid("sgd")[2]:
+            results.add("sgd", {"learning_rate": rate, "accuracy": 0.001, "loss": 9.0})
+
+    def run(stepper, rate, *rest):
+        trained.append(rate)
+        return compare.Outcome("sgd", rate, 0, 0.5, 0.6, 0.7, None, 0.1, 1.0)
+
+    monkeypatch.setattr(compare, "run", run)
+    code, out, _ = command(capfd, "tune", "--methods", "sgd", "--file", str(file))
+    assert code == 0 and "[70.0]" in out
+    assert trained == [tiny_problem.grid("sgd")[2]]
+    assert json.loads(file.read_text())["digits"]["methods"]["sgd"]["best"] == trained[0]
+
+    monkeypatch.setitem(PROBLEMS, "digits", dataclasses.replace(tiny_problem, tune_seeds=2))
     command(capfd, "tune", "--methods", "sgd", "--file", str(file))
-    results = json.loads(file.read_text())
-    lost = results["digits"]["methods"]["sgd"]["trials"].pop(2)
-    file.write_text(json.dumps(results))
-    trained.clear()
-    command(capfd, "tune", "--methods", "sgd", "--file", str(file))
-    assert trained == [lost["learning_rate"]]
-    assert json.loads(file.read_text())["digits"]["methods"]["sgd"]["trials"][2] == lost
+    assert len(trained) == 1 + 2 * GRID_POINTS, "trials made under other settings do not count"
 
 
 def test_grids_are_of_equal_size_and_hold_the_committed_rates():

