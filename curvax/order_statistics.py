@@ -156,6 +156,8 @@ def population_size(x: Any, axis_name: AxisName = None) -> int:
 def count_of(fraction: Any, size: int) -> jax.Array:
     """How many of `size` a fraction is, rounded down."""
     # The slack makes 0.3 of 10 the 3 that is meant, where the product in binary falls short of it.
+    if isinstance(fraction, float | int):
+        return jnp.asarray(math.floor(fraction * size + 1e-6), _count_dtype(size)).astype(jnp.int32)
     return jnp.floor(jnp.asarray(fraction, jnp.float32) * size + 1e-6).astype(jnp.int32)
 
 
