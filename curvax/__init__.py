@@ -12,6 +12,7 @@ from curvax.hessian import hessian_diag, hvp, value_grad_and_hessian_diag
 from curvax.large_batch import discard_random_losses, discard_small_losses
 from curvax.objective import Objective
 from curvax.optimizers import cblr, lamb, lars, mclr, percent_delta
+from curvax.order_statistics import median, quantile
 from curvax.refresh import HessianDiagState, with_hessian_diag
 from curvax.transforms import (
     discard_small_gradients,
@@ -36,7 +37,9 @@ __all__ = [
     "lamb",
     "lars",
     "mclr",
+    "median",
     "percent_delta",
+    "quantile",
     "scale_by_approximate_radius",
     "scale_by_curvature_radius",
     "scale_by_lars",

@@ -1,42 +1,26 @@
 """Second derivatives: Hessian-vector products, and the diagonal of the Hessian by several methods.
 
-Everything rests on `H v = d/dt grad L(w + t v)`, forward over reverse: `jax.jvp` of `jax.grad`. A method decides with
-which vectors to ask for it: with all unit vectors (exact), with random signs z, for which E[z * H z] = diag(H), or, for
-the Gauss-Newton part of H, with none, since gradients for labels drawn from the model itself have that part as their
-variance.
-
-Each method is a function `(objective, params, options) -> Estimate`, and `_METHODS` names them.
+Everything rests on `H v = d/dt grad L(w + t v)`, forward over reverse: `jax.jvp` of `jax.grad`. `_METHODS` names the
+ways to a diagonal; here is what they share: which leaves are wanted, what is refused, and what comes back.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from curvax.estimators import Options, basis, hutchinson
+from curvax.gauss_newton import ggn_sampled
 from curvax.layers import path_name
 from curvax.objective import Objective
 
+_METHODS = {"basis": basis, "hutchinson": hutchinson, "ggn_sampled": ggn_sampled}
 
-class Estimate(NamedTuple):
-    """What a method returns: the loss, its gradient, the diagonal of its Hessian and the standard error of that."""
-
-    value: jax.Array
-    grad: Any
-    diag: Any
-    standard_error: Any
-
-
-class Options(NamedTuple):
-    """The arguments of `hessian_diag` which methods share."""
-
-    key: jax.Array | None
-    num_samples: int
-    micro_batches: int
-    chunk_size: int
+#: The methods that need a key.
+STOCHASTIC = frozenset({"hutchinson", "ggn_sampled"})
 
 
 def hvp(objective: Callable[[Any], jax.Array], params: Any, v: Any) -> Any:
@@ -193,208 +177,6 @@ def value_grad_and_hessian_diag(
     return estimate.value, estimate.grad, diag
 
 
-def _basis(objective, params, options: Options) -> Estimate:
-    (value, grad), tangents = jax.linearize(jax.value_and_grad(objective), params)
-    leaves, treedef = jax.tree.flatten(params)
-
-    def entry(leaf: int, index):
-        unit = [jnp.zeros_like(x) for x in leaves]
-        unit[leaf] = unit[leaf].ravel().at[index].set(1).reshape(leaves[leaf].shape)
-        _, product = tangents(treedef.unflatten(unit))
-        return jax.tree.leaves(product)[leaf].ravel()[index]
-
-    def diagonal(leaf: int, x):
-        entries = functools.partial(entry, leaf)
-        return jax.lax.map(entries, jnp.arange(x.size), batch_size=options.chunk_size).reshape(x.shape)
-
-    diag = treedef.unflatten([_at_least_float32(diagonal(i, x)) for i, x in enumerate(leaves)])
-    return Estimate(value, grad, diag, jax.tree.map(jnp.zeros_like, diag))
-
-
-def _hutchinson(objective, params, options: Options) -> Estimate:
-    (value, grad), tangents = jax.linearize(jax.value_and_grad(objective), params)
-
-    def sample(key):
-        z = optax.tree.random_like(key, params, jax.random.rademacher)
-        _, product = tangents(z)
-        return jax.tree.map(lambda a, b: _at_least_float32(a) * _at_least_float32(b), z, product)
-
-    moments = _add_samples(sample, jax.random.split(options.key, options.num_samples), _no_samples(params))
-    return Estimate(value, grad, moments.mean, moments.standard_error())
-
-
-def _ggn_sampled(objective, params, options: Options) -> Estimate:
-    _check_softmax_cross_entropy(objective, params)
-    batches = _split(objective.data, options.micro_batches)
-    keys = jax.random.split(options.key, (len(batches), options.num_samples))
-    values, grads, moments = [], [], _no_samples(params)
-    for data, batch_keys in zip(batches, keys, strict=True):
-        value, grad, square = _squared_gradients(objective, params, data)
-        moments = _add_samples(square, batch_keys, moments)
-        values, grads = [*values, value], [*grads, grad]
-    estimate = Estimate(_mean(values), _mean(grads), moments.mean, moments.standard_error())
-    return estimate if objective.penalty is None else _add_penalty(estimate, objective.penalty, params, options)
-
-
-def _squared_gradients(objective: Objective, params, data) -> tuple[jax.Array, Any, Callable[[jax.Array], Any]]:
-    """A micro-batch's mean loss, its gradient, and a function from a key to the squared gradient for drawn labels."""
-    outputs, pullback = jax.vjp(lambda p: objective.predict(p, data), params)
-    total, slopes = jax.value_and_grad(lambda z: jnp.sum(objective.loss(z, data)))(outputs)
-    size = outputs.shape[0]
-
-    def square(key):
-        (gradient,) = pullback(_drawn_slopes(objective, outputs, data, key) / size)
-        return jax.tree.map(lambda g: size * jnp.square(_at_least_float32(g)), gradient)
-
-    (grad,) = pullback(slopes / size)
-    return total / size, grad, square
-
-
-def _drawn_slopes(objective: Objective, outputs, data, key):
-    """The loss's slope in the outputs had the labels been drawn from the model: mean 0, the loss's Hessian as variance.
-
-    An example's loss may be weighted, so the Hessian is `a (diag(p) - p p^T)`. `a` comes from one product of the
-    Hessian with a random vector; where the softmax is saturated both vanish, and so does the slope.
-    """
-    direction_key, label_key = jax.random.split(key)
-    direction = jax.random.normal(direction_key, outputs.shape, outputs.dtype)
-    slope = jax.grad(lambda z: jnp.sum(objective.loss(z, data)))
-    actual = jax.jvp(slope, (outputs,), (direction,))[1]
-    p = jax.nn.softmax(outputs, axis=-1)
-    expected = p * (direction - jnp.sum(p * direction, axis=-1, keepdims=True))
-    overlap = jnp.sum(actual * expected, axis=-1, keepdims=True)
-    weight = overlap / jnp.maximum(jnp.sum(jnp.square(expected), axis=-1, keepdims=True), jnp.finfo(p.dtype).tiny)
-    labels = jax.random.categorical(label_key, outputs, axis=-1)
-    return jnp.sqrt(jnp.maximum(weight, 0)) * (p - jax.nn.one_hot(labels, p.shape[-1], dtype=p.dtype))
-
-
-def _add_penalty(estimate: Estimate, penalty, params, options: Options) -> Estimate:
-    options = options._replace(key=jax.random.fold_in(options.key, 0), num_samples=1)
-    extra = _hutchinson(penalty, params, options)
-    value, grad, diag = jax.tree.map(jnp.add, estimate[:3], extra[:3])
-    return Estimate(value, grad, diag, estimate.standard_error)
-
-
-def is_softmax_cross_entropy(objective: Callable[[Any], jax.Array], params: Any) -> bool:
-    """Whether `"ggn_sampled"` allows this objective: an `Objective` with a softmax cross-entropy, weighted or not.
-
-    Formula:
-      The Hessian of a cross-entropy in the logits is `a (diag(p) - p p^T)` for some weight `a` per example. It is
-      compared with the loss's own along random directions at random logits, on made-up data, while tracing: at no cost
-      in the step.
-
-    Args:
-      objective: an `Objective`, or any function `params -> scalar`.
-      params: a tree of arrays, or of their shapes.
-
-    Returns:
-      True or False.
-
-    Raises:
-      ValueError: if the loss cannot be evaluated on made-up data, as when it closes over arrays that are being traced.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> from curvax import Objective, hessian
-      >>> objective = Objective(lambda w, x: x @ w, optax.squared_error, jnp.ones((4, 2)))
-      >>> hessian.is_softmax_cross_entropy(lambda w: w @ w, jnp.ones(2))
-      False
-    """
-    if not isinstance(objective, Objective):
-        return False
-    outputs, data = jax.eval_shape(lambda p, d: (objective.predict(p, d), d), params, objective.data)
-    if outputs.ndim < 2 or not jnp.issubdtype(outputs.dtype, jnp.floating):
-        return False
-    with jax.ensure_compile_time_eval():
-        try:
-            return _behaves_like_cross_entropy(objective.loss, outputs, data)
-        except jax.errors.JAXTypeError as error:
-            raise ValueError(
-                "the loss of the Objective cannot be examined, because it closes over arrays that are being traced;"
-                " pass them to it through data, or choose method='hutchinson'."
-            ) from error
-
-
-def _behaves_like_cross_entropy(loss, outputs: jax.ShapeDtypeStruct, data) -> bool:
-    logits_key, direction_key, data_key = jax.random.split(jax.random.key(0), 3)
-    examples = 4
-    logits = jax.random.normal(logits_key, (examples, *outputs.shape[1:]))
-    direction = jax.random.normal(direction_key, logits.shape)
-    made_up = jax.tree.map(lambda x: _made_up(data_key, (examples, *x.shape[1:]), x.dtype), data)
-    actual = jax.jvp(jax.grad(lambda z: jnp.sum(loss(z, made_up))), (logits,), (direction,))[1]
-    p = jax.nn.softmax(logits, axis=-1)
-    expected = p * (direction - jnp.sum(p * direction, axis=-1, keepdims=True))
-    weight = jnp.sum(actual * expected, axis=-1, keepdims=True) / jnp.sum(jnp.square(expected), axis=-1, keepdims=True)
-    return bool(jnp.all(weight >= 0)) and bool(jnp.allclose(actual, weight * expected, atol=1e-3))
-
-
-def _made_up(key, shape, dtype):
-    """Data on which any loss can be evaluated: positive reals, and integers that are valid labels."""
-    if jnp.issubdtype(dtype, jnp.floating):
-        return jax.random.uniform(key, shape).astype(dtype)
-    return jnp.zeros(shape, dtype)
-
-
-def _check_softmax_cross_entropy(objective, params):
-    if not isinstance(objective, Objective):
-        raise ValueError(
-            "method='ggn_sampled' has to know where the network ends and the loss begins; pass a"
-            " curvax.Objective(predict, loss, data) in place of the function, or choose method='hutchinson'."
-        )
-    if not is_softmax_cross_entropy(objective, params):
-        raise ValueError(
-            "method='ggn_sampled' draws labels from a softmax, but the loss of this Objective is not a softmax"
-            " cross-entropy of outputs (B, ..., C); choose method='hutchinson'."
-        )
-
-
-def _split(data: Any, micro_batches: int) -> list[Any]:
-    """Equal micro-batches of strided examples, so that each device's share of a sharded batch is in all of them."""
-    size = jax.tree.leaves(data)[0].shape[0]
-    count = next(n for n in range(min(micro_batches, size), 0, -1) if size % n == 0)
-    rows = jax.tree.map(lambda x: x.reshape(size // count, count, *x.shape[1:]), data)
-    return [jax.tree.map(lambda x, i=i: x[:, i], rows) for i in range(count)]
-
-
-def _mean(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *trees)
-
-
-class _Moments(NamedTuple):
-    """The samples seen so far, by Welford's recurrence: their number, mean, and squared deviations from it."""
-
-    count: int
-    mean: Any
-    deviations: Any
-
-    def standard_error(self) -> Any:
-        if self.count < 2:
-            return None
-        return jax.tree.map(lambda d: jnp.sqrt(d / ((self.count - 1) * self.count)), self.deviations)
-
-
-def _no_samples(params: Any) -> _Moments:
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(_at_least_float32(x)), params)
-    return _Moments(0, zeros, zeros)
-
-
-def _add_samples(sample: Callable[[jax.Array], Any], keys: jax.Array, moments: _Moments) -> _Moments:
-    def add(carry, step):
-        key, number = step
-        mean, deviations = carry
-        off = jax.tree.map(jnp.subtract, sample(key), mean)
-        new_mean = jax.tree.map(lambda m, d: m + d / number.astype(d.dtype), mean, off)
-        share = (number - 1) / number
-        return (new_mean, jax.tree.map(lambda v, d: v + share.astype(d.dtype) * d * d, deviations, off)), None
-
-    count = len(keys)
-    numbers = jnp.arange(moments.count + 1, moments.count + count + 1, dtype=jnp.float32)
-    # XLA on CPU runs convolutions inside a loop many times slower, so that a few samples are better unrolled.
-    unroll = count if count <= 8 else 1
-    (mean, deviations), _ = jax.lax.scan(add, moments[1:], (keys, numbers), unroll=unroll)
-    return _Moments(moments.count + count, mean, deviations)
-
-
 def select(params: Any, where: Any) -> Any:
     """The leaves that `where` selects (see `hessian_diag`), with `optax.MaskedNode()` in place of the others."""
     if where is None:
@@ -433,18 +215,3 @@ def _check_real(params: Any) -> None:
                 f"the parameter '{path_name(path)}' is {jnp.result_type(leaf)}, and has no second derivative; leave it"
                 " out with where=..., or split a complex one into real and imaginary parts."
             )
-
-
-def diag_dtype(dtype: Any) -> Any:
-    """The dtype of a diagonal for parameters of this one: float32, or float64 for float64."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
-
-
-def _at_least_float32(x: jax.Array) -> jax.Array:
-    return x.astype(diag_dtype(x.dtype))
-
-
-_METHODS = {"basis": _basis, "hutchinson": _hutchinson, "ggn_sampled": _ggn_sampled}
-
-#: The methods that need a key.
-STOCHASTIC = frozenset({"hutchinson", "ggn_sampled"})

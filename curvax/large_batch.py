@@ -45,8 +45,7 @@ def discard_small_losses(losses: jax.Array, fraction: jax.typing.ArrayLike, *, a
     losses = jax.lax.stop_gradient(losses)
     scores = _not_negative(losses, axis_name)
     size = order_statistics.population_size(scores, axis_name)
-    # The slack makes 0.3 of 10 the 3 that is meant, where the product in binary falls short of it.
-    discarded = jnp.floor(jnp.asarray(fraction, jnp.float32) * size + 1e-6).astype(jnp.int32)
+    discarded = order_statistics.count_of(fraction, size)
     border, _ = order_statistics.order_statistics(scores, discarded, axis_name)
     above, ties = scores > border, scores == border
     spare = discarded - (size - _total(above, axis_name) - _total(ties, axis_name))

@@ -75,7 +75,7 @@ def cblr(
       hessian_decay: decay rate of the average of curvature over its refreshes.
       key: a seed or a `jax.random.key` for the stochastic methods.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
-      method_options: further arguments of `hessian_diag`, such as `{"num_samples": 2}`; a mapping, so that
+      method_options: further arguments of `with_hessian_diag`, such as `{"num_samples": 2}`; a mapping, so that
         `optax.inject_hyperparams` leaves them alone.
 
     Returns:

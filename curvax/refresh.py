@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from curvax import hessian
+from curvax.estimators import diag_dtype
+from curvax.gauss_newton import is_softmax_cross_entropy
 
 
 class HessianDiagState(NamedTuple):
@@ -84,7 +86,7 @@ def with_hessian_diag(
 
     def init_fn(params):
         chosen = hessian.select(params, options.get("where"))
-        average = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=hessian.diag_dtype(x.dtype)), chosen)
+        average = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=diag_dtype(x.dtype)), chosen)
         return HessianDiagState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), average, inner.init(params))
 
     def refresh(objective, params, num_refreshes, average):
@@ -126,7 +128,7 @@ def with_hessian_diag(
 
 def _mean_over_devices(objective, params, method, key, axis_name, options):
     if method is None:
-        method = "ggn_sampled" if hessian.is_softmax_cross_entropy(objective, params) else "hutchinson"
+        method = "ggn_sampled" if is_softmax_cross_entropy(objective, params) else "hutchinson"
     if axis_name is None:
         return hessian.hessian_diag(objective, params, method=method, key=key, **options)
     # A gradient of replicated parameters is summed over the mesh by shard_map itself. Parameters that are marked as

@@ -244,9 +244,7 @@ def discard_small_gradients(
 
     def kept(measured: radii.Leaves, scaled: radii.Leaves):
         population = measured.g or scaled.g
-        size = order_statistics.population_size(population, axis_name)
-        # The slack makes 0.3 of 10 the 3 that is meant, where the product in binary falls short of it.
-        rank = jnp.floor(jnp.asarray(fraction, jnp.float32) * size + 1e-6).astype(jnp.int32)
+        rank = order_statistics.count_of(fraction, order_statistics.population_size(population, axis_name))
         threshold, _ = order_statistics.order_statistics(population, rank, axis_name)
         # Below is discarded, rather than above kept: NaN compares false, and has to be seen.
         return [jnp.where(jnp.abs(g) < threshold, 0, 1).astype(threshold.dtype) for g in scaled.g]

@@ -10,7 +10,7 @@ import problems
 import pytest
 
 import curvax
-from curvax import hessian
+from curvax import gauss_newton
 
 
 def smooth_loss(params):
@@ -243,7 +243,7 @@ def test_cross_entropies_are_recognised_under_jit():
 
     @jax.jit
     def ask(objective, params):
-        seen.append(hessian.is_softmax_cross_entropy(objective, params))
+        seen.append(gauss_newton.is_softmax_cross_entropy(objective, params))
 
     for loss in (problems.cross_entropy, problems.weighted_cross_entropy, problems.squared_error):
         ask(problems.mlp_objective(loss), problems.mlp_params())

@@ -120,7 +120,7 @@ def distance_after(tx, steps, w):
 
 
 def test_curvature_makes_convergence_independent_of_the_condition_number():
-    """In a step Newton shrinks the error by 1 - gamma in every eigendirection, descent by 1 - 1/1000 in the flattest."""
+    """Newton shrinks the error by 1 - gamma a step in all directions, descent by 1 - 1/1000 in the flattest."""
     start = jnp.array([[2.0, 2.0, 2.0, 2.0]])
     newton = curvax.cblr(
         0.1, damping=0.0, norm_ratio=False, momentum=0.0, every=1, hessian_decay=0.0, method="hutchinson"

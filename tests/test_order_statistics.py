@@ -173,15 +173,13 @@ def test_double_precision():
 
 
 def test_ranks_beyond_those_of_float32():
-    # Element k has pattern 2**29 + 4 k, and so rank k; four, so that no rounding of an interpolation hides a wrong
-    # rank.
+    # Element k has pattern 2**29 + 4 k, and so rank k; four, so that no rounding hides a wrong rank.
     size = 2**24 + 4
     x = jax.lax.bitcast_convert_type(2**29 + 4 * jnp.arange(size, dtype=jnp.int32), jnp.float32)
     for rank in [0, 2**24 - 1, 2**24 + 1, size - 1]:
         found, above = (int(np.asarray(a).view(np.int32)) for a in order_statistics(x, rank))
         assert (found, above) == (2**29 + 4 * rank, 2**29 + 4 * min(rank + 1, size - 1))
-    # (1 - 2**-24) (n - 1) lies between the odd rank 2**24 + 1 and the next, and nearer to the latter than float32 can
-    # tell.
+    # (1 - 2**-24) (n - 1) lies between rank 2**24 + 1, odd, and the next, nearer to which than float32 can tell.
     assert abs(int(np.asarray(quantile(x, np.float32(1 - 2**-24))).view(np.int32)) - (2**29 + 4 * (2**24 + 2))) <= 1
     # (n - 1) / 2 lies halfway between ranks 2**23 + 1 and 2**23 + 2.
     assert abs(int(np.asarray(quantile(x, 0.5)).view(np.int32)) - (2**29 + 4 * (2**23 + 1) + 2)) <= 1
@@ -238,7 +236,7 @@ def test_pmap_and_vmap_axes_split_the_population():
         np.testing.assert_array_equal(medians, jnp.full(8, jnp_median(x)))
 
 
-SPECS = [P("a"), P(None, "b"), P("a", "b"), P(None, ("a", "b")), P()]
+SPECS = [P("a"), P("a", "b"), P(None, ("a", "b")), P()]
 
 
 def sharded(x, kind, spec):

@@ -1,0 +1,113 @@
+"""Estimates of the diagonal of a Hessian, and the mean of many.
+
+A method is a function `(objective, params, options) -> Estimate`. Those of this file take any function for an
+objective, and ask for nothing but Hessian-vector products: with all unit vectors (exact), or with random signs z, for
+which E[z * H z] = diag(H).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Estimate(NamedTuple):
+    """What a method returns: the loss, its gradient, the diagonal of its Hessian and the standard error of that."""
+
+    value: jax.Array
+    grad: Any
+    diag: Any
+    standard_error: Any
+
+
+class Options(NamedTuple):
+    """The arguments of `hessian_diag` which methods share."""
+
+    key: jax.Array | None
+    num_samples: int
+    micro_batches: int
+    chunk_size: int
+
+
+def basis(objective: Callable[[Any], jax.Array], params: Any, options: Options) -> Estimate:
+    """`e_i . H e_i` for every unit vector, `options.chunk_size` of them in a pass."""
+    (value, grad), tangents = jax.linearize(jax.value_and_grad(objective), params)
+    leaves, treedef = jax.tree.flatten(params)
+
+    def entry(leaf: int, index):
+        unit = [jnp.zeros_like(x) for x in leaves]
+        unit[leaf] = unit[leaf].ravel().at[index].set(1).reshape(leaves[leaf].shape)
+        _, product = tangents(treedef.unflatten(unit))
+        return jax.tree.leaves(product)[leaf].ravel()[index]
+
+    def diagonal(leaf: int, x):
+        entries = functools.partial(entry, leaf)
+        return jax.lax.map(entries, jnp.arange(x.size), batch_size=options.chunk_size).reshape(x.shape)
+
+    diag = treedef.unflatten([at_least_float32(diagonal(i, x)) for i, x in enumerate(leaves)])
+    return Estimate(value, grad, diag, jax.tree.map(jnp.zeros_like, diag))
+
+
+def hutchinson(objective: Callable[[Any], jax.Array], params: Any, options: Options) -> Estimate:
+    """The mean of `z * H z` over random signs (Bekas et al. 2007)."""
+    (value, grad), tangents = jax.linearize(jax.value_and_grad(objective), params)
+
+    def sample(key):
+        z = optax.tree.random_like(key, params, jax.random.rademacher)
+        _, product = tangents(z)
+        return jax.tree.map(lambda a, b: at_least_float32(a) * at_least_float32(b), z, product)
+
+    moments = add_samples(sample, jax.random.split(options.key, options.num_samples), no_samples(params))
+    return Estimate(value, grad, moments.mean, moments.standard_error())
+
+
+class Moments(NamedTuple):
+    """The samples seen so far, by Welford's recurrence: their number, mean, and squared deviations from it."""
+
+    count: int
+    mean: Any
+    deviations: Any
+
+    def standard_error(self) -> Any:
+        """Of the mean; None for fewer than two samples."""
+        if self.count < 2:
+            return None
+        return jax.tree.map(lambda d: jnp.sqrt(d / ((self.count - 1) * self.count)), self.deviations)
+
+
+def no_samples(params: Any) -> Moments:
+    """Where sampling begins, for diagonals of `params`."""
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(at_least_float32(x)), params)
+    return Moments(0, zeros, zeros)
+
+
+def add_samples(sample: Callable[[jax.Array], Any], keys: jax.Array, moments: Moments) -> Moments:
+    """Adds `sample(key)` for every key."""
+
+    def add(carry, step):
+        key, number = step
+        mean, deviations = carry
+        off = jax.tree.map(jnp.subtract, sample(key), mean)
+        new_mean = jax.tree.map(lambda m, d: m + d / number.astype(d.dtype), mean, off)
+        share = (number - 1) / number
+        return (new_mean, jax.tree.map(lambda v, d: v + share.astype(d.dtype) * d * d, deviations, off)), None
+
+    count = len(keys)
+    numbers = jnp.arange(moments.count + 1, moments.count + count + 1, dtype=jnp.float32)
+    # XLA on CPU runs convolutions inside a loop many times slower, so that a few samples are better unrolled.
+    unroll = count if count <= 8 else 1
+    (mean, deviations), _ = jax.lax.scan(add, moments[1:], (keys, numbers), unroll=unroll)
+    return Moments(moments.count + count, mean, deviations)
+
+
+def diag_dtype(dtype: Any) -> Any:
+    """The dtype of a diagonal for parameters of this one: float32, or float64 for float64."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """`x` in the dtype of a diagonal."""
+    return x.astype(diag_dtype(x.dtype))
