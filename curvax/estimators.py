@@ -97,10 +97,15 @@ def add_samples(sample: Callable[[jax.Array], Any], keys: jax.Array, moments: Mo
 
     count = len(keys)
     numbers = jnp.arange(moments.count + 1, moments.count + count + 1, dtype=jnp.float32)
-    # XLA on CPU runs convolutions inside a loop many times slower, so that a few samples are better unrolled.
-    unroll = count if count <= 8 else 1
-    (mean, deviations), _ = jax.lax.scan(add, moments[1:], (keys, numbers), unroll=unroll)
-    return Moments(moments.count + count, mean, deviations)
+    carry = moments[1:]
+    # XLA on CPU runs convolutions inside a loop many times slower, so that a few samples are better unrolled. `scan`
+    # itself does not: it keeps a loop of one trip for a single sample.
+    if count <= 8:
+        for step in zip(keys, numbers, strict=True):
+            carry, _ = add(carry, step)
+    else:
+        carry, _ = jax.lax.scan(add, carry, (keys, numbers))
+    return Moments(moments.count + count, *carry)
 
 
 def diag_dtype(dtype: Any) -> Any:

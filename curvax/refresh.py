@@ -102,6 +102,9 @@ def with_hessian_diag(
         if multi_steps:
             due = due & (state.inner_state.mini_step == 0)
         held = (state.num_refreshes, state.hessian_diag)
+        # XLA on CPU runs convolutions inside a branch many times slower, so that none is made without need.
+        if isinstance(every, int) and every == 1 and not multi_steps:
+            return refresh(objective, params, *held)
         return jax.lax.cond(due, lambda: refresh(objective, params, *held), lambda: held)
 
     def update_fn(updates, state, params=None, *, hessian_diag=None, obj_fn=None, value_fn=None, **extra_args):
