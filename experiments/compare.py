@@ -10,6 +10,8 @@ from experiments.train import Diverged, Record, train
 
 # One refresh of `cblr`'s curvature with its default interval falls into every window of this many steps.
 TIMING_WINDOW = 10
+# A step with a refresh, and one without.
+COMPILING = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Outcome:
         test_loss: after its last epoch; infinite if it diverged.
         test_accuracy: after its last epoch, between 0 and 1; 0 if it diverged.
         steps_to_target: optimizer steps until the target accuracy was first seen at the end of an epoch, if ever.
-        step_seconds: median over windows of steps of a step's mean duration, without the first step, which compiles.
-        compile_seconds: what the first step took longer.
+        step_seconds: median over windows of steps of a step's mean duration, without the first two steps, which compile.
+        compile_seconds: what the first two steps took longer.
     """
 
     method: str
@@ -66,21 +68,21 @@ def summarise(records: Sequence[Record], method, learning_rate, seed, target, di
         *(epochs[-1][name] for name in ("loss", "test_loss", "test_accuracy")),
         steps_to_target=next(reached, None),
         step_seconds=seconds,
-        compile_seconds=max(0.0, steps[0]["seconds"] - seconds),
+        compile_seconds=max(0.0, sum(step["seconds"] - seconds for step in steps[:COMPILING])),
     )
 
 
 def step_seconds(seconds: Sequence[float]) -> float:
-    """Median over windows of steps of their mean duration; the first step, which compiles, is left out.
+    """Median over windows of steps of their mean duration; the first two, which compile, are left out.
 
     A plain median would never see the one step in ten that estimates curvature, and a plain mean sees every hiccup of
     the machine.
 
     Example:
-        >>> step_seconds([9.0] + [0.1] * 9 + [0.2] + [0.1] * 9 + [0.2])
+        >>> step_seconds([9.0, 2.0] + [0.1] * 8 + [0.2] + [0.1] * 9 + [0.2] + [0.1])
         0.11
     """
-    rest = list(seconds[1:]) or list(seconds)
+    rest = list(seconds[COMPILING:]) or list(seconds)
     windows = [rest[i : i + TIMING_WINDOW] for i in range(0, len(rest) - TIMING_WINDOW + 1, TIMING_WINDOW)] or [rest]
     return statistics.median(statistics.fmean(window) for window in windows)
 

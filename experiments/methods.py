@@ -52,7 +52,8 @@ def cblr(config, learning_rate, key):
         config.damping,
         config.weight_decay,
         momentum=config.momentum,
-        every=config.curvature_every,
+        # Of the updates that are given `obj_fn`, which the training loop chooses.
+        every=1,
         key=key,
     )
 
@@ -71,6 +72,7 @@ METHODS: dict[str, Callable] = {
     "cblr": cblr,
     "lamb": lamb,
 }
+CURVED = frozenset({"cblr"})
 
 
 def make(config, learning_rate: jax.typing.ArrayLike, key: jax.Array) -> optax.GradientTransformationExtraArgs:
@@ -82,7 +84,7 @@ def make(config, learning_rate: jax.typing.ArrayLike, key: jax.Array) -> optax.G
         key: for the probes of `cblr`; the same in every step, which the state counts.
 
     Returns:
-        A transformation that accepts `obj_fn`, whether it uses it or not.
+        A transformation that accepts `obj_fn` and `hessian_diag`, whether it uses them or not.
     """
     return optax.with_extra_args_support(METHODS[config.optimizer](config, learning_rate, key))
 

@@ -22,6 +22,7 @@ from experiments import data, methods, models
 from experiments.config import TrainConfig
 from experiments.data import Dataset, Split
 from experiments.errors import UsageError
+from experiments.plan import Epoch
 
 EVAL_BATCH = 1024
 
@@ -82,7 +83,7 @@ class Stepper:
         jit = functools.partial(jax.jit, out_shardings=self.everywhere)
         self._shuffle, self._zeros = jit(self._shuffle), jit(self._zeros)
         self._gradient = jit(self._gradient, static_argnames="size", donate_argnums=0)
-        self._update = jit(self._update, static_argnames="batch_size", donate_argnums=0)
+        self._update = jit(self._update, static_argnames=("batch_size", "refresh"), donate_argnums=0)
         self._evaluate = jit(self._evaluate, static_argnames="size")
 
     # What the training loop calls, on whole batches.
@@ -100,25 +101,26 @@ class Stepper:
         """The order of an epoch, `(num_images,)`, int32."""
         return self._shuffle(state.key, np.int32(epoch))
 
-    def step(self, state: TrainState, order: jax.Array, batch: int, batch_size: int, learning_rate: float):
+    def step(self, state: TrainState, order: jax.Array, epoch: Epoch, batch: int):
         """One optimizer step on one batch of an epoch.
 
         Args:
             state: is consumed.
-            order: of the epoch.
+            order: of the images in this epoch.
+            epoch: where in the plan; its batch size is compiled into the step.
             batch: which batch of it.
-            batch_size: images in it.
-            learning_rate: of this step.
 
         Returns:
             The state after it, and its metrics: `loss` and `accuracy`, means over the batch as it was trained on.
         """
+        batch_size, rate = epoch.batch_size, np.float32(epoch.learning_rates[batch])
         first, micro = np.int32(batch * batch_size), self.config.micro_size(batch_size)
         sums = self._zeros(state)
         for place in range(0, batch_size, micro):
             sums = self._gradient(sums, state, self.train, order, first, np.int32(place), size=micro)
-        rate = np.float32(learning_rate)
-        return self._update(state, sums, self.train, order, first, rate, batch_size=batch_size)
+        # Whether curvature is due is decided here, since convolutions are as slow inside `lax.cond` as inside `scan`.
+        due = self.config.optimizer in methods.CURVED and (epoch.first_step + batch) % self.config.curvature_every == 0
+        return self._update(state, sums, self.train, order, first, rate, batch_size=batch_size, refresh=due)
 
     def evaluate(self, state: TrainState) -> tuple[float, float]:
         """Mean plain cross-entropy and accuracy over the test images."""
@@ -150,17 +152,20 @@ class Stepper:
         correct = jnp.sum(jnp.argmax(logits, -1) == batch["labels"])
         return Sums(optax.tree.add(sums.grads, grads), sums.loss + value, sums.correct + correct, stats)
 
-    def _update(self, state, sums, train, order, first, learning_rate, batch_size):
+    def _update(self, state, sums, train, order, first, learning_rate, batch_size, refresh):
         tx = methods.make(self.config, learning_rate, stream(state.key, "probes"))
         grads = jax.tree.map(lambda g: g / batch_size, sums.grads)
-        objective = self._objective(state, train, order, first, batch_size)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, obj_fn=objective)
+        if refresh:
+            curvature = {"obj_fn": self._objective(state, train, order, first, batch_size)}
+        else:
+            curvature = {"hessian_diag": optax.tree.get(state.opt_state, "hessian_diag")}
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **curvature)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": sums.loss / batch_size, "accuracy": sums.correct / batch_size}
         return TrainState(state.step + 1, state.key, params, sums.stats, opt_state), metrics
 
     def _objective(self, state, train, order, first, batch_size):
-        """The loss of the step on the first images of its batch; only what uses curvature evaluates it."""
+        """The loss of the step on the first images of its batch."""
         size = self.config.curvature_size(batch_size)
         key = jax.random.fold_in(self._step_key(state, "dropout"), 0)
 

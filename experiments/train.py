@@ -51,7 +51,7 @@ def train(stepper: Stepper, seed: int, learning_rate: float, state: TrainState |
         order = stepper.shuffle(state, epoch.number)
         for batch, rate in enumerate(epoch.learning_rates):
             before = time.perf_counter()
-            state, metrics = stepper.step(state, order, batch, epoch.batch_size, rate)
+            state, metrics = stepper.step(state, order, epoch, batch)
             # Waiting for each step costs little at batches this large, and makes its seconds and its loss its own.
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
             seconds = time.perf_counter() - before

@@ -89,8 +89,8 @@ def test_a_run_goes_on_from_its_state_to_the_same_bits():
     whole, first = run(RICH), next(plan.epochs(RICH.plan(0.01), 512, RICH.schedule, RICH.warmup_epochs))
     state = stepper(RICH).init(0)
     order = stepper(RICH).shuffle(state, 0)
-    for batch, rate in enumerate(first.learning_rates):
-        state, _ = stepper(RICH).step(state, order, batch, first.batch_size, rate)
+    for batch in range(first.steps):
+        state, _ = stepper(RICH).step(state, order, first, batch)
     rest = list(train(stepper(RICH), 0, 0.01, state))
     assert [record["step"] for record in rest] == [*range(9, 17), 16]
     np.testing.assert_array_equal(column(rest, "loss"), column(whole, "loss")[8:])
