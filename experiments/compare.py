@@ -79,7 +79,7 @@ def step_seconds(seconds: Sequence[float]) -> float:
     the machine.
 
     Example:
-        >>> step_seconds([9.0, 2.0] + [0.1] * 8 + [0.2] + [0.1] * 9 + [0.2] + [0.1])
+        >>> round(step_seconds([9.0, 2.0] + [0.1] * 8 + [0.2] + [0.1] * 9 + [0.2] + [0.1]), 6)
         0.11
     """
     rest = list(seconds[COMPILING:]) or list(seconds)

@@ -1,4 +1,4 @@
-"""The picture of a race: test accuracy and training loss against steps, one line per method and seed."""
+"""The picture of a race: test accuracy and training loss against steps, a line per method and a band over its seeds."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
