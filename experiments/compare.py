@@ -26,7 +26,7 @@ class Outcome:
         test_loss: after its last epoch; infinite if it diverged.
         test_accuracy: after its last epoch, between 0 and 1; 0 if it diverged.
         steps_to_target: optimizer steps until the target accuracy was first seen at the end of an epoch, if ever.
-        step_seconds: median over windows of steps of a step's mean duration, without the first two steps, which compile.
+        step_seconds: median over windows of the mean duration of a step, without the first two, which compile.
         compile_seconds: what the first two steps took longer.
     """
 
