@@ -26,8 +26,7 @@ class Outcome:
         test_loss: after its last epoch; infinite if it diverged.
         test_accuracy: after its last epoch, between 0 and 1; 0 if it diverged.
         steps_to_target: optimizer steps until the target accuracy was first seen at the end of an epoch, if ever.
-        step_seconds: median over windows of steps of a step's mean duration, without the first two steps, which
-        compile.
+        step_seconds: median over windows of the mean duration of a step, without the first two, which compile.
         compile_seconds: what the first two steps took longer.
     """
 
@@ -80,7 +79,7 @@ def step_seconds(seconds: Sequence[float]) -> float:
     the machine.
 
     Example:
-        >>> step_seconds([9.0, 2.0] + [0.1] * 8 + [0.2] + [0.1] * 9 + [0.2] + [0.1])
+        >>> round(step_seconds([9.0, 2.0] + [0.1] * 8 + [0.2] + [0.1] * 9 + [0.2] + [0.1]), 6)
         0.11
     """
     rest = list(seconds[COMPILING:]) or list(seconds)

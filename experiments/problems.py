@@ -53,12 +53,12 @@ PROBLEMS = {
         lowest={"sgd": 0.005, "lars": 0.002, "mclr": 0.0001, "percent_delta": 0.004, "cblr": 0.001},
     ),
     "cifar10": Problem(
-        TrainConfig(dataset="cifar10", width=0.25, batch_size=1024, epochs=4, warmup_epochs=0.5),
+        TrainConfig(dataset="cifar10", width=0.125, dropout=0.25, batch_size=1024, epochs=5, warmup_epochs=0.5),
         target=0.5,
         holdout=0.1,
         tune_seeds=1,
-        race_seeds=1,
-        lowest={"sgd": 0.01, "lars": 0.002, "mclr": 0.0002, "percent_delta": 0.001, "cblr": 0.002},
+        race_seeds=2,
+        lowest={"sgd": 0.01, "lars": 0.002, "mclr": 0.0002, "percent_delta": 0.004, "cblr": 0.002},
     ),
 }
 

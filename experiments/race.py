@@ -15,7 +15,7 @@ from experiments.console import console, training_bars
 from experiments.errors import UsageError
 from experiments.methods import METHODS, tuned_learning_rate
 from experiments.plot import plot_race
-from experiments.problems import PROBLEMS, RACERS, Problem
+from experiments.problems import GRID_POINTS, PROBLEMS, RACERS, Problem
 from experiments.step import Stepper
 
 
@@ -136,9 +136,10 @@ def describe(problem: Problem, num_images: int, seeds: int) -> str:
     """The claim's small print: what all methods share."""
     c = problem.config
     steps = c.epochs * (num_images // c.batch_size)
+    spread = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
     return (
         f"{c.model} at width {c.width:g} on {c.dataset}, {num_images} training images of {c.image_size} pixels squared,"
         f" batch {c.batch_size}, {c.epochs} epochs = {steps} steps, warm-up {c.warmup_epochs:g} epochs then"
-        f" {c.schedule}, momentum {c.momentum:g}, weight decay {c.weight_decay:g}, dropout {c.dropout:g}, {seeds} seed"
-        f"{'s' if seeds > 1 else ''}; every learning rate the best of a grid of equal size."
+        f" {c.schedule}, momentum {c.momentum:g}, weight decay {c.weight_decay:g}, dropout {c.dropout:g};"
+        f" {spread}; every learning rate the best of {GRID_POINTS}."
     )
