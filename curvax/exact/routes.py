@@ -1,0 +1,167 @@
+"""Which route each parameter's Hessian diagonal takes, and what proves it.
+
+Let `u` be a variable that every derivative from a parameter passes through (a cut), with the examples along an axis.
+If `u` is piecewise linear in the parameter, the Hessian is `J^T H J`, with `H` the Hessian of what lies beyond, one
+block for each example; if moreover the parameter meets the examples in a single linear operation, each example's `J^T
+v` is a cotangent contracted with that operation's operand, and the diagonal costs a few backward passes. With `u` the
+network's outputs this is the Gauss-Newton route; with an earlier `u` the loss has merely become longer. Where either
+proof fails, unit vectors remain.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from jax.extend.core import Var
+
+from curvax.exact.dataflow import Flow, cuts
+from curvax.exact.factor import plan_columns
+from curvax.exact.layers import supported
+
+# What turns a parameter into an operand without mixing its entries, by name; `chain_is_monomial` checks the rest.
+MONOMIAL = frozenset(
+    "add broadcast_in_dim convert_element_type copy copy_p div dynamic_slice mul neg pad reduce_precision reshape rev"
+    " select_n slice squeeze sub transpose".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """The one operation through which a parameter meets the examples.
+
+    Attributes:
+        index: which equation.
+        slot: which operand of it.
+        chain: the equations that make this operand out of the parameter.
+        monomial: whether each entry of the operand is a fixed multiple of its own entry of the parameter.
+    """
+
+    index: int
+    slot: int
+    chain: tuple[int, ...]
+    monomial: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """How one parameter's diagonal is computed.
+
+    Attributes:
+        path: the parameter.
+        bit: its position among the parameters.
+        name: "gauss-newton", "tail", "unit vectors" or "zero".
+        reason: why this route and no cheaper one.
+        cut: where the columns start; None for unit vectors.
+        entry: where they end; None for unit vectors.
+    """
+
+    path: str
+    bit: int
+    name: str
+    reason: str
+    cut: Var | None = None
+    entry: Entry | None = None
+
+
+def plan(flow: Flow) -> list[Route]:
+    """A route to the Hessian diagonal of every parameter."""
+    routes = [_hessian_route(flow, bit) for bit in range(len(flow.program.paths))]
+    return [_cheaper(flow, route, routes) for route in routes]
+
+
+def plan_gauss_newton(flow: Flow) -> list[Route]:
+    """A route to the diagonal of `J^T H J` at the outputs: a product by definition, so nothing need be linear."""
+    return [_gauss_newton_route(flow, bit) for bit in range(len(flow.program.paths))]
+
+
+def _hessian_route(flow: Flow, bit: int) -> Route:
+    path, entry = flow.program.paths[bit], _entry(flow, bit)
+    if not isinstance(entry, Entry):
+        return entry
+    found = list(cuts(flow, bit))
+    if flow.program.outputs in found:
+        found = found[: found.index(flow.program.outputs) + 1]
+    proved = [cut for cut in found if not flow.curved[cut] >> bit & 1 and flow.axes[cut] is not None]
+    if not proved:
+        return Route(path, bit, "unit vectors", _curved_reason(flow, bit))
+    cut = min(reversed(proved), key=lambda cut: cut.aval.size)
+    if flow.program.outputs in proved:
+        cut = min(flow.program.outputs, cut, key=lambda cut: plan_columns(flow, cut).price)
+    if cut is flow.program.outputs:
+        return Route(path, bit, "gauss-newton", "piecewise linear up to the outputs", cut, entry)
+    return Route(path, bit, "tail", f"piecewise linear up to {_describe(flow, cut)}", cut, entry)
+
+
+def _gauss_newton_route(flow: Flow, bit: int) -> Route:
+    path, outputs, entry = flow.program.paths[bit], flow.program.outputs, _entry(flow, bit)
+    if not isinstance(entry, Entry):
+        return entry
+    if flow.axes.get(outputs) is None:
+        return Route(path, bit, "unit vectors", "the loss does not tell the examples apart")
+    return Route(path, bit, "gauss-newton", "a product by definition", outputs, entry)
+
+
+def _cheaper(flow: Flow, route: Route, routes: Sequence[Route]) -> Route:
+    """Unit vectors instead, where all the parameters that share a cut are fewer than its columns."""
+    if route.cut is None:
+        return route
+    size = sum(flow.program.params[other.bit].aval.size for other in routes if other.cut is route.cut)
+    columns = plan_columns(flow, route.cut).columns
+    if size >= columns:
+        return route
+    reason = f"cheaper: {size} parameters share a cut of {columns} columns"
+    return Route(route.path, route.bit, "unit vectors", reason)
+
+
+def _entry(flow: Flow, bit: int) -> Entry | Route:
+    """Where a parameter meets the examples, or the route that is left if there is no one such place."""
+    path, var = flow.program.paths[bit], flow.program.params[bit]
+    if var not in flow.axes or not var.aval.size:
+        return Route(path, bit, "zero", "no derivative reaches the losses")
+    chain, doors = [], []
+    for index, eqn, slots, results in flow.equations:
+        shared = [slot for slot in slots if _shared(flow, eqn.invars[slot], bit)]
+        if shared and any(flow.axes[var] is not None for var in results):
+            doors += [(index, slot) for slot in shared]
+        elif shared:
+            chain.append(index)
+    if not doors:
+        return Route(path, bit, "unit vectors", "no operation tells the examples apart")
+    names = [flow.program.jaxpr.eqns[index].primitive.name for index, _ in doors]
+    if len(doors) > 1:
+        return Route(path, bit, "unit vectors", f"enters {len(doors)} operations: {', '.join(names)}")
+    (index, slot), eqn = doors[0], flow.program.jaxpr.eqns[doors[0][0]]
+    if flow.curved[eqn.outvars[0]] >> bit & 1 or not supported(eqn, slot):
+        return Route(path, bit, "unit vectors", f"enters through {names[0]}, whose structure is not known")
+    return Entry(index, slot, tuple(chain), _is_monomial(flow, bit, chain, eqn.invars[slot]))
+
+
+def _shared(flow: Flow, var: Var, bit: int) -> bool:
+    return bool(flow.depends.get(var, 0) >> bit & 1) and flow.axes[var] is None
+
+
+def _is_monomial(flow: Flow, bit: int, chain: Sequence[int], operand: Var) -> bool:
+    """Whether the chain only moves, casts and scales: every variable used once, and no entry copied or combined."""
+    current = flow.program.params[bit]
+    for index in chain:
+        eqn, (slots, _) = flow.program.jaxpr.eqns[index], flow.links[index]
+        used = [slot for slot in slots if flow.depends.get(eqn.invars[slot], 0) >> bit & 1]
+        if len(used) != 1 or eqn.invars[used[0]] is not current or eqn.primitive.name not in MONOMIAL:
+            return False
+        grows = eqn.primitive.name != "pad" and eqn.outvars[0].aval.size > current.aval.size
+        if grows or (eqn.primitive.name in ("div", "pad") and used[0] != 0):
+            return False
+        current = eqn.outvars[0]
+    return current is operand
+
+
+def _curved_reason(flow: Flow, bit: int) -> str:
+    for _, eqn, _, results in flow.equations:
+        for var in results:
+            if flow.curved[var] >> bit & 1:
+                return f"curved from {eqn.primitive.name} on, before any cut that tells the examples apart"
+    return "no cut tells the examples apart"
+
+
+def _describe(flow: Flow, cut: Var) -> str:
+    index = next(i for i, eqn in enumerate(flow.program.jaxpr.eqns) if cut in eqn.outvars)
+    return f"{cut.aval.str_short()}, the result of {flow.program.jaxpr.eqns[index].primitive.name}"

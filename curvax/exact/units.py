@@ -1,0 +1,74 @@
+"""Unit vectors: exact for any function, at one second derivative per parameter."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from curvax.exact.trace import wide
+
+# Directions at once, where the caller does not say.
+CHUNK = 16
+
+
+def second_derivatives(function: Callable[[jax.Array], jax.Array], x: jax.Array, chunk_size: int | None) -> jax.Array:
+    """The Hessian diagonal of a scalar function of one array.
+
+    Args:
+        function: from an array like `x` to a scalar.
+        x: where.
+        chunk_size: directions at once.
+
+    Returns:
+        An array like `x`, at least float32.
+    """
+    return along_units(lambda direction: second_derivative(function, x, direction), x, chunk_size)
+
+
+def along_units(function: Callable[[jax.Array], jax.Array], x: jax.Array, chunk_size: int | None) -> jax.Array:
+    """`function` of each unit vector of the space of `x`, arranged like `x`."""
+    dtype = wide(x.dtype)
+
+    def at(index):
+        return function(jax.nn.one_hot(index, x.size, dtype=x.dtype).reshape(x.shape)).astype(dtype)
+
+    if not x.size:
+        return jnp.zeros(x.shape, dtype)
+    return jax.lax.map(at, jnp.arange(x.size), batch_size=chunk_size or CHUNK).reshape(x.shape)
+
+
+def second_derivative(function: Callable[[jax.Array], jax.Array], x: jax.Array, direction: jax.Array) -> jax.Array:
+    """The second derivative of a scalar function along a direction.
+
+    Forwards twice, so that of the gradient nothing is formed but its one entry.
+    """
+    if _only_in_reverse(function, x):
+        return jnp.sum(jax.jvp(jax.grad(function), (x,), (direction,))[1] * direction)
+    slope = lambda x: jax.jvp(function, (x,), (direction,))[1]
+    return jax.jvp(slope, (x,), (direction,))[1]
+
+
+def pushforward(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """The Jacobian of `function` at `x`, times a direction."""
+    if not _only_in_reverse(function, x):
+        return lambda direction: jax.jvp(function, (x,), (direction,))[1]
+    out, pull = jax.vjp(function, x)
+    # Pulling back is linear: its own transpose pushes forward.
+    return lambda direction: jax.vjp(lambda v: pull(v)[0], jnp.zeros_like(out))[1](direction)[0]
+
+
+def _only_in_reverse(function, x) -> bool:
+    """Whether a `custom_vjp`, which has no forward derivative, is anywhere inside."""
+    return _has_custom_vjp(jax.make_jaxpr(function)(x).jaxpr)
+
+
+def _has_custom_vjp(jaxpr: Jaxpr) -> bool:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name.startswith("custom_vjp"):
+            return True
+        inner = [item for value in eqn.params.values() for item in (value if isinstance(value, tuple) else (value,))]
+        inner = [item.jaxpr if isinstance(item, ClosedJaxpr) else item for item in inner]
+        if any(_has_custom_vjp(item) for item in inner if isinstance(item, Jaxpr)):
+            return True
+    return False
