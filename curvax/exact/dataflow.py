@@ -1,0 +1,198 @@
+"""What is true of every variable of a program, decided by two passes over its equations.
+
+Backwards from the losses: along which axis does a slice of this variable reach the loss of its own example alone?
+Forwards from the parameters: which of them does this variable depend on, and in which is it curved? Both follow
+derivatives, so whatever passes only through comparisons, integers or `stop_gradient` is a constant.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+from jax.extend.core import Jaxpr, JaxprEqn, Var
+
+from curvax.exact.primitives import BILINEAR, PIECEWISE_LINEAR, Axis, differentiable, pull_axis
+from curvax.exact.trace import Program, apply, inline
+
+# Every path from a variable to its axis: `None` is an entry that may reach several examples, as a parameter does.
+Axes = Mapping[Var, Axis | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """The facts about a program's variables on which every proof rests.
+
+    Attributes:
+        axes: the example axis of each variable from which a derivative reaches the losses; None where one entry may
+            reach several examples.
+        links: for each equation, the operands and results that a derivative passes between.
+        depends: for each variable, the parameters it depends on, as the bits of an integer.
+        curved: for each variable, the parameters in which it is not known to be piecewise linear.
+    """
+
+    axes: Axes
+    links: Sequence[tuple[tuple[int, ...], tuple[Var, ...]]]
+    depends: Mapping[Var, int]
+    curved: Mapping[Var, int]
+
+
+def analyse(program: Program) -> Flow:
+    """Both passes over a program."""
+    seeds = {program.losses: Axis(0)} if isinstance(program.losses, Var) else {}
+    axes, rules = backward(program.jaxpr, seeds, program.num_examples)
+    links = [_link(eqn, axes, rules.get(index)) for index, eqn in enumerate(program.jaxpr.eqns)]
+    depends = {var: 1 << bit for bit, var in enumerate(program.params) if var in axes}
+    curved = dict.fromkeys(depends, 0)
+    for index, (eqn, (slots, results)) in enumerate(zip(program.jaxpr.eqns, links, strict=True)):
+        masks = [depends.get(eqn.invars[slot], 0) for slot in slots]
+        bend = _bend(eqn, slots, masks, rules.get(index))
+        for slot in slots:
+            bend |= curved.get(eqn.invars[slot], 0)
+        depends |= dict.fromkeys(results, _union(masks))
+        curved |= dict.fromkeys(results, bend)
+    return Flow(axes, links, depends, curved)
+
+
+@dataclasses.dataclass(frozen=True)
+class CustomRule:
+    """What a `custom_jvp` does: the axes of the operands its derivative reads, and whether that derivative varies."""
+
+    axes: Mapping[int, Axis | None]
+    curved: bool
+
+
+def backward(
+    jaxpr: Jaxpr, seeds: Axes, num_examples: int, order: int = 2
+) -> tuple[dict[Var, Axis | None], dict[int, CustomRule]]:
+    """Follows the example axis from `seeds` back to every variable that a derivative connects to them.
+
+    Args:
+        jaxpr: a flat jaxpr.
+        seeds: the axes of some of its results.
+        num_examples: B.
+        order: how many more derivatives will be taken of a `custom_jvp`.
+
+    Returns:
+        The axes, and the rule of each `custom_jvp` by its place among the equations.
+    """
+    axes, rules = dict(seeds), {}
+    for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
+        results = {r: axes[var] for r, var in enumerate(eqn.outvars) if var in axes}
+        if not results:
+            continue
+        if eqn.primitive.name == "custom_jvp_call":
+            rules[index] = _custom_rule(eqn, results, num_examples, order)
+            operands = rules[index].axes
+        else:
+            operands = _operand_axes(eqn, results, num_examples)
+        for slot, axis in operands.items():
+            axes[eqn.invars[slot]] = _meet(axes, eqn.invars[slot], axis)
+    return axes, rules
+
+
+def _operand_axes(eqn, results, num_examples) -> dict[int, Axis | None]:
+    axes = {}
+    for slot in _differentiable_slots(eqn):
+        for result, axis in results.items():
+            pulled = None if axis is None else pull_axis(eqn, slot, result, axis, num_examples)
+            axes[slot] = _meet(axes, slot, pulled)
+    return axes
+
+
+def _differentiable_slots(eqn: JaxprEqn) -> list[int]:
+    return [slot for slot in range(len(eqn.invars)) if differentiable(eqn, slot)]
+
+
+def _meet(axes, key, axis: Axis | None) -> Axis | None:
+    return axis if axes.get(key, axis) == axis else None
+
+
+def _custom_rule(eqn: JaxprEqn, results: Mapping[int, Axis | None], num_examples: int, order: int) -> CustomRule:
+    """Reads the rule itself, not the function: it is what JAX differentiates, once and again.
+
+    The tangents that the rule returns are linear in those it is given. If no derivative connects them to the primal
+    values, the function is piecewise linear as far as JAX can tell. A rule may call its own function (softmax does),
+    and so on for ever; but a Hessian takes two derivatives, and the second needs the inner rule's tangents alone.
+    """
+    slots = _differentiable_slots(eqn)
+    if not order:
+        return CustomRule(dict.fromkeys(slots), curved=True)
+    jaxpr, primals, tangents = _rule_jaxpr(eqn, slots, linear_only=order == 1)
+    seeds = {jaxpr.outvars[r]: axis for r, axis in results.items() if isinstance(jaxpr.outvars[r], Var)}
+    axes, _ = backward(jaxpr, seeds, num_examples, order - 1)
+    operand_axes = {}
+    for slot, *roles in zip(slots, primals, tangents, strict=True):
+        for var in roles:
+            if var in axes:
+                operand_axes[slot] = _meet(operand_axes, slot, axes[var])
+    return CustomRule(operand_axes, curved=any(var in axes for var in primals))
+
+
+def _rule_jaxpr(eqn: JaxprEqn, slots: Sequence[int], *, linear_only: bool) -> tuple[Jaxpr, list[Var], list[Var]]:
+    """The rule's output tangents as a function of its primals and tangents, and which inputs are which.
+
+    With `linear_only` derivatives are stopped at the primals, which then are constants.
+    """
+
+    def output_tangents(operands, tangents):
+        if linear_only:
+            operands = jax.lax.stop_gradient(operands)
+
+        def function(*varying):
+            values = list(operands)
+            for slot, value in zip(slots, varying, strict=True):
+                values[slot] = value
+            return apply(eqn, *values)
+
+        return jax.jvp(function, [operands[slot] for slot in slots], tangents)[1]
+
+    operands = [_spec(atom) for atom in eqn.invars]
+    closed = jax.make_jaxpr(output_tangents)(operands, [operands[slot] for slot in slots])
+    specs = [_spec(var) for var in closed.jaxpr.invars]
+    jaxpr = jax.make_jaxpr(lambda *inputs: inline(closed, *inputs))(*specs).jaxpr
+    return jaxpr, [jaxpr.invars[slot] for slot in slots], jaxpr.invars[len(operands) :]
+
+
+def _spec(var: Var) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+
+
+def _link(eqn, axes, rule: CustomRule | None) -> tuple[tuple[int, ...], tuple[Var, ...]]:
+    results = tuple(var for var in eqn.outvars if var in axes)
+    slots = _differentiable_slots(eqn) if results else []
+    return tuple(slot for slot in slots if rule is None or slot in rule.axes), results
+
+
+def _bend(eqn, slots, masks, rule: CustomRule | None) -> int:
+    """The parameters in which the equation itself adds curvature."""
+    name = eqn.primitive.name
+    if name in PIECEWISE_LINEAR or (rule is not None and not rule.curved):
+        return 0
+    if name in BILINEAR:
+        return masks[0] & masks[1] if len(masks) == 2 else 0
+    if name == "div":
+        return sum(mask for slot, mask in zip(slots, masks, strict=True) if slot == 1)
+    return _union(masks)
+
+
+def _union(masks: Sequence[int]) -> int:
+    union = 0
+    for mask in masks:
+        union |= mask
+    return union
+
+
+def cuts(program: Program, flow: Flow, bit: int) -> Iterator[Var]:
+    """The variables that every derivative from parameter `bit` to the losses passes through, in order.
+
+    Just after such a variable is computed, nothing computed before it is needed again.
+    """
+    last_use = {program.losses: len(flow.links)}
+    for index, (eqn, (slots, _)) in enumerate(zip(program.jaxpr.eqns, flow.links, strict=True)):
+        last_use |= {eqn.invars[slot]: max(index, last_use.get(eqn.invars[slot], 0)) for slot in slots}
+    horizon = last_use.get(program.params[bit], 0)
+    for index, (_, results) in enumerate(flow.links):
+        reached = [var for var in results if flow.depends[var] >> bit & 1]
+        if len(reached) == 1 and horizon <= index:
+            yield reached[0]
+        horizon = max([horizon, *(last_use[var] for var in reached)])

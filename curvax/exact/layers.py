@@ -1,0 +1,216 @@
+"""Every linear layer as one: a matrix applied at several positions, seen through several windows.
+
+A parameter enters an example's computation through one linear operation. With the operand laid out as
+`x (B, positions, groups, inputs)` and the result as `y (B, positions, groups, outputs)`, that operation is
+
+    y[b, q, g] += x[b, p, g] @ weight[w, g]    for every pair (p, q) of window w,
+
+so that an example's gradient is `sum over (p, q) of outer(x[b, p, g], dy[b, q, g])`. A dense layer has one window in
+which every position meets itself; a convolution has one for each offset of its kernel, holding only the positions at
+which that offset meets the image: stride, dilation and padding are which pairs there are, and zeros cost nothing. A
+bias or a scale has a group for each of its entries and one input and output. A look-up has its own, sparse, form.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import JaxprEqn
+
+from curvax.exact.primitives import ELEMENTWISE, Axis, free_dims, pull_axis
+from curvax.exact.trace import apply
+
+# One window: the positions of the operand, and those of the result, that meet through one matrix.
+Window = tuple[np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A linear operation in which a parameter meets the examples.
+
+    Attributes:
+        x: what multiplies the parameter, `(B, positions, groups, inputs)`.
+        windows: which positions of `x` and of the result share a matrix.
+        fold: lays out a cotangent of the result as `(B, positions, groups, outputs)`.
+        unfold: gives `(windows, groups, inputs, outputs)` the parameter's shape.
+    """
+
+    x: jax.Array
+    windows: Sequence[Window]
+    fold: Callable[[jax.Array], jax.Array]
+    unfold: Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """Rows taken from a table.
+
+    Attributes:
+        rows: which row each position takes, `(B, positions)`; a row outside the table has no derivative.
+        fold: lays out a cotangent of the result as `(B, positions, outputs)`.
+        unfold: gives `(rows, outputs)` the parameter's shape.
+        num_rows: the length of the table.
+    """
+
+    rows: jax.Array
+    fold: Callable[[jax.Array], jax.Array]
+    unfold: Callable[[jax.Array], jax.Array]
+    num_rows: int
+
+
+def supported(eqn: JaxprEqn, slot: int) -> bool:
+    """Whether `build_layer` knows the operation."""
+    name = eqn.primitive.name
+    if name == "conv_general_dilated":
+        return slot == 1 and eqn.params["batch_group_count"] == 1
+    if name == "gather":
+        return slot == 0 and _takes_rows(eqn)
+    return name in ELEMENTWISE or name in ("dot_general", "broadcast_in_dim")
+
+
+def build_layer(eqn: JaxprEqn, slot: int, values: Sequence[jax.Array], axis: Axis, num_examples: int) -> Layer | Lookup:
+    """The layer that an equation is to one of its operands.
+
+    Args:
+        eqn: the operation, one of those `supported`.
+        slot: the operand that depends on the parameter.
+        values: the values of all operands.
+        axis: the example axis of the result.
+        num_examples: B.
+    """
+    build = {"dot_general": _dense, "conv_general_dilated": _convolution, "gather": _lookup}
+    return build.get(eqn.primitive.name, _elementwise)(eqn, slot, values, axis, num_examples)
+
+
+def _dense(eqn, slot, values, axis, num_examples) -> Layer:
+    contracting, batch = eqn.params["dimension_numbers"]
+    free = [free_dims(value.ndim, contracting[i], batch[i]) for i, value in enumerate(values)]
+    first = len(batch[0])
+    split = first + len(free[0])
+    free_in_result = [range(first, split), range(split, split + len(free[1]))]
+    other, other_axis = 1 - slot, pull_axis(eqn, 1 - slot, 0, axis, num_examples)
+
+    def fold(cotangent):
+        positions = [d for d in free_in_result[other] if d != axis.dim]
+        return examples_first(cotangent, axis, num_examples, positions, range(first), free_in_result[slot])
+
+    def unfold(matrix):
+        order = [*batch[slot], *contracting[slot], *free[slot]]
+        sizes = [values[slot].shape[d] for d in order]
+        return matrix.reshape(sizes).transpose(np.argsort(order))
+
+    positions = [d for d in free[other] if d != other_axis.dim]
+    x = examples_first(values[other], other_axis, num_examples, positions, batch[other], contracting[other])
+    return Layer(x, [(np.arange(x.shape[1]),) * 2], fold, unfold)
+
+
+def _elementwise(eqn, slot, values, axis, num_examples) -> Layer:
+    """A bias, a scale, a mask, a broadcast: whatever the operation is, its derivative is one factor per entry."""
+    operand, out = values[slot], eqn.outvars[0].aval
+    dims = eqn.params.get("broadcast_dimensions", range(out.ndim) if operand.ndim else ())
+    own = [d for i, d in enumerate(dims) if d != axis.dim and operand.shape[i] == out.shape[d]]
+    positions = [d for d in range(out.ndim) if d != axis.dim and d not in own]
+
+    def result(operand):
+        return apply(eqn, *values[:slot], operand, *values[slot + 1 :])[0]
+
+    def fold(cotangent):
+        return examples_first(cotangent, axis, num_examples, positions, own, ())
+
+    _, factor = jax.jvp(result, (operand,), (jnp.ones_like(operand),))
+    x = fold(factor)
+    return Layer(x, [(np.arange(x.shape[1]),) * 2], fold, lambda matrix: matrix.reshape(operand.shape))
+
+
+def _convolution(eqn, slot, values, axis, num_examples) -> Layer:
+    images, kernel = values
+    numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    kernel_sizes = [kernel.shape[d] for d in numbers.rhs_spec[2:]]
+
+    def layout(array, spec, batch_axis):
+        channels = examples_first(array, batch_axis, num_examples, spec[2:], spec[1:2])
+        return channels.reshape(*channels.shape[:2], groups, -1)
+
+    def unfold(matrix):
+        matrix = matrix.reshape(*kernel_sizes, *matrix.shape[1:])
+        matrix = jnp.moveaxis(matrix, (-3, -1, -2), (0, 1, 2))
+        matrix = matrix.reshape(-1, *matrix.shape[2:])
+        return matrix.transpose(np.argsort(numbers.rhs_spec))
+
+    image_axis = pull_axis(eqn, 0, 0, axis, num_examples)
+    x = layout(images, numbers.lhs_spec, image_axis)
+    windows = _kernel_windows(eqn, images.shape, kernel_sizes, axis.outer * axis.inner)
+    return Layer(x, windows, lambda cotangent: layout(cotangent, numbers.out_spec, axis), unfold)
+
+
+def _kernel_windows(eqn, image_shape, kernel_sizes, copies) -> list[Window]:
+    """For each offset of the kernel, the pixels and the outputs that it connects."""
+    params, numbers = eqn.params, eqn.params["dimension_numbers"]
+    in_sizes = [image_shape[d] for d in numbers.lhs_spec[2:]]
+    out_sizes = [eqn.outvars[0].aval.shape[d] for d in numbers.out_spec[2:]]
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
+    geometry = list(zip(in_sizes, out_sizes, *(params[name] for name in names), strict=True))
+
+    def meeting(pixels, outputs, stride, padding, lhs_dilation, rhs_dilation, offset):
+        output = np.arange(outputs)
+        place = output * stride + offset * rhs_dilation - padding[0]
+        meets = (place >= 0) & (place % lhs_dilation == 0) & (place // lhs_dilation < pixels)
+        return place[meets] // lhs_dilation, output[meets]
+
+    def flat(indices, sizes):
+        # The examples' axis may hold further positions, before the spatial ones.
+        grid = np.ix_(np.arange(copies), *indices)
+        return np.ravel_multi_index(np.broadcast_arrays(*grid), (copies, *sizes)).ravel()
+
+    windows = []
+    for offsets in np.ndindex(*kernel_sizes):
+        pairs = [meeting(*line, offset) for line, offset in zip(geometry, offsets, strict=True)]
+        windows.append((flat([p for p, _ in pairs], in_sizes), flat([q for _, q in pairs], out_sizes)))
+    return windows
+
+
+def _takes_rows(eqn) -> bool:
+    numbers, table = eqn.params["dimension_numbers"], eqn.invars[0].aval
+    rows = numbers.start_index_map
+    sizes = tuple(1 if d in rows else size for d, size in enumerate(table.shape))
+    return len(rows) == 1 and numbers.collapsed_slice_dims == rows and eqn.params["slice_sizes"] == sizes
+
+
+def _lookup(eqn, slot, values, axis, num_examples) -> Lookup:
+    table, indices = values
+    numbers = eqn.params["dimension_numbers"]
+    (row_dim,) = numbers.start_index_map
+    num_rows = table.shape[row_dim]
+    index_axis = pull_axis(eqn, 1, 0, axis, num_examples)
+    index_positions = [d for d in range(indices.ndim) if d != index_axis.dim]
+    rows = examples_first(indices, index_axis, num_examples, index_positions)
+    if eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP:
+        rows = jnp.clip(rows, 0, num_rows - 1)
+
+    def fold(cotangent):
+        positions = [d for d in range(cotangent.ndim) if d != axis.dim and d not in numbers.offset_dims]
+        return examples_first(cotangent, axis, num_examples, positions, numbers.offset_dims)
+
+    def unfold(matrix):
+        kept = [size for d, size in enumerate(table.shape) if d != row_dim]
+        return jnp.moveaxis(matrix.reshape(num_rows, *kept), 0, row_dim)
+
+    return Lookup(rows, fold, unfold, num_rows)
+
+
+def examples_first(array: jax.Array, axis: Axis, num_examples: int, *groups: Sequence[int]) -> jax.Array:
+    """Lays an array out as `(B, *groups)`, each group of dimensions flattened into one.
+
+    Whatever shares a dimension with the examples goes to the front of the first group.
+    """
+    before, after = array.shape[: axis.dim], array.shape[axis.dim + 1 :]
+    split = array.reshape(*before, axis.outer, num_examples, axis.inner, *after)
+    moved = [[d if d < axis.dim else d + 2 for d in group] for group in groups]
+    order = [axis.dim + 1, axis.dim, axis.dim + 2, *(d for group in moved for d in group)]
+    sizes = [math.prod(array.shape[d] for d in group) for group in groups]
+    if sizes:
+        sizes[0] *= axis.outer * axis.inner
+    return split.transpose(order).reshape(num_examples, *sizes)

@@ -1,0 +1,136 @@
+"""The computation behind an objective, as one flat list of primitive operations.
+
+A proof needs to see every operation between a parameter and the loss. Python hides them in functions, JAX in calls
+(`jit`, `checkpoint`, ...); tracing `predict` and then `loss`, and inlining the calls, leaves a jaxpr whose equations are
+all there is. Calls that carry their own derivative (`custom_jvp`, `custom_vjp`) stay closed: their body is not what JAX
+differentiates.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+
+from curvax.objective import Objective
+
+INLINED = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """`losses(predict(params, data), data)` as a flat jaxpr.
+
+    Attributes:
+        jaxpr: its inputs are the parameter leaves, then the data leaves; its outputs are `outputs` and `losses`.
+        consts: the values of `jaxpr.constvars`.
+        paths: one readable path for each parameter leaf.
+        inputs: the values of the inputs.
+    """
+
+    jaxpr: Jaxpr
+    consts: Sequence[Any]
+    paths: tuple[str, ...]
+    inputs: tuple[Any, ...]
+
+    @property
+    def params(self) -> list[Var]:
+        return self.jaxpr.invars[: len(self.paths)]
+
+    @property
+    def outputs(self) -> Var | Literal:
+        return self.jaxpr.outvars[0]
+
+    @property
+    def losses(self) -> Var | Literal:
+        return self.jaxpr.outvars[1]
+
+    @property
+    def num_examples(self) -> int:
+        return self.losses.aval.shape[0]
+
+    def environment(self) -> dict[Var, jax.Array]:
+        """The value of every variable, from one forward pass."""
+        env = dict(zip(self.jaxpr.constvars, self.consts, strict=True))
+        env |= zip(self.jaxpr.invars, self.inputs, strict=True)
+        return evaluate(self.jaxpr.eqns, env)
+
+
+def trace(objective: Objective, params: Any) -> Program:
+    """Traces an objective, without its penalty, and inlines every call that JAX differentiates through.
+
+    Args:
+        objective: network, loss and data.
+        params: a pytree of arrays.
+
+    Returns:
+        The program.
+
+    Raises:
+        ValueError: if the outputs are not one array, or the losses not one value per example.
+    """
+
+    def run(params, data):
+        outputs = objective.predict(params, data)
+        return outputs, objective.loss(outputs, data)
+
+    closed = jax.make_jaxpr(run)(params, objective.data)
+    if len(closed.out_avals) != 2 or closed.out_avals[1].ndim != 1:
+        raise ValueError(
+            f"predict(params, data) must return one array and loss(outputs, data) one loss per example, a vector (B,);"
+            f" together they returned arrays of shapes {[aval.shape for aval in closed.out_avals]}."
+        )
+    inputs = tuple(jnp.asarray(x) for x in jax.tree.leaves((params, objective.data)))
+    flat = jax.make_jaxpr(lambda *inputs: inline(closed, *inputs))(*inputs)
+    return Program(flat.jaxpr, flat.consts, leaf_paths(params), inputs)
+
+
+def leaf_paths(params: Any) -> tuple[str, ...]:
+    """`("dense/kernel", ...)`: how curvax names the leaves of a tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
+
+
+def inline(closed: ClosedJaxpr, *inputs: jax.Array) -> list[jax.Array]:
+    """Evaluates a jaxpr call by call; traced, it leaves none of the calls in `INLINED`."""
+    env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    env |= zip(closed.jaxpr.invars, inputs, strict=True)
+    for eqn in closed.jaxpr.eqns:
+        values = [read(env, atom) for atom in eqn.invars]
+        if eqn.primitive.name in INLINED:
+            results = inline(_callee(eqn), *values)
+        else:
+            results = apply(eqn, *values)
+        env |= zip(eqn.outvars, results, strict=True)
+    return [read(env, atom) for atom in closed.jaxpr.outvars]
+
+
+def evaluate(eqns: Sequence[JaxprEqn], env: dict[Var, jax.Array]) -> dict[Var, jax.Array]:
+    """Extends `env` by the results of `eqns`."""
+    for eqn in eqns:
+        results = apply(eqn, *(read(env, atom) for atom in eqn.invars))
+        env |= zip(eqn.outvars, results, strict=True)
+    return env
+
+
+def apply(eqn: JaxprEqn, *values: jax.Array) -> list[jax.Array]:
+    """The results of one equation."""
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def read(env: dict[Var, jax.Array], atom: Var | Literal) -> Any:
+    return atom.val if isinstance(atom, Literal) else env[atom]
+
+
+def _callee(eqn: JaxprEqn) -> ClosedJaxpr:
+    callee = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+    return callee if isinstance(callee, ClosedJaxpr) else ClosedJaxpr(callee, ())
+
+
+def wide(dtype: Any) -> Any:
+    """The precision curvature is kept in: the array's own, and at least float32."""
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
