@@ -6,35 +6,36 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
 
+from curvax.exact.dataflow import Flow
 from curvax.exact.routes import Route
-from curvax.exact.trace import Program, apply, read, wide
+from curvax.exact.trace import apply, read, wide
 
 
-def undo_scaling(program: Program, route: Route, env: Mapping[Var, jax.Array], diagonal: jax.Array) -> jax.Array:
+def undo_scaling(flow: Flow, route: Route, env: Mapping[Var, jax.Array], diagonal: jax.Array) -> jax.Array:
     """The parameter's diagonal from its operand's, where `operand[i] = scale[i] * parameter[place[i]] + constant`.
 
     Then `h_parameter[place[i]] = scale[i]^2 h_operand[i]`: the transpose, applied to `scale * h`.
     """
-    function, x = _operand(program, route, env, diagonal.dtype)
+    function, x = _operand(flow, route, env, diagonal.dtype)
     _, scale = jax.jvp(function, (x,), (jnp.ones_like(x),))
     return jax.vjp(function, x)[1](scale * diagonal)[0]
 
 
-def transposed(program: Program, route: Route, env: Mapping[Var, jax.Array]) -> Callable[[jax.Array], jax.Array]:
+def transposed(flow: Flow, route: Route, env: Mapping[Var, jax.Array]) -> Callable[[jax.Array], jax.Array]:
     """Takes a gradient of the operand to one of the parameter."""
-    dtype = wide(program.params[route.bit].aval.dtype)
-    pull = jax.vjp(*_operand(program, route, env, dtype))[1]
+    dtype = wide(flow.program.params[route.bit].aval.dtype)
+    pull = jax.vjp(*_operand(flow, route, env, dtype))[1]
     return lambda gradient: pull(gradient.astype(dtype))[0]
 
 
-def _operand(program, route, env, dtype) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+def _operand(flow, route, env, dtype) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
     """The operand as a function of the parameter, in `dtype` throughout: a diagonal is worth more than bfloat16."""
-    entry, parameter = route.entry, program.params[route.bit]
-    wanted = program.jaxpr.eqns[entry.index].invars[entry.slot]
+    entry, parameter = route.entry, flow.program.params[route.bit]
+    wanted = flow.program.jaxpr.eqns[entry.index].invars[entry.slot]
 
     def function(value):
         varying = {parameter: value}
-        for eqn in (program.jaxpr.eqns[index] for index in entry.chain):
+        for eqn in (flow.program.jaxpr.eqns[index] for index in entry.chain):
             values = [varying[v] if isinstance(v, Var) and v in varying else _widen(read(env, v), dtype) for v in eqn.invars]
             casts = eqn.primitive.name in ("convert_element_type", "reduce_precision")
             varying |= zip(eqn.outvars, values[:1] if casts else apply(eqn, *values), strict=True)

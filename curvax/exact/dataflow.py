@@ -6,16 +6,18 @@ derivatives, so whatever passes only through comparisons, integers or `stop_grad
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from curvax.exact.primitives import BILINEAR, PIECEWISE_LINEAR, Axis, differentiable, pull_axis
-from curvax.exact.trace import Program, apply, inline
+from curvax.exact.trace import Program, apply, inline, read
 
-# Every path from a variable to its axis: `None` is an entry that may reach several examples, as a parameter does.
+# None is the axis of a variable of which one entry may reach several examples, as a parameter's does.
 Axes = Mapping[Var, Axis | None]
+Slots = tuple[int, ...]
+Results = tuple[Var, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Flow:
     """The facts about a program's variables on which every proof rests.
 
     Attributes:
+        program: the program.
         axes: the example axis of each variable from which a derivative reaches the losses; None where one entry may
             reach several examples.
         links: for each equation, the operands and results that a derivative passes between.
@@ -30,10 +33,17 @@ class Flow:
         curved: for each variable, the parameters in which it is not known to be piecewise linear.
     """
 
+    program: Program
     axes: Axes
-    links: Sequence[tuple[tuple[int, ...], tuple[Var, ...]]]
+    links: Sequence[tuple[Slots, Results]]
     depends: Mapping[Var, int]
     curved: Mapping[Var, int]
+
+    @property
+    def equations(self) -> list[tuple[int, JaxprEqn, Slots, Results]]:
+        """Every equation with its place, and the operands and results that a derivative passes between."""
+        pairs = zip(self.program.jaxpr.eqns, self.links, strict=True)
+        return [(index, eqn, *link) for index, (eqn, link) in enumerate(pairs)]
 
 
 def analyse(program: Program) -> Flow:
@@ -50,7 +60,7 @@ def analyse(program: Program) -> Flow:
             bend |= curved.get(eqn.invars[slot], 0)
         depends |= dict.fromkeys(results, _union(masks))
         curved |= dict.fromkeys(results, bend)
-    return Flow(axes, links, depends, curved)
+    return Flow(program, axes, links, depends, curved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +167,7 @@ def _spec(var: Var) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
 
 
-def _link(eqn, axes, rule: CustomRule | None) -> tuple[tuple[int, ...], tuple[Var, ...]]:
+def _link(eqn, axes, rule: CustomRule | None) -> tuple[Slots, Results]:
     results = tuple(var for var in eqn.outvars if var in axes)
     slots = _differentiable_slots(eqn) if results else []
     return tuple(slot for slot in slots if rule is None or slot in rule.axes), results
@@ -182,17 +192,33 @@ def _union(masks: Sequence[int]) -> int:
     return union
 
 
-def cuts(program: Program, flow: Flow, bit: int) -> Iterator[Var]:
+def cuts(flow: Flow, bit: int) -> Iterator[Var]:
     """The variables that every derivative from parameter `bit` to the losses passes through, in order.
 
     Just after such a variable is computed, nothing computed before it is needed again.
     """
+    program = flow.program
     last_use = {program.losses: len(flow.links)}
-    for index, (eqn, (slots, _)) in enumerate(zip(program.jaxpr.eqns, flow.links, strict=True)):
+    for index, eqn, slots, _ in flow.equations:
         last_use |= {eqn.invars[slot]: max(index, last_use.get(eqn.invars[slot], 0)) for slot in slots}
     horizon = last_use.get(program.params[bit], 0)
-    for index, (_, results) in enumerate(flow.links):
+    for index, _, _, results in flow.equations:
         reached = [var for var in results if flow.depends[var] >> bit & 1]
         if len(reached) == 1 and horizon <= index:
             yield reached[0]
         horizon = max([horizon, *(last_use[var] for var in reached)])
+
+
+def between(flow: Flow, env: Mapping[Var, jax.Array], start: Var, stop: Var) -> Callable[[jax.Array], jax.Array]:
+    """`stop` as a function of `start`, everything that does not depend on it held fixed."""
+
+    def function(value):
+        varying = {start: value}
+        for _, eqn, slots, results in flow.equations:
+            if any(eqn.invars[slot] in varying for slot in slots):
+                values = [varying[v] if isinstance(v, Var) and v in varying else read(env, v) for v in eqn.invars]
+                out = dict(zip(eqn.outvars, apply(eqn, *values), strict=True))
+                varying |= {var: out[var] for var in results}
+        return varying[stop]
+
+    return function

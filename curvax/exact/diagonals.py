@@ -1,102 +1,193 @@
-"""Hessian and Gauss-Newton diagonals, each array by the cheapest route that is proved exact."""
+"""Exact Hessian diagonals, Gauss-Newton diagonals, and what they will cost."""
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Var
 
-from curvax.exact import factor, units
-from curvax.exact.chain import transposed, undo_scaling
-from curvax.exact.contract import Contraction
-from curvax.exact.dataflow import Flow, analyse
-from curvax.exact.factor import Columns
-from curvax.exact.layers import build_layer
-from curvax.exact.routes import Route, num_columns, plan
-from curvax.exact.sweep import sweep
-from curvax.exact.trace import Program, read, trace, wide
+from curvax.exact import units
+from curvax.exact.backprop import diagonals
+from curvax.exact.dataflow import Flow, analyse, between
+from curvax.exact.explanation import Explanation, Row, explain_routes
+from curvax.exact.factor import source
+from curvax.exact.penalty import mixed_arrays, penalty_diagonal
+from curvax.exact.routes import Route, plan, plan_gauss_newton
+from curvax.exact.trace import leaf_paths, trace, wide
 from curvax.objective import Objective
 
-Diagonal = tuple[jax.Array, Any, Any]
+# In backward passes and Hessian-vector products together.
+BUDGET = 10_000
 
 
-def exact_diag(objective: Any, params: Any, *, chunk_size: int | None = None) -> Diagonal:
+def exact_diag(
+    objective: Any, params: Any, *, budget: int | None = BUDGET, chunk_size: int | None = None
+) -> tuple[jax.Array, Any, Any]:
+    """The exact diagonal of the Hessian, array by array, by the cheapest route that is proved exact.
+
+    Formula:
+        `h_i = d^2 L / d params_i^2`: where the trace allows it `sum_bc s_bc (J_b^T v_bc)_i^2 / B`, with
+        `H_b = sum_c s_bc v_bc v_bc^T` the Hessian of what follows (Dangel et al. 2020, "BackPACK", for the loss; here
+        for any tail of the network); elsewhere by unit vectors.
+
+    Args:
+        objective: an `Objective`; any `params -> scalar` will do, at one Hessian-vector product per parameter.
+        params: a pytree of floating-point arrays.
+        budget: the most backward passes and Hessian-vector products to spend; None for no limit.
+        chunk_size: columns, and unit vectors, at once: what bounds the memory. By default few on large batches.
+
+    Returns:
+        The value, the gradient, and the diagonal: a tree like `params`, float32 or the leaf's own dtype if wider.
+
+    Raises:
+        ValueError: if the cost is above `budget`; it names the dearest parameter, its cost, and the cures.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from curvax.exact import exact_diag
+        >>> value, grad, diag = exact_diag(lambda w: jnp.sum(w**3), jnp.array([1.0, 2.0]))
+        >>> diag.tolist()
+        [6.0, 12.0]
+    """
+    check_floating(params)
+    if not isinstance(objective, Objective):
+        _explain_function(params).check(budget)
+        return *jax.value_and_grad(objective)(params), _function_diagonal(objective, params, chunk_size)
+    flow = analyse(trace(objective, params))
+    routes, mixed = plan(flow), _mixed(objective, params)
+    explain_routes(flow, routes, sorted(mixed)).check(budget)
+    unit_vectors = functools.partial(_hessian_units, chunk_size=chunk_size)
+    return _by_routes(objective, params, flow, routes, unit_vectors, mixed, chunk_size)
+
+
+def ggn_diag(objective: Objective, params: Any, *, chunk_size: int | None = None) -> tuple[jax.Array, Any, Any]:
+    """The exact diagonal of the generalised Gauss-Newton matrix.
+
+    Formula:
+        `diag(sum_b J_b^T H_b J_b) / B`, with `J_b` the Jacobian of the outputs and `H_b` the Hessian of the loss in
+        them (Schraudolph 2002, "Fast curvature matrix-vector products"), plus the penalty's own Hessian diagonal.
+
+    Args:
+        objective: an `Objective`.
+        params: a pytree of floating-point arrays.
+        chunk_size: columns, and unit vectors, at once.
+
+    Returns:
+        The value, the gradient, and the diagonal, as `exact_diag` does.
+
+    Raises:
+        TypeError: if `objective` is not an `Objective`.
+    """
+    check_objective(objective, "ggn")
+    check_floating(params)
+    flow = analyse(trace(objective, params))
+    routes, mixed = plan_gauss_newton(flow), _mixed(objective, params)
+    unit_vectors = functools.partial(_gauss_newton_units, chunk_size=chunk_size)
+    return _by_routes(objective, params, flow, routes, unit_vectors, mixed, chunk_size)
+
+
+def explain(objective: Any, params: Any) -> Explanation:
+    """What `exact_diag` would do with each parameter, why, and at what cost.
+
+    Formula:
+        The route of each array is chosen as `exact_diag` documents; nothing is computed, only traced.
+
+    Args:
+        objective: an `Objective`, or any `params -> scalar`.
+        params: a pytree of floating-point arrays, or of `jax.ShapeDtypeStruct`.
+
+    Returns:
+        The explanation: its `rows`, its total `passes` and `products`; printed, a table.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from curvax.exact import explain
+        >>> print(explain(lambda params: jnp.sum(params["w"] ** 3), {"w": jnp.ones(2)}))
+        parameter  shape  route         passes  HVPs  why
+        w          (2,)   unit vectors  0       2     not an Objective: no examples to tell apart
+        total                           0       2
+    """
+    check_floating(params)
+    if not isinstance(objective, Objective):
+        return _explain_function(params)
+    flow = analyse(trace(objective, params))
+    return explain_routes(flow, plan(flow), sorted(_mixed(objective, params)))
+
+
+def check_floating(params: Any) -> None:
+    """Raises a ValueError naming the first leaf that is not real floating-point."""
+    for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"the parameter {path!r} is {jnp.result_type(leaf)}; a Hessian diagonal needs real floating-point"
+                " parameters. Leave it out of `params`, or close over it."
+            )
+
+
+def check_objective(objective: Any, method: str) -> None:
+    """Raises a TypeError if there is no loss to tell from the network."""
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"method={method!r} needs to tell the network from the loss: pass a curvax.Objective(predict, loss, data),"
+            f" not {type(objective).__name__}."
+        )
+
+
+def _by_routes(objective, params, flow: Flow, routes: Sequence[Route], unit_vectors, mixed, chunk_size):
+    """Value, gradient and diagonal. The forward passes written here are one: the compiler finds them equal."""
     value, grad = jax.value_and_grad(objective)(params)
-    leaves, treedef = jax.tree.flatten(params)
-    program = trace(objective, params)
-    flow = analyse(program)
-    env = program.environment()
-    routes = plan(program, flow)
-    diagonal = by_cuts(program, flow, env, routes, chunk_size)
-    for route in routes:
-        var = program.params[route.bit]
-        if route.name == "unit vectors":
-            total = units.second_derivatives(factor.tail(program, flow, env, var), env[var], chunk_size)
-            diagonal[route.bit] = total / program.num_examples
-        elif route.name == "zero":
-            diagonal[route.bit] = jnp.zeros(var.aval.shape, wide(var.aval.dtype))
-    return value, grad, jax.tree.unflatten(treedef, [diagonal[bit] for bit in range(len(leaves))])
-
-
-def by_cuts(program: Program, flow: Flow, env: Mapping[Var, jax.Array], routes: Sequence[Route], chunk_size) -> dict:
-    """The diagonals of the mean loss for all parameters that have a cut, one cut after the other."""
-    diagonal = {}
+    env = flow.program.environment()
+    total = {route.bit: jnp.zeros(v.aval.shape, wide(v.aval.dtype)) for route, v in _vars(flow, routes, "zero")}
+    total |= {route.bit: unit_vectors(flow, env, var) for route, var in _vars(flow, routes, "unit vectors")}
     for cut in dict.fromkeys(route.cut for route in routes if route.cut is not None):
         sharing = [route for route in routes if route.cut is cut]
-        columns = loss_columns(program, flow, env, cut, chunk_size)
-        diagonal |= send_back(program, flow, env, cut, sharing, columns, chunk_size)
-    return {bit: total / program.num_examples for bit, total in diagonal.items()}
+        found = diagonals(flow, env, sharing, source(flow, env, cut, chunk_size), chunk_size)
+        total |= {route.bit: diagonal for route, diagonal in zip(sharing, found, strict=True)}
+    return value, grad, assemble(objective, params, flow, total, mixed, chunk_size)
 
 
-def loss_columns(program, flow, env, cut, chunk_size) -> Columns:
-    """A signed factor of the Hessian of what lies beyond a cut, as cotangents of the cut."""
-    axis, value = flow.axes[cut], env[cut]
-    matrices = factor.hessians(factor.tail(program, flow, env, cut), value, axis, program.num_examples, chunk_size or units.CHUNK)
-    columns, signs = factor.signed_factor(matrices, num_columns(program, flow, cut))
-    _, unslice = factor.slicer(value, axis, program.num_examples)
-    return Columns(jax.vmap(unslice)(columns.astype(value.dtype)), signs)
+def _vars(flow, routes, name):
+    return [(route, flow.program.params[route.bit]) for route in routes if route.name == name]
 
 
-def send_back(program, flow, env, cut, routes, columns: Columns, chunk_size) -> dict[int, jax.Array]:
-    """Sweeps columns back from a cut to the layers of `routes`, a chunk at a time, and contracts them there."""
-    num = len(columns.signs)
-    eqns = program.jaxpr.eqns
-    contractions, results = [], []
-    for route in routes:
-        entry, eqn = route.entry, eqns[route.entry.index]
-        results.append(eqn.outvars[0])
-        values = [read(env, atom) for atom in eqn.invars]
-        layer = build_layer(eqn, entry.slot, values, flow.axes[eqn.outvars[0]], program.num_examples)
-        pull = None if entry.monomial else transposed(program, route, env)
-        contractions.append(Contraction(layer, eqn.outvars[0].aval, num, pull))
-    pullback = sweep(eqns, flow.links, env, cut, results)
-
-    def step(totals, chunk: Columns):
-        cotangents = jax.vmap(pullback)(chunk.values)
-        pieces = zip(contractions, totals, cotangents, strict=True)
-        return [contraction.update(total, c, chunk.signs) for contraction, total, c in pieces], None
-
-    totals = [contraction.start() for contraction in contractions]
-    totals = in_chunks(step, totals, columns, chunk_size or max(1, 256 // program.num_examples))
-    diagonal = {}
-    for route, contraction, total in zip(routes, contractions, totals, strict=True):
-        total = contraction.finish(total)
-        diagonal[route.bit] = undo_scaling(program, route, env, total) if route.entry.monomial else total
-    return diagonal
+def assemble(objective, params, flow: Flow, total: dict[int, jax.Array], mixed, chunk_size) -> Any:
+    """The tree of diagonals: sums over the examples become means, and the penalty adds its own."""
+    leaves = [total[bit] / flow.program.num_examples for bit in range(len(total))]
+    if objective.penalty is not None:
+        extra = penalty_diagonal(objective.penalty, params, mixed, chunk_size)
+        leaves = [leaf + more for leaf, more in zip(leaves, extra, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
-def in_chunks(step: Callable, totals: Any, columns: Columns, chunk_size: int) -> Any:
-    """Folds `step` over the columns, `chunk_size` at a time; zero columns fill the last chunk."""
-    num = len(columns.signs)
-    num_chunks = -(-num // chunk_size)
-    if num_chunks == 1:
-        return step(totals, columns)[0]
-    size = -(-num // num_chunks)
-    missing = num_chunks * size - num
+def _mixed(objective: Objective, params: Any) -> frozenset[int]:
+    return frozenset() if objective.penalty is None else mixed_arrays(objective.penalty, params)
 
-    def split(array):
-        padded = jnp.concatenate([array, jnp.zeros((missing, *array.shape[1:]), array.dtype)])
-        return padded.reshape(num_chunks, size, *array.shape[1:])
 
-    return jax.lax.scan(step, totals, jax.tree.map(split, columns))[0]
+def _hessian_units(flow, env, var, *, chunk_size) -> jax.Array:
+    losses = between(flow, env, var, flow.program.losses)
+    return units.second_derivatives(lambda value: jnp.sum(losses(value)), env[var], chunk_size)
+
+
+def _gauss_newton_units(flow, env, var, *, chunk_size) -> jax.Array:
+    outputs = flow.program.outputs
+    losses = between(flow, env, outputs, flow.program.losses)
+    push = units.pushforward(between(flow, env, var, outputs), env[var])
+    bend = lambda direction: units.second_derivative(lambda u: jnp.sum(losses(u)), env[outputs], push(direction))
+    return units.along_units(bend, env[var], chunk_size)
+
+
+def _explain_function(params) -> Explanation:
+    reason = "not an Objective: no examples to tell apart"
+    named = zip(leaf_paths(params), jax.tree.leaves(params), strict=True)
+    return Explanation(tuple(Row(path, x.shape, "unit vectors", reason, 0, x.size) for path, x in named))
+
+
+def _function_diagonal(function, params, chunk_size) -> Any:
+    leaves, treedef = jax.tree.flatten(params)
+
+    def alone(bit):
+        return lambda leaf: function(jax.tree.unflatten(treedef, [*leaves[:bit], leaf, *leaves[bit + 1 :]]))
+
+    rows = [units.second_derivatives(alone(bit), leaf, chunk_size) for bit, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, rows)

@@ -13,7 +13,6 @@ import numpy as np
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from curvax.exact.dataflow import Flow
-from curvax.exact.trace import Program
 
 
 class Shift(NamedTuple):
@@ -31,16 +30,16 @@ MOVES = frozenset(
 )
 
 
-def shift_invariant(program: Program, flow: Flow, cut: Var) -> bool:
+def shift_invariant(flow: Flow, cut: Var) -> bool:
     """Whether every loss is unchanged when one number is added to all entries of its example's slice of `cut`."""
     shifts = {cut: Shift(slope=1.0)}
-    for eqn, (slots, results) in zip(program.jaxpr.eqns, flow.links, strict=True):
+    for _, eqn, slots, results in flow.equations:
         if any(eqn.invars[slot] in shifts for slot in slots):
             shift = _shift(eqn, [shifts.get(eqn.invars[slot], INVARIANT) for slot in slots], slots)
             if shift is None:
                 return False
             shifts |= dict.fromkeys(results, shift)
-    return shifts.get(program.losses, INVARIANT) == INVARIANT
+    return shifts.get(flow.program.losses, INVARIANT) == INVARIANT
 
 
 def _shift(eqn: JaxprEqn, operands: Sequence[Shift], slots: Sequence[int]) -> Shift | None:

@@ -14,10 +14,8 @@ from collections.abc import Sequence
 from jax.extend.core import Var
 
 from curvax.exact.dataflow import Flow, cuts
-from curvax.exact.invariance import shift_invariant
+from curvax.exact.factor import plan_columns
 from curvax.exact.layers import supported
-from curvax.exact.primitives import Axis
-from curvax.exact.trace import Program
 
 # What turns a parameter into an operand without mixing its entries, by name; `chain_is_monomial` checks the rest.
 MONOMIAL = frozenset(
@@ -64,85 +62,88 @@ class Route:
     entry: Entry | None = None
 
 
-def plan(program: Program, flow: Flow, *, gauss_newton: bool = False) -> list[Route]:
-    """A route for every parameter: of the Hessian, or with `gauss_newton` of `J^T H J` at the outputs.
-
-    The latter is by definition a product, so the network need not be piecewise linear.
-    """
-    routes = [_route(program, flow, bit, gauss_newton) for bit in range(len(program.paths))]
-    for cut in {route.cut for route in routes if route.cut is not None}:
-        sharing = [route for route in routes if route.cut is cut]
-        size = sum(program.params[route.bit].aval.size for route in sharing)
-        if size < num_columns(program, flow, cut):
-            reason = f"cheaper: {size} parameters, where the cut has {slice_size(program, cut)} entries per example"
-            for route in sharing:
-                routes[route.bit] = Route(route.path, route.bit, "unit vectors", reason)
-    return routes
+def plan(flow: Flow) -> list[Route]:
+    """A route to the Hessian diagonal of every parameter."""
+    routes = [_hessian_route(flow, bit) for bit in range(len(flow.program.paths))]
+    return [_cheaper(flow, route, routes) for route in routes]
 
 
-def slice_size(program: Program, cut: Var) -> int:
-    """Entries of one example's slice of a cut."""
-    return cut.aval.size // program.num_examples
+def plan_gauss_newton(flow: Flow) -> list[Route]:
+    """A route to the diagonal of `J^T H J` at the outputs: a product by definition, so nothing need be linear."""
+    return [_gauss_newton_route(flow, bit) for bit in range(len(flow.program.paths))]
 
 
-def num_columns(program: Program, flow: Flow, cut: Var) -> int:
-    """Columns of the factor at a cut, after what can be proved of its rank."""
-    size = slice_size(program, cut)
-    return size - 1 if size > 1 and shift_invariant(program, flow, cut) else size
+def _hessian_route(flow: Flow, bit: int) -> Route:
+    path, entry = flow.program.paths[bit], _entry(flow, bit)
+    if not isinstance(entry, Entry):
+        return entry
+    found = list(cuts(flow, bit))
+    if flow.program.outputs in found:
+        found = found[: found.index(flow.program.outputs) + 1]
+    proved = [cut for cut in found if not flow.curved[cut] >> bit & 1 and flow.axes[cut] is not None]
+    if not proved:
+        return Route(path, bit, "unit vectors", _curved_reason(flow, bit))
+    cut = min(reversed(proved), key=lambda cut: cut.aval.size)
+    if flow.program.outputs in proved:
+        cut = min(flow.program.outputs, cut, key=lambda cut: plan_columns(flow, cut).price)
+    if cut is flow.program.outputs:
+        return Route(path, bit, "gauss-newton", "piecewise linear up to the outputs", cut, entry)
+    return Route(path, bit, "tail", f"piecewise linear up to {_describe(flow, cut)}", cut, entry)
 
 
-def _route(program: Program, flow: Flow, bit: int, gauss_newton: bool) -> Route:
-    path, var = program.paths[bit], program.params[bit]
+def _gauss_newton_route(flow: Flow, bit: int) -> Route:
+    path, outputs, entry = flow.program.paths[bit], flow.program.outputs, _entry(flow, bit)
+    if not isinstance(entry, Entry):
+        return entry
+    if flow.axes.get(outputs) is None:
+        return Route(path, bit, "unit vectors", "the loss does not tell the examples apart")
+    return Route(path, bit, "gauss-newton", "a product by definition", outputs, entry)
+
+
+def _cheaper(flow: Flow, route: Route, routes: Sequence[Route]) -> Route:
+    """Unit vectors instead, where all the parameters that share a cut are fewer than its columns."""
+    if route.cut is None:
+        return route
+    size = sum(flow.program.params[other.bit].aval.size for other in routes if other.cut is route.cut)
+    columns = plan_columns(flow, route.cut).columns
+    if size >= columns:
+        return route
+    reason = f"cheaper: {size} parameters share a cut of {columns} columns"
+    return Route(route.path, route.bit, "unit vectors", reason)
+
+
+def _entry(flow: Flow, bit: int) -> Entry | Route:
+    """Where a parameter meets the examples, or the route that is left if there is no one such place."""
+    path, var = flow.program.paths[bit], flow.program.params[bit]
     if var not in flow.axes or not var.aval.size:
         return Route(path, bit, "zero", "no derivative reaches the losses")
-    entry = _entry(program, flow, bit)
-    if isinstance(entry, str):
-        return Route(path, bit, "unit vectors", entry)
-    found = list(cuts(program, flow, bit))
-    if gauss_newton:
-        proved = [cut for cut in found if cut is program.outputs]
-    else:
-        until = found.index(program.outputs) + 1
-        proved = [cut for cut in found[:until] if not flow.curved[cut] >> bit & 1]
-    proved = [cut for cut in proved if isinstance(flow.axes[cut], Axis)]
-    if not proved:
-        return Route(path, bit, "unit vectors", _curved_reason(program, flow, bit))
-    cut = min(reversed(proved), key=lambda cut: cut.aval.size)
-    if cut is program.outputs:
-        kind = "by definition" if gauss_newton else "piecewise linear up to the outputs"
-        return Route(path, bit, "gauss-newton", kind, cut, entry)
-    return Route(path, bit, "tail", f"piecewise linear up to {_describe(program, cut)}", cut, entry)
-
-
-def _entry(program: Program, flow: Flow, bit: int) -> Entry | str:
-    """Where a parameter meets the examples, or why there is no such place."""
     chain, doors = [], []
-    for index, (eqn, (slots, results)) in enumerate(zip(program.jaxpr.eqns, flow.links, strict=True)):
+    for index, eqn, slots, results in flow.equations:
         shared = [slot for slot in slots if _shared(flow, eqn.invars[slot], bit)]
         if shared and any(flow.axes[var] is not None for var in results):
             doors += [(index, slot) for slot in shared]
         elif shared:
             chain.append(index)
     if not doors:
-        return "no operation tells the examples apart"
-    names = [program.jaxpr.eqns[index].primitive.name for index, _ in doors]
+        return Route(path, bit, "unit vectors", "no operation tells the examples apart")
+    names = [flow.program.jaxpr.eqns[index].primitive.name for index, _ in doors]
     if len(doors) > 1:
-        return f"enters {len(doors)} operations: {', '.join(names)}"
-    (index, slot), eqn = doors[0], program.jaxpr.eqns[doors[0][0]]
+        return Route(path, bit, "unit vectors", f"enters {len(doors)} operations: {', '.join(names)}")
+    (index, slot), eqn = doors[0], flow.program.jaxpr.eqns[doors[0][0]]
     if flow.curved[eqn.outvars[0]] >> bit & 1 or not supported(eqn, slot):
-        return f"enters the examples through {names[0]}, whose structure is not known"
-    return Entry(index, slot, tuple(chain), _is_monomial(program, flow, bit, chain, eqn.invars[slot]))
+        return Route(path, bit, "unit vectors", f"enters through {names[0]}, whose structure is not known")
+    return Entry(index, slot, tuple(chain), _is_monomial(flow, bit, chain, eqn.invars[slot]))
 
 
 def _shared(flow: Flow, var: Var, bit: int) -> bool:
     return bool(flow.depends.get(var, 0) >> bit & 1) and flow.axes[var] is None
 
 
-def _is_monomial(program: Program, flow: Flow, bit: int, chain: Sequence[int], operand: Var) -> bool:
+def _is_monomial(flow: Flow, bit: int, chain: Sequence[int], operand: Var) -> bool:
     """Whether the chain only moves, casts and scales: every variable used once, and no entry copied or combined."""
-    current = program.params[bit]
+    current = flow.program.params[bit]
     for index in chain:
-        eqn, (slots, _) = program.jaxpr.eqns[index], flow.links[index]
+        eqn, (slots, _) = flow.program.jaxpr.eqns[index], flow.links[index]
         used = [slot for slot in slots if flow.depends.get(eqn.invars[slot], 0) >> bit & 1]
         if len(used) != 1 or eqn.invars[used[0]] is not current or eqn.primitive.name not in MONOMIAL:
             return False
@@ -153,14 +154,14 @@ def _is_monomial(program: Program, flow: Flow, bit: int, chain: Sequence[int], o
     return current is operand
 
 
-def _curved_reason(program: Program, flow: Flow, bit: int) -> str:
-    for eqn, (_, results) in zip(program.jaxpr.eqns, flow.links, strict=True):
+def _curved_reason(flow: Flow, bit: int) -> str:
+    for _, eqn, _, results in flow.equations:
         for var in results:
             if flow.curved[var] >> bit & 1:
                 return f"curved from {eqn.primitive.name} on, before any cut that tells the examples apart"
     return "no cut tells the examples apart"
 
 
-def _describe(program: Program, cut: Var) -> str:
-    index = next(i for i, eqn in enumerate(program.jaxpr.eqns) if cut in eqn.outvars)
-    return f"{cut.aval.str_short()}, the result of {program.jaxpr.eqns[index].primitive.name}"
+def _describe(flow: Flow, cut: Var) -> str:
+    index = next(i for i, eqn in enumerate(flow.program.jaxpr.eqns) if cut in eqn.outvars)
+    return f"{cut.aval.str_short()}, the result of {flow.program.jaxpr.eqns[index].primitive.name}"

@@ -11,23 +11,18 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Var
 
+from curvax.exact.dataflow import Flow
 from curvax.exact.trace import apply, read
 
 Pullback = Callable[[jax.Array], list[jax.Array]]
+Step = tuple[JaxprEqn, Sequence[int], Sequence[Var]]
 
 
-def sweep(
-    eqns: Sequence[JaxprEqn],
-    links: Sequence[tuple[tuple[int, ...], tuple[Var, ...]]],
-    env: Mapping[Var, jax.Array],
-    cut: Var,
-    targets: Sequence[Var],
-) -> Pullback:
+def sweep(flow: Flow, env: Mapping[Var, jax.Array], cut: Var, targets: Sequence[Var]) -> Pullback:
     """The function that takes a cotangent of `cut` back to every variable in `targets`.
 
     Args:
-        eqns: the equations, in order.
-        links: for each, the operands and results that derivatives pass between, as in `Flow.links`.
+        flow: the program and its derivatives' paths.
         env: the value of every variable.
         cut: where the cotangents come from.
         targets: where they are wanted; all of them lead to `cut`.
@@ -35,7 +30,7 @@ def sweep(
     Returns:
         A linear function from a cotangent of `cut` to those of the targets; vmap it over columns.
     """
-    steps = _steps(eqns, links, cut, targets)
+    steps = _steps_between(flow, targets, cut)
     pulls = [(eqn, slots, results, _pull(eqn, slots, results, env)) for eqn, slots, results in reversed(steps)]
 
     def pullback(cotangent):
@@ -50,16 +45,15 @@ def sweep(
     return pullback
 
 
-def _steps(eqns, links, cut, targets):
+def _steps_between(flow: Flow, targets: Sequence[Var], cut: Var) -> list[Step]:
     """The equations on a path from a target to the cut, each with the operands and results on it."""
-    downstream = set(targets)
-    forward = []
-    for eqn, (slots, results) in zip(eqns, links, strict=True):
+    downstream, upstream = set(targets), {cut}
+    forward, steps = [], []
+    for _, eqn, slots, results in flow.equations:
         slots = [slot for slot in slots if eqn.invars[slot] in downstream]
         if slots:
             downstream.update(results)
             forward.append((eqn, slots, results))
-    upstream, steps = {cut}, []
     for eqn, slots, results in reversed(forward):
         results = [var for var in results if var in upstream]
         if results:

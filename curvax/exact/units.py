@@ -23,8 +23,7 @@ def second_derivatives(function: Callable[[jax.Array], jax.Array], x: jax.Array,
     Returns:
         An array like `x`, at least float32.
     """
-    second = _second_in_reverse if _only_in_reverse(jax.make_jaxpr(function)(x).jaxpr) else _second
-    return along_units(lambda direction: second(function, x, direction), x, chunk_size)
+    return along_units(lambda direction: second_derivative(function, x, direction), x, chunk_size)
 
 
 def along_units(function: Callable[[jax.Array], jax.Array], x: jax.Array, chunk_size: int | None) -> jax.Array:
@@ -39,27 +38,37 @@ def along_units(function: Callable[[jax.Array], jax.Array], x: jax.Array, chunk_
     return jax.lax.map(at, jnp.arange(x.size), batch_size=chunk_size or CHUNK).reshape(x.shape)
 
 
-def _second(function, x, direction):
-    """Forwards twice: no gradient of the parameters is ever formed, only its one entry."""
+def second_derivative(function: Callable[[jax.Array], jax.Array], x: jax.Array, direction: jax.Array) -> jax.Array:
+    """The second derivative of a scalar function along a direction.
+
+    Forwards twice, so that of the gradient nothing is formed but its one entry.
+    """
+    if _only_in_reverse(function, x):
+        return jnp.sum(jax.jvp(jax.grad(function), (x,), (direction,))[1] * direction)
     slope = lambda x: jax.jvp(function, (x,), (direction,))[1]
     return jax.jvp(slope, (x,), (direction,))[1]
 
 
-def _second_in_reverse(function, x, direction):
-    product = jax.jvp(jax.grad(function), (x,), (direction,))[1]
-    return jnp.sum(product * direction)
+def pushforward(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """The Jacobian of `function` at `x`, times a direction."""
+    if not _only_in_reverse(function, x):
+        return lambda direction: jax.jvp(function, (x,), (direction,))[1]
+    out, pull = jax.vjp(function, x)
+    # Pulling back is linear: its own transpose pushes forward.
+    return lambda direction: jax.vjp(lambda v: pull(v)[0], jnp.zeros_like(out))[1](direction)[0]
 
 
-def _only_in_reverse(jaxpr: Jaxpr) -> bool:
+def _only_in_reverse(function, x) -> bool:
     """Whether a `custom_vjp`, which has no forward derivative, is anywhere inside."""
+    return _has_custom_vjp(jax.make_jaxpr(function)(x).jaxpr)
+
+
+def _has_custom_vjp(jaxpr: Jaxpr) -> bool:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name.startswith("custom_vjp"):
             return True
         inner = [item for value in eqn.params.values() for item in (value if isinstance(value, tuple) else (value,))]
-        if any(_only_in_reverse(i.jaxpr if isinstance(i, ClosedJaxpr) else i) for i in inner if _is_jaxpr(i)):
+        inner = [item.jaxpr if isinstance(item, ClosedJaxpr) else item for item in inner]
+        if any(_has_custom_vjp(item) for item in inner if isinstance(item, Jaxpr)):
             return True
     return False
-
-
-def _is_jaxpr(value) -> bool:
-    return isinstance(value, (Jaxpr, ClosedJaxpr))

@@ -1,0 +1,105 @@
+"""The Gauss-Newton diagonal in expectation: one random column instead of one for each class."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Var
+
+from curvax.exact.backprop import diagonals
+from curvax.exact.dataflow import Flow, analyse, between
+from curvax.exact.diagonals import assemble, check_floating, check_objective
+from curvax.exact.factor import Source, random_source, signed_values
+from curvax.exact.penalty import mixed_arrays
+from curvax.exact.routes import plan_gauss_newton
+from curvax.exact.trace import trace, wide
+from curvax.objective import Objective
+
+
+def ggn_mc_diag(
+    objective: Objective, params: Any, key: jax.Array, *, num_samples: int = 1, chunk_size: int | None = None
+) -> tuple[jax.Array, Any, Any, Any]:
+    """An unbiased estimate of the Gauss-Newton diagonal, one backward pass for each sample.
+
+    Formula:
+        `sum_b (J_b^T sum_c e_bc v_bc)^2 / B`, with random signs `e` for the columns of the factor `H_b = sum_c v_bc
+        v_bc^T` of each example's loss: squared example by example, so that only the classes are noise.
+
+    Args:
+        objective: an `Objective` whose loss tells the examples apart.
+        params: a pytree of floating-point arrays.
+        key: a PRNG key.
+        num_samples: independent samples to average.
+        chunk_size: rows of the loss's Hessian at once.
+
+    Returns:
+        The value, the gradient, the estimate, and its standard error, which is NaN for a single sample. An array that
+        enters more than one operation is estimated by squares over the whole batch: unbiased, with more noise.
+
+    Raises:
+        TypeError: if `objective` is not an `Objective`.
+        ValueError: if the loss couples the examples, and so has no factor for each.
+    """
+    check_objective(objective, "ggn_mc")
+    check_floating(params)
+    value, grad = jax.value_and_grad(objective)(params)
+    flow = analyse(trace(objective, params))
+    mixed = frozenset() if objective.penalty is None else mixed_arrays(objective.penalty, params)
+    mean, error = _moments(_sampler(flow, key, num_samples, chunk_size), num_samples)
+    estimate = assemble(objective, params, flow, mean, mixed, chunk_size)
+    errors = [error[bit] / flow.program.num_examples for bit in range(len(error))]
+    return value, grad, estimate, jax.tree.unflatten(jax.tree.structure(params), errors)
+
+
+def _sampler(flow: Flow, key: jax.Array, num_samples: int, chunk_size) -> Callable[[jax.Array], dict[int, jax.Array]]:
+    """The function from a sample's number to its estimate, summed over examples."""
+    env, outputs, routes = flow.program.environment(), flow.program.outputs, plan_gauss_newton(flow)
+    params = flow.program.params
+    constant = {r.bit: jnp.zeros(params[r.bit].aval.shape, wide(params[r.bit].aval.dtype)) for r in routes if r.name == "zero"}
+    if len(constant) == len(routes):
+        return lambda index: constant
+    if flow.axes[outputs] is None:
+        raise ValueError("ggn_mc needs a loss whose every value depends on one example alone; this one couples them.")
+    columns = random_source(flow, env, outputs, key, num_samples, chunk_size)
+    by_example = [route for route in routes if route.cut is not None]
+
+    def sample(index):
+        one = Source(1, 1, lambda indices: columns.at(indices + index))
+        found = dict(constant)
+        if by_example:
+            squares = diagonals(flow, env, by_example, one, 1)
+            found |= {route.bit: square for route, square in zip(by_example, squares, strict=True)}
+        for route in routes:
+            if route.name == "unit vectors":
+                found[route.bit] = _whole_batch(flow, env, params[route.bit], one)
+        return found
+
+    return sample
+
+
+def _whole_batch(flow: Flow, env, var: Var, one: Source) -> jax.Array:
+    """Examples have independent signs, so their products vanish on average: no need to tell them apart."""
+    outputs = flow.program.outputs
+    columns = one.at(jnp.zeros(1, int))
+    pull = jax.vjp(between(flow, env, var, outputs), env[var])[1]
+    plain, signed = pull(columns.values[0])[0], pull(signed_values(flow, outputs, columns)[0])[0]
+    return (plain * signed).astype(wide(plain.dtype))
+
+
+def _moments(sample: Callable[[jax.Array], Any], num_samples: int) -> tuple[Any, Any]:
+    """The mean of the samples and its standard error, by Welford's recurrence: no sample is kept."""
+    mean = sample(jnp.array(0))
+    if num_samples == 1:
+        return mean, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), mean)
+
+    def step(moments, index):
+        mean, squares = moments
+        drawn = sample(index)
+        new = jax.tree.map(lambda m, x: m + (x - m) / (index + 1).astype(m.dtype), mean, drawn)
+        squares = jax.tree.map(lambda s, m, n, x: s + (x - m) * (x - n), squares, mean, new, drawn)
+        return (new, squares), None
+
+    start = (mean, jax.tree.map(jnp.zeros_like, mean))
+    (mean, squares), _ = jax.lax.scan(step, start, jnp.arange(1, num_samples))
+    return mean, jax.tree.map(lambda s: jnp.sqrt(s / (num_samples * (num_samples - 1))), squares)

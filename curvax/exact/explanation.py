@@ -1,0 +1,92 @@
+"""What an exact diagonal will cost, parameter by parameter, before anything is computed."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from curvax.exact.dataflow import Flow
+from curvax.exact.factor import plan_columns
+from curvax.exact.routes import Route
+
+CURES = (
+    "raise `budget`, restrict the diagonal to other parameters, write the layer so that a cheaper route can be proved"
+    ' (the reason above says what stood in the way), or use an estimate: method="ggn", "ggn_mc" or "hutchinson"'
+)
+
+
+class Row(NamedTuple):
+    """One parameter: its route, why, and what it adds to the cost.
+
+    Attributes:
+        path: the parameter.
+        shape: its shape.
+        route: "gauss-newton", "tail", "unit vectors", or "zero" where no derivative reaches the loss.
+        reason: what was proved, or what stood in the way.
+        passes: backward passes. Parameters that share columns share their cost: it stands with the first of them.
+        products: Hessian-vector products.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    route: str
+    reason: str
+    passes: int
+    products: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The routes of all parameters; printed, a table.
+
+    Attributes:
+        rows: one for each parameter, and one for each array whose penalty needs unit vectors.
+    """
+
+    rows: tuple[Row, ...]
+
+    @property
+    def passes(self) -> int:
+        """Backward passes in all."""
+        return sum(row.passes for row in self.rows)
+
+    @property
+    def products(self) -> int:
+        """Hessian-vector products in all."""
+        return sum(row.products for row in self.rows)
+
+    def check(self, budget: int | None) -> None:
+        """Raises a ValueError that names the dearest parameter if the cost is above `budget`."""
+        cost = self.passes + self.products
+        if budget is None or cost <= budget:
+            return
+        row = max(self.rows, key=lambda row: row.passes + row.products)
+        raise ValueError(
+            f"the exact diagonal needs {self.passes} backward passes and {self.products} Hessian-vector products, above"
+            f" the budget of {budget}. The dearest parameter is {row.path!r} {row.shape}: {row.passes} passes and"
+            f" {row.products} products by the route {row.route!r} ({row.reason}). Cures: {CURES}."
+        )
+
+    def __str__(self) -> str:
+        table = [("parameter", "shape", "route", "passes", "HVPs", "why")]
+        table += [(r.path, str(r.shape), r.route, str(r.passes), str(r.products), r.reason) for r in self.rows]
+        table += [("total", "", "", str(self.passes), str(self.products), "")]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
+
+
+def explain_routes(flow: Flow, routes: Sequence[Route], penalised: Sequence[int]) -> Explanation:
+    """The table for a traced objective; `penalised` are the arrays whose penalty needs unit vectors."""
+    rows, paid = [], set()
+    for route in routes:
+        shape = flow.program.params[route.bit].aval.shape
+        passes = products = 0
+        if route.name == "unit vectors":
+            products = flow.program.params[route.bit].aval.size
+        elif route.cut is not None and route.cut not in paid:
+            passes, products, _ = plan_columns(flow, route.cut)
+            paid.add(route.cut)
+        rows.append(Row(route.path, shape, route.name, route.reason, passes, products))
+    for bit in penalised:
+        aval, path = flow.program.params[bit].aval, f"penalty of {flow.program.paths[bit]}"
+        rows.append(Row(path, aval.shape, "unit vectors", "the penalty mixes its entries", 0, aval.size))
+    return Explanation(tuple(rows))
