@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.extend.core import Var
 
 from curvax.exact.chain import transposed, undo_scaling
-from curvax.exact.contract import Contraction
+from curvax.exact.contract import Contraction, contraction
 from curvax.exact.dataflow import Flow
 from curvax.exact.factor import Source
 from curvax.exact.layers import build_layer
@@ -46,8 +46,8 @@ def diagonals(
         return [piece.update(total, cotangent, columns.signs) for piece, total, cotangent in pieces]
 
     chunk_size = chunk_size or max(1, ROWS // flow.program.num_examples)
-    totals = fold(step, [contraction.start() for contraction in contractions], source.steps, chunk_size)
-    totals = [contraction.finish(total) for contraction, total in zip(contractions, totals, strict=True)]
+    totals = fold(step, [piece.start() for piece in contractions], source.steps, chunk_size)
+    totals = [piece.finish(total) for piece, total in zip(contractions, totals, strict=True)]
     return [
         undo_scaling(flow, route, env, total) if route.entry.monomial else total
         for route, total in zip(routes, totals, strict=True)
@@ -59,7 +59,7 @@ def _contraction(flow, env, route, source) -> Contraction:
     values = [read(env, atom) for atom in eqn.invars]
     layer = build_layer(eqn, entry.slot, values, flow.axes[eqn.outvars[0]], flow.program.num_examples)
     pull = None if entry.monomial else transposed(flow, route, env)
-    return Contraction(layer, eqn.outvars[0].aval, source.steps * source.width, pull)
+    return contraction(layer, eqn.outvars[0].aval, source.steps * source.width, pull)
 
 
 def fold(step: Callable[[Any, jax.Array], Any], totals: Any, num: int, chunk_size: int) -> Any:

@@ -22,6 +22,7 @@ from jax.extend.core import JaxprEqn
 
 from curvax.exact.primitives import ELEMENTWISE, Axis, free_dims, pull_axis
 from curvax.exact.trace import apply
+from curvax.exact.windows import convolution_lines, offsets
 
 # One window: the positions of the operand, and those of the result, that meet through one matrix.
 Window = tuple[np.ndarray, np.ndarray]
@@ -142,34 +143,21 @@ def _convolution(eqn, slot, values, axis, num_examples) -> Layer:
 
     image_axis = pull_axis(eqn, 0, 0, axis, num_examples)
     x = layout(images, numbers.lhs_spec, image_axis)
-    windows = _kernel_windows(eqn, images.shape, kernel_sizes, axis.outer * axis.inner)
+    windows = _kernel_windows(eqn, axis.outer * axis.inner)
     return Layer(x, windows, lambda cotangent: layout(cotangent, numbers.out_spec, axis), unfold)
 
 
-def _kernel_windows(eqn, image_shape, kernel_sizes, copies) -> list[Window]:
+def _kernel_windows(eqn, copies) -> list[Window]:
     """For each offset of the kernel, the pixels and the outputs that it connects."""
-    params, numbers = eqn.params, eqn.params["dimension_numbers"]
-    in_sizes = [image_shape[d] for d in numbers.lhs_spec[2:]]
-    out_sizes = [eqn.outvars[0].aval.shape[d] for d in numbers.out_spec[2:]]
-    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
-    geometry = list(zip(in_sizes, out_sizes, *(params[name] for name in names), strict=True))
+    lines = convolution_lines(eqn)
 
-    def meeting(pixels, outputs, stride, padding, lhs_dilation, rhs_dilation, offset):
-        output = np.arange(outputs)
-        place = output * stride + offset * rhs_dilation - padding[0]
-        meets = (place >= 0) & (place % lhs_dilation == 0) & (place // lhs_dilation < pixels)
-        return place[meets] // lhs_dilation, output[meets]
-
-    def flat(indices, sizes):
+    def flat(places, sizes):
         # The examples' axis may hold further positions, before the spatial ones.
-        grid = np.ix_(np.arange(copies), *indices)
+        grid = np.ix_(np.arange(copies), *places)
         return np.ravel_multi_index(np.broadcast_arrays(*grid), (copies, *sizes)).ravel()
 
-    windows = []
-    for offsets in np.ndindex(*kernel_sizes):
-        pairs = [meeting(*line, offset) for line, offset in zip(geometry, offsets, strict=True)]
-        windows.append((flat([p for p, _ in pairs], in_sizes), flat([q for _, q in pairs], out_sizes)))
-    return windows
+    sizes = [line.pixels for line in lines], [line.outputs for line in lines]
+    return [tuple(map(flat, meeting, sizes)) for _, meeting in offsets(lines)]
 
 
 def _takes_rows(eqn) -> bool:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Var
 
 from curvax.exact.dataflow import Flow
+from curvax.exact.pullbacks import special_pullback
 from curvax.exact.trace import apply, read
 
 Pullback = Callable[[jax.Array], list[jax.Array]]
@@ -65,6 +66,9 @@ def _steps_between(flow: Flow, targets: Sequence[Var], cut: Var) -> list[Step]:
 def _pull(eqn: JaxprEqn, slots, results, env) -> Callable[[list[jax.Array]], Sequence[jax.Array]]:
     """The transposed derivative of one equation, from `results` to operands `slots`."""
     values = [read(env, atom) for atom in eqn.invars]
+    special = special_pullback(eqn, slots, values)
+    if special is not None:
+        return lambda cotangents: [special(cotangents[0])]
     wanted = [eqn.outvars.index(var) for var in results]
 
     def function(*varying):
