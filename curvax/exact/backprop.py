@@ -17,7 +17,7 @@ from curvax.exact.sweep import sweep
 from curvax.exact.trace import read
 
 # Examples times columns at once, where the caller does not say: enough for a processor's matrix products.
-ROWS = 256
+ROWS = 128
 
 
 def diagonals(
