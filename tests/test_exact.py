@@ -6,7 +6,6 @@ to unit vectors is a failure even though the numbers would be right, and so is a
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -18,7 +17,7 @@ import pytest
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from curvax.exact import exact_diag, explain, ggn_diag, ggn_mc_diag
+from curvax.exact import exact_diag, explain, ggn_diag
 from curvax.objective import Objective
 
 B, CLASSES = 4, 3
@@ -142,7 +141,12 @@ def conv_channels_first(p, d):
     numbers = ("NCHW", "OIHW", "NCHW")
     kernel = p["w"].transpose(2, 3, 0, 1)
     image = d["image"].transpose(0, 3, 1, 2)[:, :1]
-    return jnp.mean(jax.nn.relu(lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=numbers)), (2, 3)) @ p["h"]
+    return (
+        jnp.mean(
+            jax.nn.relu(lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=numbers)), (2, 3)
+        )
+        @ p["h"]
+    )
 
 
 @case({}, w=(3, 4, 3), h=(3, 3))
@@ -267,7 +271,9 @@ def squared_loss(p, d):
     return dense({**p, "b": jnp.zeros(6)}, d)
 
 
-@case({}, loss=lambda o, d: jnp.sum(optax.sigmoid_binary_cross_entropy(o, (d["target"] > 0) * 1.0), -1), w=(5, 6), h=(6, 3))
+@case(
+    {}, loss=lambda o, d: jnp.sum(optax.sigmoid_binary_cross_entropy(o, d["mask"][:, :CLASSES]), -1), w=(5, 6), h=(6, 3)
+)
 def sigmoid_loss(p, d):
     return dense({**p, "b": jnp.zeros(6)}, d)
 
@@ -372,7 +378,7 @@ def opaque(x):
     return jax.nn.relu(x)
 
 
-opaque.defvjp(lambda x: (jax.nn.relu(x), x), lambda x, ct: (ct * (x > 0),))
+opaque.defvjp(lambda x: (jax.nn.relu(x), x), lambda x, ct: (jnp.where(x > 0, ct, 0),))
 
 
 @case({"w": UNITS}, w=(5, 6), h=(6, 3))
@@ -388,7 +394,7 @@ def straight_through(x):
 straight_through.defjvp(lambda primals, tangents: (jnp.round(*primals), *tangents))
 
 
-@case({}, w=(5, 6), h=(6, 3))
+@case({"w": UNITS}, w=(5, 6), h=(6, 3))
 def custom_jvp_straight_through(p, d):
     return straight_through(3.0 * d["row"] @ p["w"]) @ p["h"]
 
@@ -429,6 +435,20 @@ def penalty_that_mixes(p, d):
     return dense(p, d)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compile():
+    """Compiles fast rather than well: what is computed is the same."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
 def dense_references(objective, params):
     """Diagonals of the full Hessian and of the full Gauss-Newton matrix."""
     flat, unravel = ravel_pytree(params)
@@ -445,14 +465,10 @@ def dense_references(objective, params):
 def assert_close(found, expected, tolerance):
     for name in expected:
         scale = jnp.linalg.norm(expected[name])
-        error = float(jnp.linalg.norm(found[name].astype(expected[name].dtype) - expected[name]) / jnp.where(scale > 0, scale, 1))
+        error = float(
+            jnp.linalg.norm(found[name].astype(expected[name].dtype) - expected[name]) / jnp.where(scale > 0, scale, 1)
+        )
         assert error <= tolerance, (name, error)
-
-
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -460,12 +476,17 @@ def test_diagonals_are_those_of_the_dense_matrices(name, x64):
     chosen = CASES[name]
     params, data = make_params(chosen.params), make_data()
     objective = Objective(chosen.predict, chosen.loss, data, chosen.penalty)
-    value, grad, diag = jax.jit(exact_diag)(objective, params)
-    hessian, gauss_newton = dense_references(objective, params)
-    np.testing.assert_allclose(value, objective(params), rtol=1e-12)
-    assert_close(grad, jax.grad(objective)(params), 1e-12)
+
+    @jax.jit
+    def everything(objective, params):
+        found = exact_diag(objective, params), ggn_diag(objective, params)[2]
+        return *found, jax.value_and_grad(objective)(params), dense_references(objective, params)
+
+    (value, grad, diag), ggn, (true_value, true_grad), (hessian, gauss_newton) = everything(objective, params)
+    np.testing.assert_allclose(value, true_value, rtol=1e-12)
+    assert_close(grad, true_grad, 1e-12)
     assert_close(diag, hessian, 1e-10)
-    assert_close(jax.jit(ggn_diag)(objective, params)[2], gauss_newton, 1e-10)
+    assert_close(ggn, gauss_newton, 1e-10)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -475,3 +496,71 @@ def test_routes(name):
     explanation = explain(Objective(chosen.predict, chosen.loss, data, chosen.penalty), params)
     found = {row.path: row.route for row in explanation.rows if not row.path.startswith("penalty")}
     assert found == chosen.routes, str(explanation)
+
+
+@pytest.mark.parametrize("name", ["conv_pool_conv", "dense_over_positions", "tanh_twice", "attention"])
+def test_single_precision(name):
+    chosen = CASES[name]
+    params, data = jax.tree.map(jnp.float32, make_params(chosen.params)), make_data()
+    diag = jax.jit(exact_diag)(Objective(chosen.predict, chosen.loss, data), params)[2]
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(x, float) if x.dtype == jnp.float32 else x, (params, data))
+        hessian, _ = jax.jit(dense_references)(Objective(chosen.predict, chosen.loss, wide[1]), wide[0])
+        assert_close(diag, hessian, 1e-5)
+
+
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
+@hypothesis.given(
+    size=st.tuples(st.integers(3, 6), st.integers(3, 6)),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    strides=st.tuples(st.integers(1, 3), st.integers(1, 2)),
+    low=st.integers(0, 2),
+    base_dilation=st.integers(1, 2),
+    kernel_dilation=st.integers(1, 2),
+    groups=st.integers(1, 2),
+    examples=st.integers(2, 5),
+)
+def test_any_convolution(size, kernel, strides, low, base_dilation, kernel_dilation, groups, examples):
+    with jax.enable_x64(True):
+        options = dict(lhs_dilation=(base_dilation, 1), rhs_dilation=(1, kernel_dilation), feature_group_count=groups)
+
+        def predict(p, d):
+            padding = ((low, kernel[0]), (2, kernel[1] * kernel_dilation))
+            hidden = jax.nn.relu(conv(d["image"], p["w"], strides, padding, **options))
+            return jnp.max(jax.nn.relu(conv(hidden, p["v"])), (1, 2)) @ p["h"]
+
+        shapes = {"w": (*kernel, 4 // groups, 4), "v": (2, 2, 4, 3), "h": (3, CLASSES)}
+        data = make_data(examples)
+        data["image"] = data["image"][:, : size[0], : size[1]]
+        assert_exact(Objective(predict, cross_entropy, data), make_params(shapes))
+
+
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
+@hypothesis.given(
+    positions=st.integers(1, 6),
+    classes=st.integers(1, 7),
+    width=st.integers(1, 5),
+    examples=st.integers(1, 5),
+    chunk=st.sampled_from([None, 1, 2, 3]),
+    smooth=st.booleans(),
+)
+def test_any_dense_layer(positions, classes, width, examples, chunk, smooth):
+    with jax.enable_x64(True):
+        activation = jnp.tanh if smooth else jax.nn.relu
+
+        def predict(p, d):
+            return jnp.max(activation(d["x"] @ p["w"] + p["b"]), 1) @ p["h"]
+
+        rng = np.random.default_rng(0)
+        data = {"x": rng.normal(size=(examples, positions, 3)), "label": rng.integers(0, classes, examples)}
+        shapes = {"w": (3, width), "b": (1, 1, width), "h": (width, classes)}
+        objective = Objective(predict, cross_entropy, jax.tree.map(jnp.asarray, data))
+        assert_exact(objective, make_params(shapes), chunk_size=chunk)
+
+
+def assert_exact(objective, params, **options):
+    @jax.jit
+    def both(objective, params):
+        return exact_diag(objective, params, **options)[2], dense_references(objective, params)[0]
+
+    assert_close(*both(objective, params), 1e-10)

@@ -36,7 +36,9 @@ def _operand(flow, route, env, dtype) -> tuple[Callable[[jax.Array], jax.Array],
     def function(value):
         varying = {parameter: value}
         for eqn in (flow.program.jaxpr.eqns[index] for index in entry.chain):
-            values = [varying[v] if isinstance(v, Var) and v in varying else _widen(read(env, v), dtype) for v in eqn.invars]
+            values = [
+                varying[v] if isinstance(v, Var) and v in varying else _widen(read(env, v), dtype) for v in eqn.invars
+            ]
             casts = eqn.primitive.name in ("convert_element_type", "reduce_precision")
             varying |= zip(eqn.outvars, values[:1] if casts else apply(eqn, *values), strict=True)
         return varying[wanted]

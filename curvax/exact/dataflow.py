@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
+from curvax.exact.indices import Counted, counted_dimensions
 from curvax.exact.primitives import BILINEAR, PIECEWISE_LINEAR, Axis, differentiable, pull_axis
 from curvax.exact.trace import Program, apply, inline, read
 
@@ -49,7 +50,8 @@ class Flow:
 def analyse(program: Program) -> Flow:
     """Both passes over a program."""
     seeds = {program.losses: Axis(0)} if isinstance(program.losses, Var) else {}
-    axes, rules = backward(program.jaxpr, seeds, program.num_examples)
+    counted = counted_dimensions(program.jaxpr, program.consts)
+    axes, rules = backward(program.jaxpr, seeds, program.num_examples, counted=counted)
     links = [_link(eqn, axes, rules.get(index)) for index, eqn in enumerate(program.jaxpr.eqns)]
     depends = {var: 1 << bit for bit, var in enumerate(program.params) if var in axes}
     curved = dict.fromkeys(depends, 0)
@@ -72,7 +74,7 @@ class CustomRule:
 
 
 def backward(
-    jaxpr: Jaxpr, seeds: Axes, num_examples: int, order: int = 2
+    jaxpr: Jaxpr, seeds: Axes, num_examples: int, order: int = 2, counted: Counted | None = None
 ) -> tuple[dict[Var, Axis | None], dict[int, CustomRule]]:
     """Follows the example axis from `seeds` back to every variable that a derivative connects to them.
 
@@ -81,6 +83,7 @@ def backward(
         seeds: the axes of some of its results.
         num_examples: B.
         order: how many more derivatives will be taken of a `custom_jvp`.
+        counted: what is known of the indices of its gathers.
 
     Returns:
         The axes, and the rule of each `custom_jvp` by its place among the equations.
@@ -94,17 +97,19 @@ def backward(
             rules[index] = _custom_rule(eqn, results, num_examples, order)
             operands = rules[index].axes
         else:
-            operands = _operand_axes(eqn, results, num_examples)
+            operands = _operand_axes(eqn, results, num_examples, (counted or {}).get(index, {}))
         for slot, axis in operands.items():
             axes[eqn.invars[slot]] = _meet(axes, eqn.invars[slot], axis)
     return axes, rules
 
 
-def _operand_axes(eqn, results, num_examples) -> dict[int, Axis | None]:
+def _operand_axes(eqn, results, num_examples, counted: Mapping[int, int]) -> dict[int, Axis | None]:
     axes = {}
     for slot in _differentiable_slots(eqn):
         for result, axis in results.items():
             pulled = None if axis is None else pull_axis(eqn, slot, result, axis, num_examples)
+            if axis is not None and slot == 0 and axis.dim in counted:
+                pulled = axis._replace(dim=counted[axis.dim])
             axes[slot] = _meet(axes, slot, pulled)
     return axes
 
@@ -128,7 +133,10 @@ def _custom_rule(eqn: JaxprEqn, results: Mapping[int, Axis | None], num_examples
     if not order:
         return CustomRule(dict.fromkeys(slots), curved=True)
     jaxpr, primals, tangents = _rule_jaxpr(eqn, slots, linear_only=order == 1)
-    seeds = {jaxpr.outvars[r]: axis for r, axis in results.items() if isinstance(jaxpr.outvars[r], Var)}
+    values, out_tangents = jaxpr.outvars[: len(eqn.outvars)], jaxpr.outvars[len(eqn.outvars) :]
+    if not all(_calls_itself(jaxpr, eqn, value) for value in values):
+        return CustomRule(dict.fromkeys(slots), curved=True)
+    seeds = {out_tangents[r]: axis for r, axis in results.items() if isinstance(out_tangents[r], Var)}
     axes, _ = backward(jaxpr, seeds, num_examples, order - 1)
     operand_axes = {}
     for slot, *roles in zip(slots, primals, tangents, strict=True):
@@ -139,12 +147,12 @@ def _custom_rule(eqn: JaxprEqn, results: Mapping[int, Axis | None], num_examples
 
 
 def _rule_jaxpr(eqn: JaxprEqn, slots: Sequence[int], *, linear_only: bool) -> tuple[Jaxpr, list[Var], list[Var]]:
-    """The rule's output tangents as a function of its primals and tangents, and which inputs are which.
+    """The rule, values then tangents, as a function of its primals and tangents, and which inputs are which.
 
     With `linear_only` derivatives are stopped at the primals, which then are constants.
     """
 
-    def output_tangents(operands, tangents):
+    def rule(operands, tangents):
         if linear_only:
             operands = jax.lax.stop_gradient(operands)
 
@@ -154,13 +162,25 @@ def _rule_jaxpr(eqn: JaxprEqn, slots: Sequence[int], *, linear_only: bool) -> tu
                 values[slot] = value
             return apply(eqn, *values)
 
-        return jax.jvp(function, [operands[slot] for slot in slots], tangents)[1]
+        return jax.jvp(function, [operands[slot] for slot in slots], tangents)
 
     operands = [_spec(atom) for atom in eqn.invars]
-    closed = jax.make_jaxpr(output_tangents)(operands, [operands[slot] for slot in slots])
+    closed = jax.make_jaxpr(rule)(operands, [operands[slot] for slot in slots])
     specs = [_spec(var) for var in closed.jaxpr.invars]
     jaxpr = jax.make_jaxpr(lambda *inputs: inline(closed, *inputs))(*specs).jaxpr
     return jaxpr, [jaxpr.invars[slot] for slot in slots], jaxpr.invars[len(operands) :]
+
+
+def _calls_itself(jaxpr: Jaxpr, eqn: JaxprEqn, value: Var) -> bool:
+    """Whether a rule finds its value by calling its own function, as `defjvps` does and all of JAX's rules do.
+
+    A second derivative goes through the rule's value, and then obeys the rule again. Found otherwise it would obey
+    the value's own derivative, which need not agree with the rule (in a straight-through estimator it does not).
+    """
+    inner = next((inner for inner in jaxpr.eqns if value in inner.outvars), None)
+    if inner is None or inner.primitive is not eqn.primitive:
+        return False
+    return str(inner.params["call_jaxpr"]) == str(eqn.params["call_jaxpr"])
 
 
 def _spec(var: Var) -> jax.ShapeDtypeStruct:

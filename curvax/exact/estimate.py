@@ -56,7 +56,9 @@ def _sampler(flow: Flow, key: jax.Array, num_samples: int, chunk_size) -> Callab
     """The function from a sample's number to its estimate, summed over examples."""
     env, outputs, routes = flow.program.environment(), flow.program.outputs, plan_gauss_newton(flow)
     params = flow.program.params
-    constant = {r.bit: jnp.zeros(params[r.bit].aval.shape, wide(params[r.bit].aval.dtype)) for r in routes if r.name == "zero"}
+    constant = {
+        r.bit: jnp.zeros(params[r.bit].aval.shape, wide(params[r.bit].aval.dtype)) for r in routes if r.name == "zero"
+    }
     if len(constant) == len(routes):
         return lambda index: constant
     if flow.axes[outputs] is None:

@@ -48,7 +48,11 @@ def convolution_lines(eqn: JaxprEqn) -> list[Line]:
     spec = eqn.params["dimension_numbers"]
     pixels, outputs, sizes = (
         [atom.aval.shape[d] for d in dims[2:]]
-        for atom, dims in ((eqn.invars[0], spec.lhs_spec), (eqn.outvars[0], spec.out_spec), (eqn.invars[1], spec.rhs_spec))
+        for atom, dims in (
+            (eqn.invars[0], spec.lhs_spec),
+            (eqn.outvars[0], spec.out_spec),
+            (eqn.invars[1], spec.rhs_spec),
+        )
     )
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
     return list(map(Line, pixels, outputs, sizes, *(eqn.params[name] for name in names)))
