@@ -1,10 +1,10 @@
 """The columns to send back: a signed factor of each example's Hessian with respect to a cut.
 
 Beyond the cut lies the tail, a function of one example's slice of it alone. Its Hessian takes one product with a vector
-for each of the `n` entries of a slice, shared by all the examples, since none sees another. With `H_b = sum_c s_c v_c v_c^T`
-the columns `v` are what a network sends back to find `diag(J^T H J) = sum_c s_c (J^T v_c)^2`. Three ways to write `H_b` so:
-by its eigenvectors; without ever holding it, as `e_j (H e_j)^T`, whose symmetric part is two squares; and in
-expectation, by one random combination of eigenvectors.
+for each of the `n` entries of a slice, shared by all the examples, since none sees another. Written as
+`H_b = sum_c s_c v_c v_c^T`, its columns are what a network sends back to find `diag(J^T H J) = sum_c s_c (J^T v_c)^2`.
+Three ways to write it so: by its eigenvectors; without ever holding it, as `e_j (H e_j)^T`, whose symmetric part is two
+squares; and in expectation, by one random combination of eigenvectors.
 """
 
 import dataclasses
