@@ -17,6 +17,14 @@ from curvax.objective import Objective
 CLASSES = 5
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compile():
+    """Compiles fast rather than well: what is computed is the same."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def cross_entropy(outputs, data):
     return optax.softmax_cross_entropy_with_integer_labels(outputs, data["label"])
 
@@ -190,9 +198,9 @@ def test_at_the_kink_of_a_relu_the_branch_is_jaxs():
     objective, params = mlp(jax.nn.relu, width=4, inputs=5)
     params["b"] = jnp.zeros_like(params["b"])
     objective.data["row"] = objective.data["row"].at[:3].set(0.0)
-    dense = jax.hessian(objective)(params)
+    dense = jax.jit(jax.hessian(objective))(params)
     diagonal = lambda name: jnp.diag(dense[name][name].reshape(params[name].size, -1)).reshape(params[name].shape)
-    diag = exact_diag(objective, params)[2]
+    diag = jax.jit(exact_diag)(objective, params)[2]
     for name in params:
         np.testing.assert_allclose(diag[name], diagonal(name), rtol=1e-4, atol=1e-6)
 
@@ -208,8 +216,8 @@ def test_bfloat16_parameters_have_float32_diagonals():
         return relu_cnn({name: leaf.astype(jnp.float32) for name, leaf in params.items()}, data)
 
     mixed = Objective(predict, cross_entropy, objective.data)
-    exact = exact_diag(objective, {name: leaf.astype(jnp.float32) for name, leaf in low.items()})[2]
-    diag = exact_diag(mixed, {**low, "h": low["h"].astype(jnp.float32)})[2]
+    exact = jax.jit(exact_diag)(objective, {name: leaf.astype(jnp.float32) for name, leaf in low.items()})[2]
+    diag = jax.jit(exact_diag)(mixed, {**low, "h": low["h"].astype(jnp.float32)})[2]
     assert {leaf.dtype for leaf in diag.values()} == {jnp.dtype("float32")}
     # The network computes in float32: nothing of the diagonal may be lost on its way back through the casts.
     assert relative_error(diag, exact) < 1e-5

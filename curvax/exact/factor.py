@@ -143,7 +143,7 @@ def _streamed(flow, env, cut) -> Source:
         unit = jax.nn.one_hot(index, size, dtype=product.dtype)[None] * scale
         columns = jnp.stack([unit + product / scale, unit - product / scale]) / 2
         signs = jnp.broadcast_to(jnp.array([[1], [-1]], product.dtype), (2, product.shape[0]))
-        return Columns(jax.vmap(unslice)(columns.astype(cut.aval.dtype)), signs * (index < size))
+        return Columns(jax.vmap(unslice)(columns.astype(cut.aval.dtype)), jnp.where(index < size, signs, 0))
 
     def at(indices):
         return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), jax.vmap(pair)(indices))
