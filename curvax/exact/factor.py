@@ -1,10 +1,10 @@
 """The columns to send back: a signed factor of each example's Hessian with respect to a cut.
 
 Beyond the cut lies the tail, a function of one example's slice of it alone. Its Hessian takes one product with a vector
-for each of the `n` entries of a slice, shared by all the examples, since none sees another. With `H_b = sum_c s_c v_c
-v_c^T` the columns `v` are what a network sends back to find `diag(J^T H J) = sum_c s_c (J^T v_c)^2`. Three ways to
-write `H_b` so: by its eigenvectors; without ever holding it, as `e_j (H e_j)^T`, whose symmetric part is two squares;
-and in expectation, by one random combination of eigenvectors.
+for each of the `n` entries of a slice, shared by all the examples, since none sees another. Written as
+`H_b = sum_c s_c v_c v_c^T`, its columns are what a network sends back to find `diag(J^T H J) = sum_c s_c (J^T v_c)^2`.
+Three ways to write it so: by its eigenvectors; without ever holding it, as `e_j (H e_j)^T`, whose symmetric part is two
+squares; and in expectation, by one random combination of eigenvectors.
 """
 
 import dataclasses
@@ -143,7 +143,7 @@ def _streamed(flow, env, cut) -> Source:
         unit = jax.nn.one_hot(index, size, dtype=product.dtype)[None] * scale
         columns = jnp.stack([unit + product / scale, unit - product / scale]) / 2
         signs = jnp.broadcast_to(jnp.array([[1], [-1]], product.dtype), (2, product.shape[0]))
-        return Columns(jax.vmap(unslice)(columns.astype(cut.aval.dtype)), signs * (index < size))
+        return Columns(jax.vmap(unslice)(columns.astype(cut.aval.dtype)), jnp.where(index < size, signs, 0))
 
     def at(indices):
         return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), jax.vmap(pair)(indices))

@@ -1,7 +1,8 @@
 """`logits[jnp.arange(B), labels]`: the common way to say that every example takes an entry of its own row.
 
 In the jaxpr it is a gather whose indices were computed, from a count and from data. Whatever depends on nothing is
-folded into constants; where a component of the indices turns out to count a dimension, the gather moves that dimension whole.
+folded into constants; where a component of the indices then turns out to count a dimension, the gather moves that
+dimension whole.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """One column fewer: proof that a loss does not notice a common shift of its logits.
 
 Softmax cross-entropy has `loss(u + t) = loss(u)`, hence `H 1 = 0`, and a factor of `C - 1` columns. Rather than know
-the losses that are so, follow what a shift of `u` by `t` does to every variable: it adds `slope * t`, or multiplies by
+which losses are so, follow what a shift of `u` by `t` does to every variable: it adds `slope * t`, or multiplies by
 `exp(power * t)`, or neither. `exp` turns the first into the second, `log` the second into the first, and a difference
 of two equal slopes is invariant.
 """

@@ -16,9 +16,9 @@ from jax.extend.core import JaxprEqn, Var
 # differentiates the branch taken, and so do we.
 PIECEWISE_LINEAR = frozenset(
     "abs add add_any broadcast_in_dim clamp concatenate convert_element_type copy copy_p cummax cummin cumsum"
-    " dynamic_slice dynamic_update_slice gather max mesh_cast min neg pad pcast pvary reduce_max reduce_min reduce_precision"
-    " reduce_sum reduce_window_max reduce_window_min reduce_window_sum reshape reshard rev select_n sharding_constraint"
-    " slice sort split squeeze sub top_k transpose".split()
+    " dynamic_slice dynamic_update_slice gather max mesh_cast min neg pad pcast pvary reduce_max reduce_min"
+    " reduce_precision reduce_sum reduce_window_max reduce_window_min reduce_window_sum reshape reshard rev select_n"
+    " sharding_constraint slice sort split squeeze sub top_k transpose".split()
 )
 BILINEAR = frozenset({"mul", "dot_general", "conv_general_dilated"})
 # Derivative zero almost everywhere, or by decree.
@@ -27,8 +27,8 @@ CONSTANT = frozenset("ceil floor round sign stop_gradient".split())
 ELEMENTWISE = frozenset(
     "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos"
     " cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p"
-    " logistic lt max mesh_cast min mul ne neg nextafter not or pcast polygamma pow pvary reduce_precision rem reshard round"
-    " rsqrt select_n sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh xor".split()
+    " logistic lt max mesh_cast min mul ne neg nextafter not or pcast polygamma pow pvary reduce_precision rem"
+    " reshard round rsqrt select_n sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh xor".split()
 )
 REDUCTIONS = frozenset("argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum".split())
 CUMULATIVE = frozenset("cumlogsumexp cummax cummin cumprod cumsum".split())

@@ -2,8 +2,8 @@
 
 Let `u` be a variable that every derivative from a parameter passes through (a cut), with the examples along an axis.
 If `u` is piecewise linear in the parameter, the Hessian is `J^T H J`, with `H` the Hessian of what lies beyond, one
-block for each example; if moreover the parameter meets the examples in a single linear operation, each example's `J^T
-v` is a cotangent contracted with that operation's operand, and the diagonal costs a few backward passes. With `u` the
+block for each example; if moreover the parameter meets the examples in a single linear operation, `J^T v` is for each
+example a cotangent contracted with that operation's operand, and the diagonal costs a few backward passes. With `u` the
 network's outputs this is the Gauss-Newton route; with an earlier `u` the loss has merely become longer. Where either
 proof fails, unit vectors remain.
 """

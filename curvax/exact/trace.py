@@ -1,9 +1,9 @@
 """The computation behind an objective, as one flat list of primitive operations.
 
 A proof needs to see every operation between a parameter and the loss. Python hides them in functions, JAX in calls
-(`jit`, `checkpoint`, ...); tracing `predict` and then `loss`, and inlining the calls, leaves a jaxpr whose equations
-are all there is. Calls that carry their own derivative (`custom_jvp`, `custom_vjp`) stay closed: their body is not what
-JAX differentiates.
+(`jit`, `checkpoint`, ...); tracing `predict` and then `loss`, and inlining the calls, leaves a jaxpr of equations and
+nothing else. Calls that carry their own derivative (`custom_jvp`, `custom_vjp`) stay closed: their body is not what JAX
+differentiates.
 """
 
 import dataclasses
