@@ -8,6 +8,7 @@ the second-order ones, one source of *curvature* (`hessian`, refreshed by `refre
 on the Large Batch Size Training of Neural Networks Based on the Second Order Gradient".
 """
 
+from curvax.exact import explain
 from curvax.hessian import hessian_diag, hvp, value_grad_and_hessian_diag
 from curvax.large_batch import discard_random_losses, discard_small_losses
 from curvax.objective import Objective
@@ -32,6 +33,7 @@ __all__ = [
     "discard_random_losses",
     "discard_small_gradients",
     "discard_small_losses",
+    "explain",
     "hessian_diag",
     "hvp",
     "lamb",

@@ -12,15 +12,37 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax.estimators import Options, basis, hutchinson
+from curvax.estimators import Estimate, Options, basis, hutchinson
+from curvax.exact import exact_diag, ggn_diag, ggn_mc_diag
 from curvax.gauss_newton import ggn_sampled
 from curvax.layers import path_name
 from curvax.objective import Objective
 
-_METHODS = {"basis": basis, "hutchinson": hutchinson, "ggn_sampled": ggn_sampled}
+
+def _without_error(diagonal: Callable) -> Callable[..., Estimate]:
+    def method(objective, params, options: Options) -> Estimate:
+        value, grad, diag = diagonal(objective, params)
+        return Estimate(value, grad, diag, jax.tree.map(jnp.zeros_like, diag))
+
+    return method
+
+
+def _ggn_mc(objective, params, options: Options) -> Estimate:
+    value, grad, diag, error = ggn_mc_diag(objective, params, options.key, num_samples=options.num_samples)
+    return Estimate(value, grad, diag, error if options.num_samples > 1 else None)
+
+
+_METHODS = {
+    "exact": _without_error(exact_diag),
+    "basis": basis,
+    "ggn": _without_error(ggn_diag),
+    "ggn_mc": _ggn_mc,
+    "ggn_sampled": ggn_sampled,
+    "hutchinson": hutchinson,
+}
 
 #: The methods that need a key.
-STOCHASTIC = frozenset({"hutchinson", "ggn_sampled"})
+STOCHASTIC = frozenset({"ggn_mc", "ggn_sampled", "hutchinson"})
 
 
 def hvp(objective: Callable[[Any], jax.Array], params: Any, v: Any) -> Any:
@@ -68,19 +90,23 @@ def hessian_diag(
     Formula:
       `diag_i = d^2 L / d params_i^2`, which eq. 9 of Gao & Zhong needs. By `method`:
 
+      - `"exact"`: the exact diagonal by the cheapest route that the traced computation proves, array by array, for
+        which `explain` gives the reasons and the cost; unit vectors where it proves none, and an error where those are
+        too many;
       - `"basis"`: `e_i . H e_i` for every unit vector: exact, at one Hessian-vector product per parameter;
+      - `"ggn"`: the exact diagonal of the Gauss-Newton matrix, which is H without the curvature of the network itself;
+      - `"ggn_mc"`: the same in expectation, by one random column of the loss's Hessian per example and sample;
       - `"hutchinson"`: the mean of `z * H z` over random signs `z` (Bekas et al. 2007): unbiased, its standard error
         falls as `1 / sqrt(num_samples)`;
-      - `"ggn_sampled"`: for a softmax cross-entropy, the diagonal of the Gauss-Newton matrix, which is H without the
-        curvature of the network itself: labels are drawn from the model's own softmax, and the squares of the
-        gradients of `micro_batches` micro-batches, each times its size, are averaged. Unbiased, never negative, and at
-        the price of two gradients a far smaller variance than Hutchinson's. A `penalty` adds one Hutchinson probe of
-        its own Hessian, exact where that is diagonal.
+      - `"ggn_sampled"`: the Gauss-Newton diagonal for a softmax cross-entropy: labels are drawn from the model's own
+        softmax, and the squares of the gradients of `micro_batches` micro-batches, each times its size, are averaged.
+        Unbiased, never negative, and at the price of two gradients a far smaller variance than Hutchinson's. A
+        `penalty` adds one Hutchinson probe of its own Hessian, exact where that is diagonal.
 
     Args:
-      objective: an `Objective`, or any function `params -> scalar`; `"ggn_sampled"` needs an `Objective`.
+      objective: an `Objective`, or any function `params -> scalar`; the `"ggn..."` methods need an `Objective`.
       params: a tree of real arrays.
-      method: `"basis"`, `"hutchinson"` or `"ggn_sampled"`.
+      method: one of the six.
       key: a `jax.random.key`; required by the stochastic methods.
       num_samples: number of independent samples over which a stochastic method averages.
       standard_error: whether to return the standard error of each entry as well. It is estimated from the samples, so
@@ -142,7 +168,7 @@ def value_grad_and_hessian_diag(
     Args:
       objective: see `hessian_diag`, as for all arguments.
       params: a tree of real arrays.
-      method: `"basis"`, `"hutchinson"` or `"ggn_sampled"`.
+      method: one of the six.
       key: a `jax.random.key`; required by the stochastic methods.
       num_samples: number of independent samples.
       standard_error: whether to return the standard error of each entry as well.

@@ -49,6 +49,18 @@ def test_basis_in_float64():
         assert relative_error(diag, problems.dense_hessian_diag(objective, params)) < 1e-12
 
 
+@pytest.mark.parametrize("loss", [problems.cross_entropy, problems.weighted_cross_entropy, problems.squared_error])
+@pytest.mark.parametrize("method", ["exact", "ggn", "ggn_mc"])
+def test_routes_through_the_traced_network(method, loss):
+    """A ReLU network is piecewise linear in each array, so that its Hessian's diagonal is the Gauss-Newton one."""
+    objective, params = problems.mlp_objective(loss), problems.mlp_params()
+    options = {"method": method, "key": jax.random.key(0), "num_samples": 4000 if method == "ggn_mc" else 1}
+    diag = jax.jit(functools.partial(curvax.hessian_diag, **options))(objective, params)
+    tolerance = 0.03 if method == "ggn_mc" else 1e-5
+    assert relative_error(diag, problems.dense_ggn_diag(objective, params)) < tolerance
+    assert relative_error(diag, problems.dense_hessian_diag(objective, params)) < tolerance
+
+
 def test_hutchinson_is_exact_where_the_hessian_is_diagonal():
     curvatures = jnp.array([1.0, -3.0, 50.0])
     diag = curvax.hessian_diag(lambda w: curvatures @ w**2 / 2, jnp.ones(3), method="hutchinson", key=jax.random.key(0))
@@ -209,7 +221,7 @@ def double(x):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "newton"}, "'newton' is unknown; pass one of 'basis'"),
+        ({"method": "newton"}, "'newton' is unknown; pass one of 'exact', 'basis'"),
         ({"method": "hutchinson"}, r"pass key=jax.random.key\(seed\)"),
         ({"method": "ggn_sampled", "key": jax.random.key(0)}, "Objective"),
         ({"method": "hutchinson", "key": jax.random.key(0), "standard_error": True}, "raise num_samples"),
