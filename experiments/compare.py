@@ -1,17 +1,12 @@
 """Runs of several methods on one problem, and what is read off them: shared by `race` and `tune`."""
 
 import dataclasses
-import statistics
 from collections.abc import Callable, Sequence
 
 from experiments.problems import Problem
 from experiments.step import Stepper
+from experiments.timing import compile_seconds, step_seconds
 from experiments.train import Diverged, Record, train
-
-# One refresh of `cblr`'s curvature with its default interval falls into every window of this many steps.
-TIMING_WINDOW = 10
-# A step with a refresh, and one without.
-COMPILING = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +21,8 @@ class Outcome:
         test_loss: after its last epoch; infinite if it diverged.
         test_accuracy: after its last epoch, between 0 and 1; 0 if it diverged.
         steps_to_target: optimizer steps until the target accuracy was first seen at the end of an epoch, if ever.
-        step_seconds: median over windows of the mean duration of a step, without the first two, which compile.
-        compile_seconds: what the first two steps took longer.
+        step_seconds: see `timing.step_seconds`.
+        compile_seconds: see `timing.compile_seconds`.
     """
 
     method: str
@@ -58,7 +53,7 @@ def summarise(records: Sequence[Record], method, learning_rate, seed, target, di
     steps = [record for record in records if record["kind"] == "step"]
     epochs = [record for record in records if record["kind"] == "epoch"]
     reached = (record["step"] for record in epochs if record["test_accuracy"] >= target)
-    seconds = step_seconds([record["seconds"] for record in steps])
+    seconds = [record["seconds"] for record in steps]
     if diverged:
         epochs.append({"loss": float("inf"), "test_loss": float("inf"), "test_accuracy": 0.0})
     return Outcome(
@@ -67,24 +62,9 @@ def summarise(records: Sequence[Record], method, learning_rate, seed, target, di
         seed,
         *(epochs[-1][name] for name in ("loss", "test_loss", "test_accuracy")),
         steps_to_target=next(reached, None),
-        step_seconds=seconds,
-        compile_seconds=max(0.0, sum(step["seconds"] - seconds for step in steps[:COMPILING])),
+        step_seconds=step_seconds(seconds),
+        compile_seconds=compile_seconds(seconds),
     )
-
-
-def step_seconds(seconds: Sequence[float]) -> float:
-    """Median over windows of steps of their mean duration; the first two, which compile, are left out.
-
-    A plain median would never see the one step in ten that estimates curvature, and a plain mean sees every hiccup of
-    the machine.
-
-    Example:
-        >>> round(step_seconds([9.0, 2.0] + [0.1] * 8 + [0.2] + [0.1] * 9 + [0.2] + [0.1]), 6)
-        0.11
-    """
-    rest = list(seconds[COMPILING:]) or list(seconds)
-    windows = [rest[i : i + TIMING_WINDOW] for i in range(0, len(rest) - TIMING_WINDOW + 1, TIMING_WINDOW)] or [rest]
-    return statistics.median(statistics.fmean(window) for window in windows)
 
 
 def configs(problem: Problem, methods: Sequence[str], **changes) -> dict:

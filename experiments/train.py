@@ -14,6 +14,7 @@ import numpy as np
 from experiments import plan
 from experiments.errors import RunError
 from experiments.step import Stepper, TrainState
+from experiments.timing import step_seconds
 
 Record = dict[str, Any]
 
@@ -47,7 +48,7 @@ def train(stepper: Stepper, seed: int, learning_rate: float, state: TrainState |
         place = {"epoch": epoch.number + 1, "batch_size": epoch.batch_size}
 
         ### Learn
-        began, means = time.perf_counter(), []
+        means, durations = [], []
         order = stepper.shuffle(state, epoch.number)
         for batch, rate in enumerate(epoch.learning_rates):
             before = time.perf_counter()
@@ -60,11 +61,11 @@ def train(stepper: Stepper, seed: int, learning_rate: float, state: TrainState |
             if not np.isfinite(metrics["loss"]):
                 raise Diverged(f"the loss is {metrics['loss']} at step {step}: try a smaller --learning-rate")
             means.append((metrics["loss"], metrics["accuracy"]))
-        speed = epoch.steps * epoch.batch_size / (time.perf_counter() - began)
+            durations.append(seconds)
 
         ### Judge
         loss, accuracy = np.mean(means, axis=0).tolist()
         test_loss, test_accuracy = stepper.evaluate(state)
         results = {"loss": loss, "accuracy": accuracy, "test_loss": test_loss, "test_accuracy": test_accuracy}
-        rate = float(epoch.learning_rates[-1])
-        yield {"kind": "epoch", "step": step, **place, "learning_rate": rate, **results, "images_per_second": speed}
+        results["images_per_second"] = epoch.batch_size / step_seconds(durations)
+        yield {"kind": "epoch", "step": step, **place, "learning_rate": float(rate), **results}
