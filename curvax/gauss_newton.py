@@ -16,16 +16,19 @@ import jax.numpy as jnp
 from curvax.estimators import Estimate, Options, add_samples, at_least_float32, hutchinson, no_samples
 from curvax.objective import Objective
 
+# Into how many micro-batches a batch is split, where the caller does not say.
+MICRO_BATCHES = 4
+
 
 def ggn_sampled(objective: Objective, params: Any, options: Options) -> Estimate:
     """The mean squared gradient, times its size, of micro-batches with labels drawn from the model's softmax."""
     _check_softmax_cross_entropy(objective, params)
-    batches = _split(objective.data, options.micro_batches)
+    batches = split(objective.data, options.micro_batches or MICRO_BATCHES)
     keys = jax.random.split(options.key, (len(batches), options.num_samples))
     values, grads, moments = [], [], no_samples(params)
     for data, batch_keys in zip(batches, keys, strict=True):
         value, grad, square = _squared_gradients(objective, params, data)
-        moments = add_samples(square, batch_keys, moments)
+        moments = add_samples(square, batch_keys, moments, options.chunk_size)
         values, grads = [*values, value], [*grads, grad]
     estimate = Estimate(_mean(values), _mean(grads), moments.mean, moments.standard_error())
     return estimate if objective.penalty is None else _add_penalty(estimate, objective.penalty, params, options)
