@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-
 # Unit vectors in a pass, where the caller does not say.
 CHUNK = 16
 # Chunks of samples up to which a loop is written out.

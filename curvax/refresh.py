@@ -59,7 +59,8 @@ def with_hessian_diag(
         (`fold_in`), so that a run which resumes from its state draws the same numbers.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split examples: the curvature is their mean, and each device
         draws numbers of its own.
-      **options: further arguments of `hessian_diag`: `num_samples`, `where`, `micro_batches`, `chunk_size`.
+      **options: further arguments of `hessian_diag`: `num_samples`, `where`, `micro_batches`, `chunk_size`,
+        `budget`, `has_aux`.
 
     Returns:
       A transformation whose `update` takes `obj_fn=` (or optax's `value_fn=`), the loss whose gradient is passed, as an
@@ -133,12 +134,12 @@ def _mean_over_devices(objective, params, method, key, axis_name, options):
     if method is None:
         method = "ggn_sampled" if is_softmax_cross_entropy(objective, params) else "hutchinson"
     if axis_name is None:
-        return hessian.hessian_diag(objective, params, method=method, key=key, **options)
+        return hessian.value_grad_and_hessian_diag(objective, params, method=method, key=key, **options)[2]
     # A gradient of replicated parameters is summed over the mesh by shard_map itself. Parameters that are marked as
     # different on each device keep every device's curvature apart until the mean.
     params = jax.tree.map(lambda x: _varying(x, axis_name), params)
     key = None if key is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-    diag = hessian.hessian_diag(objective, params, method=method, key=key, **options)
+    diag = hessian.value_grad_and_hessian_diag(objective, params, method=method, key=key, **options)[2]
     return jax.lax.pmean(diag, axis_name)
 
 
