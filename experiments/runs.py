@@ -70,13 +70,12 @@ def is_done(config: TrainConfig, past: list[Record]) -> bool:
 
 def num_epochs(config: TrainConfig) -> int:
     """Passes over the training images in a run."""
-    return sum(phase.epochs for phase in config.plan(1.0))
+    return sum(phase.epochs for phase in config.plan(1.0).phases)
 
 
 def num_steps(config: TrainConfig) -> int:
     """Optimizer steps in a run; reads the data set if that was not done."""
-    images = len(stepper_of(config).train)
-    return sum(phase.epochs * (images // phase.batch_size) for phase in config.plan(1.0))
+    return sum(epoch.steps for epoch in config.plan(1.0).epochs(len(stepper_of(config).train)))
 
 
 def go_on(config: TrainConfig, folder: Path, past: list[Record], show: Callable[[Record], None]) -> list[Record]:

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import plan
 from experiments.errors import RunError
 from experiments.step import Stepper, TrainState
 from experiments.timing import step_seconds
@@ -49,9 +48,8 @@ def train(
     Raises:
         Diverged: if the loss is not finite.
     """
-    config, num_images = stepper.config, len(stepper.train)
     state = stepper.init(seed) if state is None else state
-    epochs = list(plan.epochs(config.plan(learning_rate), num_images, config.schedule, config.warmup_epochs))
+    epochs = list(stepper.config.plan(learning_rate).epochs(len(stepper.train)))
     total = sum(epoch.steps for epoch in epochs)
     judged = sum(record["kind"] == "epoch" for record in past)
 
