@@ -5,13 +5,18 @@ optimizer and its learning rate. A number that is not in here cannot change a re
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from curvax.schedules import BatchSchedule, Phase
 from experiments.methods import METHODS
-from experiments.plan import Phase
+
+# How and where a run is carried out: to change this changes its results by rounding at most.
+CONDUCT = ("data_dir", "devices", "checkpoint_seconds", "out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +82,11 @@ class TrainConfig:
     """Devices over which each batch is split; on a CPU they are simulated."""
     seed: int = 0
     """Determines the initial parameters, the order of the images, augmentation, dropout and probes."""
+    checkpoint_seconds: float | None = 60.0
+    """Seconds from one checkpoint to the next; there is one at the end, too. The same command goes on from the last.
+    With 0 every step has one, with None there is none at all."""
     out: Path = Path("runs")
-    """Folder in which a new folder with the metrics is made."""
+    """Folder for the run's own, which is named after what determines its results."""
 
     def __post_init__(self):
         for name in ("image_size", "width", "sharpness", "curvature_every", "batch_size", "epochs", "devices"):
@@ -88,9 +96,10 @@ class TrainConfig:
             _require(value is None or 0 < value < math.inf, name, "above 0", value)
         for name in ("dropout", "momentum", "holdout"):
             _require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
-        for name in ("weight_decay", "damping", "warmup_epochs", "seed"):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        for batch_size in {phase.batch_size for phase in self.plan(1.0)}:
+        for name in ("weight_decay", "damping", "warmup_epochs", "seed", "checkpoint_seconds"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, name, "at least 0", value)
+        for batch_size in {phase.batch_size for phase in self.plan(1.0).phases}:
             self._check_batch(batch_size)
 
     def _check_batch(self, batch_size: int):
@@ -109,16 +118,44 @@ class TrainConfig:
         """Images of each batch from which the curvature is estimated."""
         return min(self.curvature_batch_size or self.micro_size(batch_size), batch_size)
 
-    def plan(self, learning_rate: float) -> tuple[Phase, ...]:
-        """The phases of the run; `learning_rate` is the peak where the phases do not say their own."""
-        if self.phases:
-            return tuple(map(Phase.parse, self.phases))
-        return (Phase(self.epochs, self.batch_size, learning_rate),)
+    def plan(self, learning_rate: float) -> BatchSchedule:
+        """What is trained when; `learning_rate` is the peak where the phases do not say their own."""
+        phases = tuple(map(parse_phase, self.phases)) or (Phase(self.epochs, self.batch_size, learning_rate),)
+        return BatchSchedule(phases, self.warmup_epochs, self.schedule)
+
+    @property
+    def name(self) -> str:
+        """Names what determines the results: two configurations have one name if and only if theirs are the same.
+
+        Example:
+            >>> TrainConfig(width=0.5).name == TrainConfig(width=0.5, out=Path("elsewhere")).name
+            True
+        """
+        # Without the defaults, so that a new option leaves the names of old runs as they are.
+        usual = TrainConfig().as_dict()
+        fields = {k: v for k, v in self.as_dict().items() if k not in CONDUCT and v != usual[k]}
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:10]
+        return f"{self.dataset}-{self.model}-{self.optimizer}-{digest}"
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON values, in order."""
         as_json = {type(Path()): str, tuple: list}
         return {name: as_json.get(type(v), lambda v: v)(v) for name, v in dataclasses.asdict(self).items()}
+
+
+def parse_phase(text: str) -> Phase:
+    """A phase from `EPOCHS:BATCH:RATE`.
+
+    Example:
+        >>> parse_phase("1:512:0.005")
+        Phase(epochs=1, batch_size=512, learning_rate=0.005)
+    """
+    try:
+        epochs, batch_size, learning_rate = text.split(":")
+        return Phase(int(epochs), int(batch_size), float(learning_rate))
+    except ValueError:
+        message = f"--phases takes EPOCHS:BATCH:RATE, numbers above 0 such as 1:512:0.005, not {text!r}"
+        raise ValueError(message) from None
 
 
 def load_config(fields: Mapping[str, Any]) -> TrainConfig:
