@@ -77,7 +77,13 @@ def test_axis_name_of_split_parameters(rule, spec):
 
 OBJECTIVE = problems.mlp_objective(examples=32)
 PARAMS = problems.mlp_params()
-METHODS = {"basis": {}, "hutchinson": {"num_samples": 4000}, "ggn_sampled": {"num_samples": 4000, "micro_batches": 1}}
+METHODS = {
+    "basis": {},
+    "exact": {},
+    "hutchinson": {"num_samples": 4000},
+    "ggn_mc": {"num_samples": 100},
+    "ggn_sampled": {"num_samples": 4000, "micro_batches": 1},
+}
 
 
 def seen_curvature():
@@ -94,7 +100,7 @@ def curvature_of(params, objective, method, axis_name=None):
 
 
 def exact(method):
-    dense = problems.dense_ggn_diag if method == "ggn_sampled" else problems.dense_hessian_diag
+    dense = problems.dense_ggn_diag if method.startswith("ggn") else problems.dense_hessian_diag
     return dense(OBJECTIVE, PARAMS)
 
 
@@ -104,7 +110,7 @@ def error(diag, method):
 
 
 # A sampled diagonal has a relative error of a few percent after 4000 samples, on each of eight devices of its own.
-TOLERANCE = {"basis": 1e-5, "hutchinson": 0.1, "ggn_sampled": 0.04}
+TOLERANCE = {"basis": 1e-5, "exact": 1e-5, "hutchinson": 0.1, "ggn_mc": 0.1, "ggn_sampled": 0.04}
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -233,6 +233,31 @@ def test_sharded_batches_give_the_mean_over_the_mesh(method):
     assert relative_error(together, alone) < 1e-5
 
 
+def tied_problem():
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(5, 5)), jnp.float32)}
+    return Objective(tied, cross_entropy, {"row": jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)}), params
+
+
+@pytest.mark.parametrize("problem", [cnn_problem, lambda: mlp(jnp.tanh, examples=16), tied_problem])
+def test_under_shard_map_each_device_has_the_diagonal_of_its_examples(problem):
+    """By every route: columns, a tail's columns, unit vectors."""
+    objective, params = problem()
+    label = jnp.arange(jax.tree.leaves(objective.data)[0].shape[0]) % 3
+    objective = Objective(objective.predict, cross_entropy, {**objective.data, "label": label})
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+
+    def mean_over_devices(objective, params):
+        # Marked as different on each device, or `shard_map` would sum gradients itself.
+        apart = jax.tree.map(lambda x: lax.pcast(x, "data", to="varying"), params)
+        return lax.pmean(exact_diag(objective, apart)[2], "data")
+
+    specs = (PartitionSpec("data"), PartitionSpec())
+    spread = jax.shard_map(mean_over_devices, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+    together, alone = jax.jit(lambda o, p: (spread(o, p), exact_diag(o, p)[2]))(objective, params)
+    assert relative_error(together, alone) < 1e-5
+
+
 # The estimate.
 
 

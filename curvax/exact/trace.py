@@ -126,6 +126,13 @@ def read(env: dict[Var, jax.Array], atom: Var | Literal) -> Any:
     return atom.val if isinstance(atom, Literal) else env[atom]
 
 
+def alike(array: jax.Array, like: jax.Array) -> jax.Array:
+    """`array`, said to vary over the same axes of a `shard_map` as `like`; what is made of constants does not."""
+    varying = lambda x: jax.typeof(x).manual_axis_type.varying
+    missing = tuple(varying(like) - varying(array))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+
 def _callee(eqn: JaxprEqn) -> ClosedJaxpr:
     callee = next(eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params)
     return callee if isinstance(callee, ClosedJaxpr) else ClosedJaxpr(callee, ())
