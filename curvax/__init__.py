@@ -14,7 +14,16 @@ from curvax.large_batch import discard_random_losses, discard_small_losses
 from curvax.objective import Objective
 from curvax.optimizers import cblr, lamb, lars, mclr, percent_delta
 from curvax.order_statistics import median, quantile
+from curvax.probes import (
+    NoiseScale,
+    ProbeState,
+    held_out_stride,
+    noise_scale_from_batches,
+    noise_scale_over_devices,
+    with_probes,
+)
 from curvax.refresh import HessianDiagState, with_hessian_diag
+from curvax.schedules import BatchSchedule, Phase, growing_batches, legw, small_batch_start
 from curvax.transforms import (
     discard_small_gradients,
     scale_by_approximate_radius,
@@ -27,19 +36,28 @@ from curvax.transforms import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchSchedule",
     "HessianDiagState",
+    "NoiseScale",
     "Objective",
+    "Phase",
+    "ProbeState",
     "cblr",
     "discard_random_losses",
     "discard_small_gradients",
     "discard_small_losses",
     "explain",
+    "growing_batches",
+    "held_out_stride",
     "hessian_diag",
     "hvp",
     "lamb",
     "lars",
+    "legw",
     "mclr",
     "median",
+    "noise_scale_from_batches",
+    "noise_scale_over_devices",
     "percent_delta",
     "quantile",
     "scale_by_approximate_radius",
@@ -47,6 +65,8 @@ __all__ = [
     "scale_by_lars",
     "scale_by_median_curvature",
     "scale_by_percent_delta",
+    "small_batch_start",
     "value_grad_and_hessian_diag",
     "with_hessian_diag",
+    "with_probes",
 ]

@@ -270,11 +270,11 @@ def _scale_by_radius(
             )
         leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
         g = [leaf for _, leaf in leaves]
-        w = _leaves_of("params", params, updates) if needs_params else g
+        w = leaves_like("params", params, updates) if needs_params else g
         h = ()
         if needs_curvature:
             _check_real(leaves)
-            h = _leaves_of("hessian_diag", hessian_diag, updates)
+            h = leaves_like("hessian_diag", hessian_diag, updates)
         scaled = _scaled(rule, group(leaves, layers), radii.Leaves(w, g, h))
         return treedef.unflatten(scaled), state
 
@@ -306,7 +306,7 @@ def statistics_dtype(dtypes: Sequence[Any]) -> Any:
         return functools.reduce(jnp.promote_types, dtypes, jnp.float32)
 
 
-def _leaves_of(name: str, tree: Any, updates: Any) -> list[jax.Array]:
+def leaves_like(name: str, tree: Any, updates: Any) -> list[jax.Array]:
     """The leaves of `tree` where `updates` has leaves: inside `masked` and `partition` it may have fewer."""
 
     def is_hole(node):

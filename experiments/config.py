@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from curvax.schedules import BatchSchedule, Phase
 from experiments.methods import METHODS
-from experiments.plan import Phase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class TrainConfig:
             _require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
         for name in ("weight_decay", "damping", "warmup_epochs", "seed"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        for batch_size in {phase.batch_size for phase in self.plan(1.0)}:
+        for batch_size in {phase.batch_size for phase in self.plan(1.0).phases}:
             self._check_batch(batch_size)
 
     def _check_batch(self, batch_size: int):
@@ -109,16 +109,30 @@ class TrainConfig:
         """Images of each batch from which the curvature is estimated."""
         return min(self.curvature_batch_size or self.micro_size(batch_size), batch_size)
 
-    def plan(self, learning_rate: float) -> tuple[Phase, ...]:
-        """The phases of the run; `learning_rate` is the peak where the phases do not say their own."""
-        if self.phases:
-            return tuple(map(Phase.parse, self.phases))
-        return (Phase(self.epochs, self.batch_size, learning_rate),)
+    def plan(self, learning_rate: float) -> BatchSchedule:
+        """What is trained when; `learning_rate` is the peak where the phases do not say their own."""
+        phases = tuple(map(parse_phase, self.phases)) or (Phase(self.epochs, self.batch_size, learning_rate),)
+        return BatchSchedule(phases, self.warmup_epochs, self.schedule)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON values, in order."""
         as_json = {type(Path()): str, tuple: list}
         return {name: as_json.get(type(v), lambda v: v)(v) for name, v in dataclasses.asdict(self).items()}
+
+
+def parse_phase(text: str) -> Phase:
+    """A phase from `EPOCHS:BATCH:RATE`.
+
+    Example:
+        >>> parse_phase("1:512:0.005")
+        Phase(epochs=1, batch_size=512, learning_rate=0.005)
+    """
+    try:
+        epochs, batch_size, learning_rate = text.split(":")
+        return Phase(int(epochs), int(batch_size), float(learning_rate))
+    except ValueError:
+        message = f"--phases takes EPOCHS:BATCH:RATE, numbers above 0 such as 1:512:0.005, not {text!r}"
+        raise ValueError(message) from None
 
 
 def load_config(fields: Mapping[str, Any]) -> TrainConfig:

@@ -60,7 +60,7 @@ def load(config) -> Dataset:
     dataset = makers[config.dataset](config.image_size) if config.dataset in makers else tfds(config)
     if config.holdout:
         dataset = hold_out(dataset, config.holdout)
-    for phase in config.plan(1.0):
+    for phase in config.plan(1.0).phases:
         if phase.batch_size > len(dataset.train):
             raise UsageError(
                 f"--batch-size {phase.batch_size} exceeds the {len(dataset.train)} training images of {config.dataset}"

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from experiments import data, plan, records
+from experiments import data, records
 from experiments.config import TrainConfig
 from experiments.console import console, training_bars
 from experiments.problems import default_learning_rate
@@ -21,8 +21,7 @@ def run_single(config: TrainConfig):
     dataset = data.load(config)
     stepper = Stepper(config, dataset)
     folder = records.new_folder(config.out, f"train-{config.dataset}-{config.model}-{config.optimizer}")
-    phases = config.plan(config.learning_rate)
-    epochs = list(plan.epochs(phases, len(dataset.train), config.schedule, config.warmup_epochs))
+    epochs = list(config.plan(config.learning_rate).epochs(len(dataset.train)))
     with records.Writer(folder / "metrics.jsonl") as writer, training_bars() as bars:
         writer.write({"kind": "config", **config.as_dict()})
         task = bars.start(config.optimizer, sum(epoch.steps for epoch in epochs))

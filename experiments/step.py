@@ -18,11 +18,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import curvax
+from curvax.schedules import Epoch
 from experiments import data, methods, models
 from experiments.config import TrainConfig
 from experiments.data import Dataset, Split
 from experiments.errors import UsageError
-from experiments.plan import Epoch
 
 EVAL_BATCH = 1024
 

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import plan
 from experiments.errors import RunError
 from experiments.step import Stepper, TrainState
 from experiments.timing import step_seconds
@@ -42,7 +41,7 @@ def train(stepper: Stepper, seed: int, learning_rate: float, state: TrainState |
     state = stepper.init(seed) if state is None else state
     done = int(state.step)
 
-    for epoch in plan.epochs(config.plan(learning_rate), num_images, config.schedule, config.warmup_epochs):
+    for epoch in config.plan(learning_rate).epochs(num_images):
         if epoch.first_step < done:
             continue
         place = {"epoch": epoch.number + 1, "batch_size": epoch.batch_size}

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import data, plan
+from experiments import data
 from experiments.config import TrainConfig, load_config
 from experiments.errors import UsageError
 from experiments.step import Stepper
@@ -86,7 +86,7 @@ def test_micro_batches_add_up_to_the_batch():
 
 
 def test_a_run_goes_on_from_its_state_to_the_same_bits():
-    whole, first = run(RICH), next(plan.epochs(RICH.plan(0.01), 512, RICH.schedule, RICH.warmup_epochs))
+    whole, first = run(RICH), next(RICH.plan(0.01).epochs(512))
     state = stepper(RICH).init(0)
     order = stepper(RICH).shuffle(state, 0)
     for batch in range(first.steps):
@@ -140,21 +140,6 @@ def test_divergence_is_said_in_one_line():
 def test_too_few_devices_are_refused():
     with pytest.raises(UsageError, match=f"--devices 64: there are {jax.device_count()}"):
         Stepper(change(devices=64), dataset())
-
-
-def test_schedules_against_their_formulas():
-    phases = (plan.Phase(2, 10, 0.1), plan.Phase(3, 20, 0.4))
-    epochs = list(plan.epochs(phases, 45, "cosine", 1.5))
-    assert [epoch.steps for epoch in epochs] == [4, 4, 2, 2, 2]
-    assert [epoch.first_step for epoch in epochs] == [0, 4, 8, 10, 12]
-    rates = np.concatenate([epoch.learning_rates for epoch in epochs])
-    start = np.array([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 4.5])
-    end = np.array([0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 4.5, 5])
-    peak = np.where(start < 2, 0.1, 0.4)
-    decay = np.where(start < 1.5, 1, (1 + np.cos(np.pi * (start - 1.5) / 3.5)) / 2)
-    np.testing.assert_allclose(rates, peak * np.minimum(end / 1.5, 1) * decay, rtol=1e-12)
-    constant = np.concatenate([epoch.learning_rates for epoch in plan.epochs(phases, 45, "constant", 0.0)])
-    np.testing.assert_allclose(constant, peak)
 
 
 def test_configurations_survive_json():

@@ -1,0 +1,267 @@
+"""What the paper measures while a network trains.
+
+A large batch is said to fail because its gradients, and with them its steps in the parameters and in the loss, are
+small (Gao & Zhong, section 2). Each of these is a mean over a layer of what one optimizer step sees anyway: the
+gradient g that comes in, the update u that goes out, the parameters w. So one wrapper around an optimizer measures them
+all, and changes nothing. What takes a second loss or a second gradient, the decrease of a held-out loss and the scale
+of the gradient's noise, is a function.
+
+Under `jit` on a mesh nothing needs a name. Under `shard_map` or `pmap` give the wrapper gradients that are already
+means over the batch, as any optimizer wants them, and name the axes that split *parameters*, if any do.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvax import order_statistics
+from curvax.layers import Layer, Layers, group
+from curvax.radii import AxisName
+from curvax.transforms import leaves_like, statistics_dtype
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+PerLayer = dict[str, jax.Array]
+
+
+class ProbeState(NamedTuple):
+    """State of `with_probes`: the measurements of the latest step, by name of the layer, and the wrapped state.
+
+    Attributes:
+      mean_abs_gradient: mean of |g|, scalars; eq. 4.
+      parameter_stride: mean of |u|, scalars; eq. 6.
+      loss_stride: mean of -u g, the first-order decrease of the loss per parameter, scalars; eq. 8.
+      radius_quantiles: of |w / g|, `(num_quantiles,)`; eq. 17.
+      inner_state: that of the wrapped transformation.
+    """
+
+    mean_abs_gradient: PerLayer
+    parameter_stride: PerLayer
+    loss_stride: PerLayer
+    radius_quantiles: PerLayer
+    inner_state: optax.OptState
+
+
+def with_probes(
+    inner: optax.GradientTransformation,
+    *,
+    layers: Layers = "array",
+    quantiles: Sequence[float] = QUANTILES,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Measure gradient, step and radius of each layer in every step, without changing any.
+
+    Formula:
+      Over the n entries of a layer, with g the incoming gradient, u the outgoing update and w the parameters:
+      `sum|g| / n` (eq. 4 of Gao & Zhong), `sum|u| / n` (eq. 6), `-sum u g / n` (eq. 8, with the minus sign that eq. 5
+      lacks) and quantiles of `|w / g|` (eq. 17), which is infinite where g = 0 and 0 where w = 0; the
+      lower of two where a quantile falls between them.
+
+    Args:
+      inner: the optimizer. Inside a chain `with_probes(optax.identity())` measures what passes by.
+      layers: `"array"`, `"module"`, `"kernel"` or a mapping from path regex to layer name. A layer is measured on all
+        that it scales: with `"kernel"` biases count among their kernel's entries.
+      quantiles: which quantiles of the radius, each in [0, 1].
+      axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
+
+    Returns:
+      A transformation whose updates are those of `inner`, bit for bit. Its measurements, float32 at least, are read by
+      `optax.tree.get(state, "loss_stride")` and so on; before the first step they are 0. NaN is passed on.
+
+    Raises:
+      ValueError: if a quantile is outside [0, 1]; from `update`, without `params`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from curvax import with_probes
+      >>> tx = with_probes(optax.sgd(0.5))
+      >>> w, g = {"kernel": jnp.array([3.0, -4.0])}, {"kernel": jnp.array([1.0, -2.0])}
+      >>> updates, state = tx.update(g, tx.init(w), w)
+      >>> {name: float(optax.tree.get(state, name)["kernel"]) for name in ("mean_abs_gradient", "loss_stride")}
+      {'mean_abs_gradient': 1.5, 'loss_stride': 1.25}
+    """
+    inner = optax.with_extra_args_support(inner)
+    for q in quantiles:
+        if not 0 <= q <= 1:
+            raise ValueError(f"quantile {q} does not exist; pass numbers in [0, 1].")
+
+    def init_fn(params):
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        groups = group(leaves, layers)
+
+        def zeros(shape):
+            return {x.name: jnp.zeros(shape, _dtype([leaves[i][1] for i in x.scaled])) for x in groups}
+
+        return ProbeState(zeros(()), zeros(()), zeros(()), zeros(len(quantiles)), inner.init(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError("the radius of a layer depends on its parameters; call update(updates, state, params).")
+        gradients = jax.tree_util.tree_leaves_with_path(updates)
+        w = leaves_like("params", params, updates)
+        stepped, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        u = leaves_like("the update", stepped, updates)
+        values = {}
+        for layer in group(gradients, layers):
+            arrays = _arrays(layer, [g for _, g in gradients], u, w)
+            values[layer.name] = _measure(*arrays, quantiles, axis_name)
+        columns = ({name: row[i] for name, row in values.items()} for i in range(4))
+        return stepped, ProbeState(*columns, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def held_out_stride(value_fn: Callable[[Any], jax.Array], params: Any, updates: Any) -> jax.Array:
+    """How much an update lowers a loss, such as that of examples which are not in the batch.
+
+    Formula:
+      `L(w) - L(w + u)`; what `loss_stride` is to first order, with the curvature of the loss, and free of the bias that
+      a batch has towards its own examples.
+
+    Args:
+      value_fn: the loss, `params -> scalar`.
+      params: the parameters w, a pytree.
+      updates: the update u, a pytree like `params`.
+
+    Returns:
+      A scalar, above 0 where the loss falls.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from curvax import held_out_stride
+      >>> float(held_out_stride(lambda w: jnp.sum(w**2), jnp.array([2.0]), jnp.array([-1.0])))
+      3.0
+    """
+    return value_fn(params) - value_fn(optax.apply_updates(params, updates))
+
+
+class NoiseScale(NamedTuple):
+    """Estimates from one step, unbiased both; their ratio is not. Average them over steps, then take the ratio.
+
+    Attributes:
+      squared_gradient: `|G|^2` of the gradient G of an infinite batch; it may come out negative.
+      noise: `tr(Sigma)`, the variance of one example's gradient, summed over parameters.
+    """
+
+    squared_gradient: jax.Array
+    noise: jax.Array
+
+    @property
+    def critical_batch_size(self) -> jax.Array:
+        """`B_simple = tr(Sigma) / |G|^2`: beyond it a larger batch saves few steps; infinite where `|G|^2 <= 0`."""
+        return jnp.where(self.squared_gradient > 0, self.noise / self.squared_gradient, jnp.inf)
+
+
+def noise_scale_from_batches(
+    small: Any, large: Any, small_batch_size: jax.typing.ArrayLike, large_batch_size: jax.typing.ArrayLike
+) -> NoiseScale:
+    """The gradient noise scale from gradients at two batch sizes.
+
+    Formula:
+      `E|G_B|^2 = |G|^2 + tr(Sigma) / B` for the mean gradient of B independent examples, solved for the two unknowns;
+      McCandlish et al. 2018, "An empirical model of large-batch training", appendix A.1.
+
+    Args:
+      small: gradient of a batch of `small_batch_size` examples, a pytree.
+      large: gradient of a batch of `large_batch_size` examples. The small batch may be a part of it.
+      small_batch_size: its number of examples.
+      large_batch_size: its number of examples, another one.
+
+    Returns:
+      The estimates, float32 scalars.
+
+    Raises:
+      ValueError: if both batch sizes are equal.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from curvax import noise_scale_from_batches
+      >>> float(noise_scale_from_batches(jnp.array([3.0]), jnp.array([2.0]), 1, 4).critical_batch_size)
+      2.857142925262451
+    """
+    return _noise_scale(_squared_norm(small), _squared_norm(large), small_batch_size, large_batch_size)
+
+
+def noise_scale_over_devices(
+    grads: Any, batch_size: jax.typing.ArrayLike, axis_name: str | tuple[str, ...]
+) -> NoiseScale:
+    """The gradient noise scale from the gradients that data-parallel devices have before they are averaged.
+
+    Formula:
+      That of `noise_scale_from_batches` with each device's share as the small batch, its squared norm averaged over the
+      devices, and all shares together as the large one.
+
+    Args:
+      grads: this device's gradient, the mean over its own examples, a pytree. Under `shard_map` with `check_vma`, the
+        gradient of replicated parameters is summed already: mark them with `jax.lax.pcast` first.
+      batch_size: examples per device.
+      axis_name: mesh axes (of `shard_map` or `pmap`) that split the examples, over two devices at least.
+
+    Returns:
+      The estimates, the same on all devices.
+
+    Raises:
+      ValueError: if there is only one device.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from curvax import noise_scale_over_devices
+      >>> scale = jax.vmap(lambda g: noise_scale_over_devices(g, 1, "x"), axis_name="x")(jnp.array([1.0, 3.0]))
+      >>> float(scale.squared_gradient[0]), float(scale.noise[0])
+      (3.0, 2.0)
+    """
+    small = jax.lax.pmean(_squared_norm(grads), axis_name)
+    large = _squared_norm(jax.lax.pmean(grads, axis_name))
+    return _noise_scale(small, large, batch_size, batch_size * jax.lax.axis_size(axis_name))
+
+
+def _noise_scale(small, large, small_batch_size, large_batch_size) -> NoiseScale:
+    sizes = (small_batch_size, large_batch_size)
+    if all(isinstance(size, int | float) for size in sizes) and small_batch_size == large_batch_size:
+        raise ValueError(f"two batches of {small_batch_size} examples cannot tell noise from gradient; vary the size.")
+    b, B = (jnp.asarray(size, small.dtype) for size in sizes)
+    return NoiseScale((B * large - b * small) / (B - b), (small - large) / (1 / b - 1 / B))
+
+
+def _squared_norm(grads: Any) -> jax.Array:
+    leaves = jax.tree.leaves(grads)
+    dtype = _dtype(leaves)
+    return sum((jnp.sum(jnp.square(jnp.abs(x).astype(dtype))) for x in leaves), jnp.zeros((), dtype))
+
+
+def _arrays(layer: Layer, *columns: Sequence[jax.Array]) -> list[list[jax.Array]]:
+    """Each column's arrays of a layer, in the one dtype of its measurements."""
+    chosen = [[column[i] for i in layer.scaled] for column in columns]
+    dtype = statistics_dtype([x.dtype for column in chosen for x in column])
+    return [[x.astype(dtype) for x in column] for column in chosen]
+
+
+def _measure(g, u, w, quantiles: Sequence[float], axis_name: AxisName) -> tuple[jax.Array, ...]:
+    def mean(parts):
+        size = order_statistics.population_size(g, axis_name)
+        total = functools.reduce(jnp.add, [jnp.sum(part) for part in parts])
+        total = total if axis_name is None else jax.lax.psum(total, axis_name)
+        return total / jnp.asarray(max(size, 1), total.dtype)
+
+    def radius(x, y):
+        # A parameter at zero has a radius of 0 whatever its gradient, so 0/0 counts as 0 too.
+        return jnp.where((x == 0) & (y == 0), 0, jnp.abs(x) / jnp.abs(y))
+
+    radii = [radius(x, y) for x, y in zip(w, g, strict=True)]
+    # Not interpolated: between a finite and an infinite radius there is nothing.
+    last = order_statistics.population_size(radii, axis_name) - 1
+    ranks = [order_statistics.count_of(q, max(last, 0)) for q in quantiles]
+    spread = [order_statistics.order_statistics(radii, rank, axis_name)[0] for rank in ranks]
+    return (
+        mean([jnp.abs(x) for x in g]),
+        mean([jnp.abs(x) for x in u]),
+        -mean([jnp.real(jnp.conj(x) * y) for x, y in zip(u, g, strict=True)]),
+        jnp.stack(spread) if spread else jnp.zeros(0, radii[0].dtype),
+    )
+
+
+def _dtype(leaves: Sequence[jax.Array]) -> Any:
+    return jnp.finfo(statistics_dtype([x.dtype for x in leaves])).dtype

@@ -1,0 +1,84 @@
+"""Schedules against their formulas, written out by hand."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from curvax.schedules import BatchSchedule, Phase, growing_batches, legw, small_batch_start
+
+
+def rates(schedule, num_examples):
+    return np.concatenate([epoch.learning_rates for epoch in schedule.epochs(num_examples)])
+
+
+def test_warmup_and_decay_over_phases():
+    phases = (Phase(2, 10, 0.1), Phase(3, 20, 0.4))
+    schedule = BatchSchedule(phases, 1.5, "cosine")
+    epochs = list(schedule.epochs(45))
+    assert [epoch.number for epoch in epochs] == [0, 1, 2, 3, 4]
+    assert [epoch.steps for epoch in epochs] == [4, 4, 2, 2, 2]
+    assert [epoch.first_step for epoch in epochs] == [0, 4, 8, 10, 12]
+    start = np.array([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 4.5])
+    end = np.array([0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 4.5, 5])
+    peak = np.where(start < 2, 0.1, 0.4)
+    decay = np.where(start < 1.5, 1, (1 + np.cos(np.pi * (start - 1.5) / 3.5)) / 2)
+    np.testing.assert_allclose(rates(schedule, 45), peak * np.minimum(end / 1.5, 1) * decay, rtol=1e-12)
+    np.testing.assert_allclose(rates(BatchSchedule(phases), 45), peak)
+
+
+def test_the_learning_rate_of_a_traced_step_and_after_the_end():
+    schedule = BatchSchedule((Phase(2, 10, 0.1), Phase(1, 20, 0.4)), 1.0, "cosine")
+    expected = rates(schedule, 40)
+    seen = jax.jit(jax.vmap(schedule.learning_rate(40)))(np.arange(20, dtype=np.int32))
+    np.testing.assert_allclose(seen, np.append(expected, [expected[-1]] * 10), rtol=1e-6)
+
+
+def test_the_first_epoch_of_the_paper():
+    epochs = list(small_batch_start(200).epochs(50_000))
+    assert [(e.batch_size, e.steps) for e in epochs] == [(512, 97)] + 199 * [(8192, 6)]
+    np.testing.assert_array_equal(rates(small_batch_start(200), 50_000), [0.005] * 97 + [0.05] * 199 * 6)
+
+
+@pytest.mark.parametrize("batch_factor, rate_factor", [(5, 1.0), (2, 0.75), (4, 1.0)])
+def test_a_growing_batch_decays_the_rate_per_example(batch_factor, rate_factor):
+    """Smith et al., section 3: the noise scale falls as under a decay of the rate, always."""
+    schedule = growing_batches(
+        11, 16, 0.1, every=2, batch_factor=batch_factor, rate_factor=rate_factor, max_batch_size=500
+    )
+    assert [phase.epochs for phase in schedule.phases] == [2, 2, 2, 2, 2, 1]
+    assert max(phase.batch_size for phase in schedule.phases) <= 500
+    noise = np.array([phase.learning_rate / phase.batch_size for phase in schedule.phases])
+    np.testing.assert_allclose(noise, 0.1 / 16 * (rate_factor / batch_factor) ** np.arange(6))
+
+
+def test_legw_keeps_the_steps_of_the_warmup_and_its_slope_by_the_root():
+    base = {"base_batch_size": 32, "base_learning_rate": 0.1, "base_warmup_epochs": 0.25}
+    small, large = (legw(8, size, **base) for size in (32, 128))
+    warming = [np.sum(np.diff(rates(schedule, 3200)) > 0) for schedule in (small, large)]
+    assert warming[0] == warming[1] == 24
+    np.testing.assert_allclose(rates(large, 3200).max(), 2 * rates(small, 3200).max())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Phase(0, 1, 1.0), "epochs=0 makes no phase"),
+        (lambda: Phase(1, 1, float("nan")), "learning_rate=nan makes no phase"),
+        (lambda: BatchSchedule(()), "at least one Phase"),
+        (lambda: BatchSchedule((Phase(1, 1, 1.0),), decay="linear"), "'constant' or 'cosine'"),
+        (lambda: BatchSchedule((Phase(1, 1, 1.0),), -1.0), "at least 0"),
+        (lambda: list(BatchSchedule((Phase(1, 64, 1.0),)).epochs(63)), "a batch of 64 exceeds the 63 examples"),
+        (lambda: small_batch_start(1), "epochs=0 makes no phase"),
+        (
+            lambda: dataclasses.replace(
+                legw(1, 2, base_batch_size=1, base_learning_rate=1, base_warmup_epochs=0), phases=()
+            ),
+            "Phase",
+        ),
+    ],
+)
+def test_impossible_schedules_say_what_to_pass(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
