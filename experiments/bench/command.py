@@ -43,18 +43,25 @@ def bench(config: BenchConfig):
     folder = records.new_folder(config.out, f"bench-{config.table}")
     path = folder / "table.jsonl"
     fields = {**dataclasses.asdict(config), "out": str(config.out)}
-    with records.Writer(path) as writer, measure.without_compilation_cache(), live_table(config.table) as (add, say):
+    with records.Writer(path) as writer, measure.without_compilation_cache(), live_table(title(config)) as (add, say):
         writer.write({"kind": "config", **fields, **table.machine()})
         for row in TABLES[config.table](say=say, repeats=config.repeats, quick=config.quick):
             writer.write(row.record())
             add(row)
-    console.print(f"records: {path}", soft_wrap=True)
+    console.print(f"\nrecords: {path}", soft_wrap=True)
+
+
+def title(config: BenchConfig) -> str:
+    """What stands over the table."""
+    return f"{config.table}: " + (
+        "made small, the figures mean nothing" if config.quick else "medians of calls in turn"
+    )
 
 
 @contextlib.contextmanager
-def live_table(name: str) -> Iterator[tuple[Callable[[Row], None], Callable[[str], None]]]:
+def live_table(title: str) -> Iterator[tuple[Callable[[Row], None], Callable[[str], None]]]:
     """A table on the terminal that grows, and below it what is measured now; in a log, the finished table."""
-    shown = table.empty(name)
+    shown = table.empty(title)
     spinner = Spinner("dots")
     with Live(Group(shown, spinner), console=console, refresh_per_second=4) as live:
 

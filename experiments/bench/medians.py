@@ -33,28 +33,24 @@ def rows(say: Say, repeats: int, quick: bool) -> Iterator[Row]:
         say(f"medians: {kind}")
         times[kind] = in_turns({name: functools.partial(call, x) for name, call in calls.items()}, repeats)
         unequal += [kind] * bool(calls["jnp"](x) != calls["curvax"](x))
-    slowest = {
-        "jnp": min(times, key=lambda kind: times[kind]["jnp"] / times[kind]["curvax"]),
-        "norm": max(times, key=lambda kind: times[kind]["curvax"] / times[kind]["norm"]),
-    }
-    for kind, which in {"normal": "normal", slowest["jnp"]: f"worst of {len(times)}"}.items():
-        yield speedup(times[kind], size, which, kind)
-    for kind, which in {"normal": "normal", slowest["norm"]: f"worst of {len(times)}"}.items():
-        yield norms(times[kind], size, which, kind)
+    slowest = min(times, key=lambda kind: times[kind]["jnp"] / times[kind]["curvax"])
+    dearest = max(times, key=lambda kind: times[kind]["curvax"] / times[kind]["norm"])
+    for line, worst in ((speedup, slowest), (norms, dearest)):
+        yield line(times["normal"], f"{size:,} f32, normal")
+        yield line(times[worst], f"worst of {len(times)} populations: {worst}")
     yield Row("medians that differ from jnp.median's", len(unequal), (0,), ", ".join(unequal) or "not a bit")
 
 
-def speedup(times: dict[str, float], size: int, which: str, kind: str) -> Row:
+def speedup(times: dict[str, float], where: str) -> Row:
     """How many times faster than `jnp.median`."""
-    detail = f"{kind}: {1e3 * times['jnp']:.0f} ms / {1e3 * times['curvax']:.2f} ms"
-    what = f"jnp.median / exact median, {size:,} f32, {which}"
-    return Row(what, times["jnp"] / times["curvax"], (20, 50), detail, at_least=True)
+    detail = f"{1e3 * times['jnp']:.0f} / {1e3 * times['curvax']:.2f} ms"
+    return Row(f"jnp.median / exact median, {where}", times["jnp"] / times["curvax"], (20, 50), detail, at_least=True)
 
 
-def norms(times: dict[str, float], size: int, which: str, kind: str) -> Row:
+def norms(times: dict[str, float], where: str) -> Row:
     """How many L2 norms."""
-    detail = f"{kind}: {1e3 * times['curvax']:.2f} ms / {1e3 * times['norm']:.2f} ms"
-    return Row(f"exact median / L2 norm, {size:,} f32, {which}", times["curvax"] / times["norm"], (60, 20), detail)
+    detail = f"{1e3 * times['curvax']:.2f} / {1e3 * times['norm']:.2f} ms"
+    return Row(f"exact median / L2 norm, {where}", times["curvax"] / times["norm"], (60, 20), detail)
 
 
 def populations(size: int) -> dict[str, jax.Array]:

@@ -19,7 +19,7 @@ def rows(say: Say, repeats: int, quick: bool) -> Iterator[Row]:
     Yields:
         Its lines, as they are measured.
     """
-    for part in (traffic, medians.rows, updates.small_layers, updates.train_step):
+    for part in (medians.rows, updates.train_step, updates.small_layers, traffic):
         yield from part(say, repeats, quick)
 
 
@@ -55,5 +55,5 @@ def moved(rule: str, by_devices: dict[int, collectives.Traffic]) -> Row:
     per_layer = {devices: t.bytes / 1024 / t.layers for devices, t in by_devices.items()}
     million = next(iter(by_devices.values())).parameters / 1e6
     detail = ", ".join(f"{kib:.3g} on {devices}" for devices, kib in per_layer.items())
-    what = f"collectives of {rule}, KiB per layer, {million:.0f} M parameters"
+    what = f"KiB per layer in collectives, {million:.0f} M parameters: {rule}"
     return Row(what, max(per_layer.values()), (KIBIBYTES,), f"{detail} devices")

@@ -60,11 +60,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def empty(name: str) -> Table:
+def empty(title: str) -> Table:
     """A table without lines, its caption the machine."""
     what = machine()
     caption = f"{what['device']}, {what['cores']} cores, jax {what['jax']}, Python {what['python']}"
-    table = Table(title=f"{name}: medians of calls in turn", caption=caption)
+    table = Table(title=title, caption=caption)
     table.add_column("what")
     for column in ("reached", "bar"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -14,7 +14,6 @@ from experiments import data, methods
 from experiments.bench.measure import compile_in_turns, compiled, in_turns
 from experiments.bench.table import Row, Say
 from experiments.config import TrainConfig
-from experiments.plan import Epoch
 from experiments.step import Stepper
 
 SMALL_LAYERS = {
@@ -97,7 +96,7 @@ class Run:
         self.config, self.stepper = config, Stepper(config, dataset)
         self.state = self.stepper.init(0)
         self.order = self.stepper.shuffle(self.state, 0)
-        self.epoch = Epoch(0, config.batch_size, 0, np.full(1, 1e-3))
+        self.epoch = next(iter(config.plan(1e-3).epochs(config.batch_size)))
 
     def step(self) -> jax.Array:
         """One step; returns its loss."""
