@@ -30,8 +30,8 @@ from experiments.errors import UsageError
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SAMPLES = (1, 3, 10, 30, 100)
-PROBES = (2, 5, 15, 50)
+SAMPLES = (1, 3, 10, 30)
+PROBES = (2, 5, 15)
 SEEDS = 3
 STYLES = {
     "hutchinson": ("#0072b2", "o", "-"),
@@ -85,8 +85,8 @@ def rows(say: Say, repeats: int, quick: bool, images: TrainConfig) -> Iterator[R
 
 
 def _row(point: Point) -> Row:
-    detail = f"{point.gradients:.3g} gradients, {point.samples} samples"
-    return Row(f"relative error, {point.estimator}, {point.samples}", point.error, (), detail, data=point._asdict())
+    what = f"relative error of {point.estimator}, samples: {point.samples}"
+    return Row(what, point.error, (), f"{point.gradients:.3g} gradients", data=point._asdict())
 
 
 def alexnet_problem(images: TrainConfig, quick: bool) -> tuple[curvax.Objective, Any]:
