@@ -15,44 +15,49 @@ import jax.numpy as jnp
 from curvax.estimators import Estimate, Options
 from curvax.exact import couples_examples
 from curvax.objective import Objective
+from curvax.varying import varying_like
 
 Method = Callable[[Any, Any, Options], Estimate]
 
 
 def over_micro_batches(method: Method) -> Method:
-    """`method` over the whole batch in `options.micro_batches` parts, each with a key of its own.
-
-    In a loop, although XLA on CPU is slow at convolutions there: written out, nothing keeps it from holding all parts
-    at once (`optimization_barrier` does not, on CPU).
-    """
+    """`method` over the whole batch in `options.micro_batches` parts, each with a key of its own."""
 
     def parted(objective, params, options: Options) -> Estimate:
         if (options.micro_batches or 1) == 1:
             return method(objective, params, options)
         _check_splittable(objective, params)
-        parts = split(objective.data, options.micro_batches)
-        number = len(parts)
 
-        def part(step):
-            data, index = step
+        def part(data, index):
             key = None if options.key is None else jax.random.fold_in(options.key, index)
             return method(dataclasses.replace(objective, data=data), params, options._replace(key=key))
 
-        def add(total, step):
-            estimate = part(step)
-            if estimate.standard_error is not None:
-                estimate = estimate._replace(standard_error=jax.tree.map(jnp.square, estimate.standard_error))
-            return jax.tree.map(jnp.add, total, estimate), None
-
-        steps = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), jnp.arange(number)
-        like = jax.eval_shape(part, jax.tree.map(lambda x: x[0], steps))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        total, _ = jax.lax.scan(add, zeros, steps)
-        value, grad, diag = jax.tree.map(lambda x: x / number, total[:3])
-        error = jax.tree.map(lambda square: jnp.sqrt(square) / number, total.standard_error)
-        return Estimate(value, grad, diag, error)
+        return _mean_estimate(part, split(objective.data, options.micro_batches))
 
     return parted
+
+
+def _mean_estimate(part: Callable[[Any, jax.Array], Estimate], parts: Sequence[Any]) -> Estimate:
+    """The mean of the parts' estimates, which are independent.
+
+    In a loop, although XLA on CPU is slow at convolutions there: written out, nothing keeps it from holding all parts
+    at once (`optimization_barrier` does not, on CPU).
+    """
+
+    def squared(data, index) -> Estimate:
+        estimate = part(data, index)
+        return estimate._replace(standard_error=jax.tree.map(jnp.square, estimate.standard_error))
+
+    def add(total, step):
+        return jax.tree.map(jnp.add, total, squared(*step)), None
+
+    steps = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), jnp.arange(len(parts))
+    like = jax.eval_shape(squared, parts[0], steps[1][0])
+    nothing = jax.tree.map(lambda x: varying_like(jnp.zeros(x.shape, x.dtype), x), like)
+    total, _ = jax.lax.scan(add, nothing, steps)
+    value, grad, diag = jax.tree.map(lambda x: x / len(parts), total[:3])
+    error = jax.tree.map(lambda square: jnp.sqrt(square) / len(parts), total.standard_error)
+    return Estimate(value, grad, diag, error)
 
 
 def split(data: Any, micro_batches: int) -> list[Any]:

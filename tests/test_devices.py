@@ -79,7 +79,7 @@ OBJECTIVE = problems.mlp_objective(examples=32)
 PARAMS = problems.mlp_params()
 METHODS = {
     "basis": {},
-    "exact": {},
+    "exact": {"micro_batches": 2},
     "hutchinson": {"num_samples": 4000},
     "ggn_mc": {"num_samples": 100},
     "ggn_sampled": {"num_samples": 4000, "micro_batches": 1},

@@ -123,14 +123,8 @@ def apply(eqn: JaxprEqn, *values: jax.Array) -> list[jax.Array]:
 
 
 def read(env: dict[Var, jax.Array], atom: Var | Literal) -> Any:
+    """The value of a variable or a literal."""
     return atom.val if isinstance(atom, Literal) else env[atom]
-
-
-def alike(array: jax.Array, like: jax.Array) -> jax.Array:
-    """`array`, said to vary over the same axes of a `shard_map` as `like`; what is made of constants does not."""
-    varying = lambda x: jax.typeof(x).manual_axis_type.varying
-    missing = tuple(varying(like) - varying(array))
-    return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
 def _callee(eqn: JaxprEqn) -> ClosedJaxpr:

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from curvax.exact.trace import alike, wide
+from curvax.exact.trace import wide
+from curvax.varying import varying_like
 
 # Directions at once, where the caller does not say.
 CHUNK = 16
@@ -32,7 +33,7 @@ def along_units(function: Callable[[jax.Array], jax.Array], x: jax.Array, chunk_
 
     def at(index):
         direction = jax.nn.one_hot(index, x.size, dtype=x.dtype).reshape(x.shape)
-        return function(alike(direction, x)).astype(dtype)
+        return function(varying_like(direction, x)).astype(dtype)
 
     if not x.size:
         return jnp.zeros(x.shape, dtype)
