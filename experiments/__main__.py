@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import jax
 import tyro
 
-from experiments.bench.command import BenchConfig, bench
 from experiments import processes
+from experiments.bench.command import BenchConfig, bench
 from experiments.config import TrainConfig
 from experiments.errors import RunError, UsageError
 from experiments.race import RaceConfig, race
