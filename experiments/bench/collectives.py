@@ -30,8 +30,8 @@ RULES = {
     "lamb": lambda: curvax.lamb(0.1, weight_decay=1e-4),
     "cblr": lambda: curvax.cblr(0.1, weight_decay=1e-4),
 }
-# What the search for a median of float32 may take at most, see `curvax.order_statistics`; other loops there are none.
-MAX_PASSES = 24
+# What the search for a median of float32 may take at most, see `curvax.selection`; other loops there are none.
+MAX_PASSES = 26
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast")
 COLLECTIVE = re.compile(rf"= (.*?) (?:{'|'.join(COLLECTIVES)})(?:-start)?\(")
 
