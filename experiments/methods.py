@@ -86,7 +86,9 @@ def make(config, learning_rate: jax.typing.ArrayLike, key: jax.Array) -> optax.G
     Returns:
         A transformation that accepts `obj_fn` and `hessian_diag`, whether it uses them or not.
     """
-    return optax.with_extra_args_support(METHODS[config.optimizer](config, learning_rate, key))
+    tx = METHODS[config.optimizer](config, learning_rate, key)
+    # Quantiles of radii in every step would take longer than a small step itself.
+    return curvax.with_probes(tx, quantiles=()) if config.probes else optax.with_extra_args_support(tx)
 
 
 def tuned_learning_rate(problem: str, optimizer: str) -> float | None:
