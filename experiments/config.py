@@ -5,6 +5,8 @@ optimizer and its learning rate. A number that is not in here cannot change a re
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +14,9 @@ from typing import Any, Literal
 
 from curvax.schedules import BatchSchedule, Phase
 from experiments.methods import CURVED, METHODS
+
+# How and where a run is carried out: to change this changes its results by rounding at most.
+CONDUCT = ("data_dir", "devices", "checkpoint_seconds", "out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +95,11 @@ class TrainConfig:
     """Devices over which each batch is split; on a CPU they are simulated."""
     seed: int = 0
     """Determines the initial parameters, the order of the images, augmentation, dropout and probes."""
+    checkpoint_seconds: float | None = 60.0
+    """Seconds from one checkpoint to the next; there is one at the end, too. The same command goes on from the last.
+    With 0 every step has one, with None there is none at all."""
     out: Path = Path("runs")
-    """Folder in which a new folder with the metrics is made."""
+    """Folder for the run's own, which is named after what determines its results."""
 
     def __post_init__(self):
         for name in ("image_size", "width", "sharpness", "curvature_every", "batch_size", "epochs", "devices"):
@@ -104,8 +112,9 @@ class TrainConfig:
             _require(value is None or 0 < value < math.inf, name, "above 0", value)
         for name in ("dropout", "momentum", "holdout", "discard"):
             _require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
-        for name in ("weight_decay", "damping", "warmup_epochs", "seed"):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        for name in ("weight_decay", "damping", "warmup_epochs", "seed", "checkpoint_seconds"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, name, "at least 0", value)
         for batch_size in {phase.batch_size for phase in self.plan(1.0).phases}:
             self._check_batch(batch_size)
         if self.discard and self.optimizer in CURVED:
@@ -135,6 +144,20 @@ class TrainConfig:
         """What is trained when; `learning_rate` is the peak where the phases do not say their own."""
         phases = tuple(map(parse_phase, self.phases)) or (Phase(self.epochs, self.batch_size, learning_rate),)
         return BatchSchedule(phases, self.warmup_epochs, self.schedule)
+
+    @property
+    def name(self) -> str:
+        """Names what determines the results: two configurations have one name if and only if theirs are the same.
+
+        Example:
+            >>> TrainConfig(width=0.5).name == TrainConfig(width=0.5, out=Path("elsewhere")).name
+            True
+        """
+        # Without the defaults, so that a new option leaves the names of old runs as they are.
+        usual = TrainConfig().as_dict()
+        fields = {k: v for k, v in self.as_dict().items() if k not in CONDUCT and v != usual[k]}
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:10]
+        return f"{self.dataset}-{self.model}-{self.optimizer}-{digest}"
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON values, in order."""

@@ -6,6 +6,8 @@ whatever the micro-batch or the number of devices.
 """
 
 import dataclasses
+import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -57,7 +59,11 @@ def load(config) -> Dataset:
         RunError: if the images cannot be had.
     """
     makers = {"digits": digits, "generated": generated}
-    dataset = makers[config.dataset](config.image_size) if config.dataset in makers else tfds(config)
+    dataset = (
+        makers[config.dataset](config.image_size)
+        if config.dataset in makers
+        else tfds(config.dataset, config.data_dir, config.image_size)
+    )
     if config.holdout:
         dataset = hold_out(dataset, config.holdout)
     dataset = shorten(dataset, config)
@@ -91,13 +97,15 @@ def generated(size: int, num_train: int = 512, num_test: int = 128) -> Dataset:
     return cut(Split(np.clip(images, 0, 255).astype(np.uint8), labels), num_test, 10)
 
 
-def tfds(config) -> Dataset:
+# Decoding takes longer than many a run; runs on the same images share them.
+@functools.lru_cache(maxsize=1)
+def tfds(name: str, data_dir: Path | None, size: int) -> Dataset:
     """An image classification data set of TensorFlow Datasets, resized to the network's input."""
-    source = images_tfds.open_source(config.dataset, config.data_dir)
-    sizes = {name: len(source.splits[name]) for name in source.names}
+    source = images_tfds.open_source(name, data_dir)
+    sizes = {split: len(source.splits[split]) for split in source.names}
     with progress_bar() as bar:
-        task = bar.add_task(f"decoding {config.dataset}", total=sum(sizes.values()))
-        splits = [source.decode(name, config.image_size, lambda n: bar.advance(task, n)) for name in source.names]
+        task = bar.add_task(f"decoding {name}", total=sum(sizes.values()))
+        splits = [source.decode(split, size, lambda n: bar.advance(task, n)) for split in source.names]
     train, test = (Split(images, labels) for images, labels in splits)
     return Dataset(train, test, source.num_classes)
 

@@ -1,39 +1,46 @@
-"""The command `train`: one run, shown as it goes and kept as JSON lines."""
+"""The command `train`: one run, shown as it goes, kept as JSON lines, and continued by the same command."""
 
-import dataclasses
-
-from experiments import data, records
+from experiments import runs
 from experiments.config import TrainConfig
-from experiments.console import console, training_bars
+from experiments.console import TrainingBars, console, training_bars
 from experiments.problems import default_learning_rate
-from experiments.step import Stepper
-from experiments.train import train
+from experiments.train import Record
 
 
 def run_single(config: TrainConfig):
-    """Trains as configured; prints a line per epoch, and where the records are."""
-    if config.learning_rate is None:
+    """Trains as configured, or what is left of it; prints a line per epoch, and where the records are."""
+    if config != runs.settled(config):
         rate, problem = default_learning_rate(config)
-        config = dataclasses.replace(config, learning_rate=rate)
         console.print(
             f"learning rate {rate:g}, the best of {config.optimizer} on {problem}; --learning-rate sets another"
         )
-    dataset = data.load(config)
-    stepper = Stepper(config, dataset)
-    folder = records.new_folder(config.out, f"train-{config.dataset}-{config.model}-{config.optimizer}")
-    epochs = list(config.plan(config.learning_rate).epochs(len(dataset.train)))
-    with records.Writer(folder / "metrics.jsonl") as writer, training_bars() as bars:
-        writer.write({"kind": "config", **config.as_dict()})
-        task = bars.start(config.optimizer, sum(epoch.steps for epoch in epochs))
-        for record in train(stepper, config.seed, config.learning_rate):
-            writer.write(record)
-            bars.see(task, record)
-            if record["kind"] == "epoch":
-                console.print(describe(record, len(epochs)))
-    console.print(f"records: {folder / 'metrics.jsonl'}", soft_wrap=True)
+        config = runs.settled(config)
+    folder = runs.folder_of(config)
+    with training_bars() as bars:
+        display = Display(config, bars)
+        records = runs.run(config, folder, display)
+    if not display.seen:
+        console.print(f"done before: {describe(records[-1], runs.num_epochs(config))}")
+    console.print(f"records: {folder / runs.METRICS}", soft_wrap=True)
 
 
-def describe(record: dict, epochs: int) -> str:
+class Display:
+    """Shows the new records of a run: each step on a bar, each epoch as a line."""
+
+    def __init__(self, config: TrainConfig, bars: TrainingBars):
+        self.seen, self._config, self._bars, self._task = 0, config, bars, None
+
+    def __call__(self, record: Record):
+        # Images and compiled functions are there by now; a run that was done before needs neither, and no bar.
+        if not self.seen:
+            self._task = self._bars.start(self._config.optimizer, runs.num_steps(self._config))
+        self.seen += 1
+        self._bars.see(self._task, record)
+        if record["kind"] == "epoch":
+            console.print(describe(record, runs.num_epochs(self._config)))
+
+
+def describe(record: Record, epochs: int) -> str:
     """An epoch in one line."""
     return (
         f"epoch {record['epoch']:>3}/{epochs}  batch {record['batch_size']}  loss {record['loss']:.4f}"

@@ -4,8 +4,9 @@ It is a generator of records, plain dicts that go into the metrics file as they 
 `train`, `race` and `tune`) decides what to show and to keep; none of them trains in its own way.
 """
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,14 +23,24 @@ class Diverged(RunError):
     """The loss is no longer a number."""
 
 
-def train(stepper: Stepper, seed: int, learning_rate: float, state: TrainState | None = None) -> Iterator[Record]:
+def train(
+    stepper: Stepper,
+    seed: int,
+    learning_rate: float | None,
+    state: TrainState | None = None,
+    past: Sequence[Record] = (),
+    save: Callable[[TrainState, int, bool], None] = lambda state, step, last: None,
+) -> Iterator[Record]:
     """Trains one network.
 
     Args:
         stepper: what to train, and how.
         seed: of the initial parameters and of all that follows.
         learning_rate: peak rate of the phases that do not state their own.
-        state: where to go on, at the end of an epoch; from the beginning if None.
+        state: where to go on; from the beginning if None.
+        past: the records up to that state.
+        save: called after every step, once its record has been dealt with, with the state, the number of steps and
+            whether that was the last; it may read the state, which the next step consumes.
 
     Yields:
         A record of kind `step` after every step, and of kind `epoch` after every pass over the training images.
@@ -37,34 +48,48 @@ def train(stepper: Stepper, seed: int, learning_rate: float, state: TrainState |
     Raises:
         Diverged: if the loss is not finite.
     """
-    config, num_images = stepper.config, len(stepper.train)
     state = stepper.init(seed) if state is None else state
-    done = int(state.step)
+    epochs = list(stepper.config.plan(learning_rate).epochs(len(stepper.train)))
+    total = sum(epoch.steps for epoch in epochs)
+    judged = sum(record["kind"] == "epoch" for record in past)
 
-    for epoch in config.plan(learning_rate).epochs(num_images):
-        if epoch.first_step < done:
-            continue
+    for epoch in epochs[judged:]:
         place = {"epoch": epoch.number + 1, "batch_size": epoch.batch_size}
 
         ### Learn
-        means, durations = [], []
+        steps = [record for record in past if record["step"] > epoch.first_step]
         order = stepper.shuffle(state, epoch.number)
-        for batch, rate in enumerate(epoch.learning_rates):
+        for batch in range(len(steps), epoch.steps):
+            rate = float(epoch.learning_rates[batch])
             before = time.perf_counter()
             state, metrics = stepper.step(state, order, epoch, batch)
             # Waiting for each step costs little at batches this large, and makes its seconds and its loss its own.
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
             seconds = time.perf_counter() - before
             step = epoch.first_step + batch + 1
-            yield {"kind": "step", "step": step, **place, "learning_rate": float(rate), **metrics, "seconds": seconds}
-            if not np.isfinite(metrics["loss"]):
-                raise Diverged(f"the loss is {metrics['loss']} at step {step}: try a smaller --learning-rate")
-            means.append((metrics["loss"], metrics["accuracy"]))
-            durations.append(seconds)
+            record = {"kind": "step", "step": step, **place, "learning_rate": rate, **metrics, "seconds": seconds}
+            steps.append(record)
+            yield record
+            refuse_divergence(record)
+            save(state, step, step == total)
 
         ### Judge
-        loss, accuracy = np.mean(means, axis=0).tolist()
+        loss, accuracy = (float(np.mean([record[name] for record in steps])) for name in ("loss", "accuracy"))
         test_loss, test_accuracy = stepper.evaluate(state)
         results = {"loss": loss, "accuracy": accuracy, "test_loss": test_loss, "test_accuracy": test_accuracy}
-        results["images_per_second"] = epoch.batch_size / step_seconds(durations)
-        yield {"kind": "epoch", "step": step, **place, "learning_rate": float(rate), **results}
+        results["images_per_second"] = epoch.batch_size / step_seconds([record["seconds"] for record in steps])
+        yield {
+            "kind": "epoch",
+            "step": steps[-1]["step"],
+            **place,
+            "learning_rate": steps[-1]["learning_rate"],
+            **results,
+        }
+
+
+def refuse_divergence(record: Record):
+    """Raises `Diverged` if the loss in a record, fresh or from a file, is not a finite number."""
+    # JSON has no number that is not finite; a file says null.
+    loss = math.nan if record["loss"] is None else record["loss"]
+    if not math.isfinite(loss):
+        raise Diverged(f"the loss is {loss} at step {record['step']}: try a smaller --learning-rate")

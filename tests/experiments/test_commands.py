@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import __main__, compare, problems, records, single, tune
+from experiments import __main__, compare, problems, records, runs, tune
 from experiments.config import TrainConfig, load_config
 from experiments.problems import GRID_POINTS, PROBLEMS, RACERS
 from experiments.train import Diverged
@@ -98,11 +98,11 @@ def test_training_leaves_its_configuration_and_its_metrics(capfd, tmp_path):
 
 
 def test_divergence_is_exit_code_1_and_one_line(capfd, tmp_path, monkeypatch):
-    def diverge(stepper, seed, rate):
+    def diverge(stepper, seed, rate, *rest):
         raise Diverged(f"the loss is nan at step 3: try a smaller --learning-rate than {rate:g}")
         yield
 
-    monkeypatch.setattr(single, "train", diverge)
+    monkeypatch.setattr(runs, "train", diverge)
     code, out, err = command(
         capfd, "train", *TINY, "--optimizer", "sgd", "--learning-rate", "1e20", "--out", str(tmp_path)
     )
