@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments [race | tune | train] [options]`."""
+"""The command line: `python -m experiments [race | tune | train | figure | report] [options]`."""
 
 import contextlib
 import io
@@ -11,11 +11,16 @@ import tyro
 
 from experiments.config import TrainConfig
 from experiments.errors import RunError, UsageError
+from experiments.figures.command import FigureConfig, make_figures
+from experiments.figures.report import ReportConfig, report
 from experiments.race import RaceConfig, race
 from experiments.single import run_single
 from experiments.tune import TuneConfig, tune
 
-COMMANDS = {"race": (RaceConfig, race), "tune": (TuneConfig, tune), "train": (TrainConfig, run_single)}
+COMMANDS = {
+    **{"race": (RaceConfig, race), "tune": (TuneConfig, tune), "train": (TrainConfig, run_single)},
+    **{"figure": (FigureConfig, make_figures), "report": (ReportConfig, report)},
+}
 DESCRIPTION = "Experiments with curvature-based learning rates. Without a command: race."
 
 

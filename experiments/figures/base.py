@@ -51,11 +51,13 @@ class Place:
 # A constant learning rate, since the paper names two rates and no schedule. Its experiments ran on PyTorch, whose
 # initial parameters are those of the full scale; from them plain gradient descent first rests on a plateau for longer
 # than the smaller scales last.
-COMMON = {"optimizer": "sgd", "schedule": "constant", "warmup_epochs": 0.0, "weight_decay": 0.0}
+COMMON = {"optimizer": "sgd", "schedule": "constant", "warmup_epochs": 0.0, "weight_decay": 0.0, "momentum": 0.0}
+# A run of the smaller scales takes less than a minute: not worth a checkpoint.
+SMALL = {**COMMON, "augment": False, "checkpoint_seconds": None}
 BASES = {
-    "smoke": {**COMMON, "dataset": "generated", "image_size": 16, "width": 0.05, "dropout": 0.0, "augment": False},
+    "smoke": {**SMALL, "dataset": "generated", "image_size": 16, "width": 0.05, "dropout": 0.0},
     "cpu": {
-        **{**COMMON, "dataset": "cifar10", "width": 0.125, "dropout": 0.25, "augment": False},
+        **{**SMALL, "dataset": "cifar10", "width": 0.125, "dropout": 0.25},
         **{"train_images": 8192, "test_images": 2048},
     },
     "paper": {**COMMON, "dataset": "cifar10", "init": "pytorch", "micro_batch_size": 1024},
@@ -66,6 +68,21 @@ def no_runs(place: Place) -> list[TrainConfig]:
     """Of a figure that trains nothing."""
     del place
     return []
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What a figure that trains nothing measures: the gradient of many images.
+
+    Attributes:
+        config: of the network.
+        chunk: images at once.
+        images: in all.
+    """
+
+    config: TrainConfig
+    chunk: int
+    images: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +99,7 @@ class Figure:
         settings: what was chosen where the paper leaves it open, for a place.
         runs: the configurations whose records `rows` will ask for, as far as they are known beforehand.
         panels: side by side.
+        measurement: for the figures without runs, what they measure.
     """
 
     number: int
@@ -93,11 +111,20 @@ class Figure:
     settings: Callable[[Place], str]
     runs: Callable[[Place], list[TrainConfig]] = no_runs
     panels: int = 1
+    measurement: Callable[[Place], Measurement] | None = None
 
     @property
     def name(self) -> str:
         """Of its files."""
         return f"figure-{self.number:02d}"
+
+
+def last_epoch(records: Sequence[Row]) -> Row:
+    """The last epoch of a run; of one that diverged, an accuracy of 0 and no loss."""
+    if records[-1]["kind"] == "epoch":
+        return records[-1]
+    nothing = {"accuracy": 0.0, "test_accuracy": 0.0, "loss": None, "test_loss": None}
+    return {**records[-1], **nothing}
 
 
 def describe(config: TrainConfig) -> str:

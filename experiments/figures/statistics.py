@@ -55,9 +55,10 @@ def slope(x: Sequence[float], y: Sequence[float]) -> Estimate:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """The mean over seeds, with Student's interval: infinite for a single one."""
+    """The mean over seeds, with Student's interval: infinite for a single one or several equal ones."""
     values = np.asarray(values, float)
-    if len(values) < 2:
+    # Accuracies are counts: seeds that agree to the last image by chance say nothing of how far seeds lie apart.
+    if len(values) < 2 or np.ptp(values) == 0:
         return Estimate(float(values.mean()), -np.inf, np.inf)
     reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * standard_error(values)
     return Estimate(values.mean(), values.mean() - reach, values.mean() + reach)
