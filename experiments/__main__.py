@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 import tyro
 
+from experiments import processes
 from experiments.config import TrainConfig
 from experiments.errors import RunError, UsageError
 from experiments.figures.command import FigureConfig, make_figures
@@ -33,8 +34,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = parse(list(arguments) or ["race"])
         start_devices(getattr(config, "devices", 1))
+        if isinstance(config, TrainConfig):
+            processes.join(config)
         command = next(run for kind, run in COMMANDS.values() if kind is type(config))
-        command(config)
+        with processes.ending_together():
+            command(config)
     except UsageError as error:
         return fail(error, 2)
     except RunError as error:
@@ -97,4 +101,4 @@ def fail(message: object, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    processes.leave(lambda: main(sys.argv[1:]))

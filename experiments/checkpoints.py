@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from experiments import processes
 from experiments.console import console
 from experiments.errors import RunError
 
@@ -50,11 +51,13 @@ class Checkpoints:
         try:
             self._orbax.save(self.folder / str(step), flat(state), force=True)
             self._orbax.wait_until_finished()
-            contents = {"arrays": described(state), "files": digests(self.folder / str(step))}
-            write_at_once(self._contents(step), json.dumps(contents, indent=1))
-            self._prune()
+            if processes.is_first():
+                self._seal(state, step)
         # Orbax passes on what TensorStore makes of an error of the file system: OSError, ValueError and others.
         except Exception as error:
+            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+                # Not of this file system: another process has ended.
+                raise
             reason = str(error).splitlines()[0]
             raise RunError(
                 f"cannot write a checkpoint to {self.folder} ({reason}): free some space, or mend the folder's"
@@ -109,6 +112,11 @@ class Checkpoints:
             return f"unreadable ({error})"
         names = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
         return f"damaged (in {names[0]})" if names else None
+
+    def _seal(self, state, step):
+        contents = {"arrays": described(state), "files": digests(self.folder / str(step))}
+        write_at_once(self._contents(step), json.dumps(contents, indent=1))
+        self._prune()
 
     def _prune(self):
         whole = [step for step in self._steps() if self._contents(step).exists()]

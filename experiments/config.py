@@ -16,7 +16,9 @@ from curvax.schedules import BatchSchedule, Phase
 from experiments.methods import CURVED, METHODS
 
 # How and where a run is carried out: to change this changes its results by rounding at most.
-CONDUCT = ("data_dir", "devices", "checkpoint_seconds", "out")
+CONDUCT = frozenset(
+    ("data_dir", "devices", "parallel", "coordinator", "num_processes", "process_id", "checkpoint_seconds", "out")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,17 @@ class TrainConfig:
     """Also record the mean absolute gradient, parameter stride and loss stride of every array in every step."""
 
     devices: int = 1
-    """Devices over which each batch is split; on a CPU they are simulated."""
+    """Devices of each process over which each batch is split; on a CPU they are simulated."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    """jit on a mesh, or pmap: the same step, with the same results but for rounding and for the curvature of cblr,
+    which pmap estimates from other random numbers."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes, for all of them; or auto, if they are to find each other as
+    jax.distributed does. Under SLURM, Open MPI and on TPU pods they do so without being told."""
+    num_processes: int | None = None
+    """Number of processes, with --coordinator HOST:PORT."""
+    process_id: int | None = None
+    """Which of them this is, counted from 0, with --coordinator HOST:PORT."""
     seed: int = 0
     """Determines the initial parameters, the order of the images, augmentation, dropout and probes."""
     checkpoint_seconds: float | None = 60.0

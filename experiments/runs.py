@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from experiments import data, records
+from experiments import data, processes, records
 from experiments.checkpoints import Checkpoints
 from experiments.config import TrainConfig, load_config
 from experiments.console import console
@@ -32,7 +32,7 @@ def run(config: TrainConfig, folder: Path, show: Callable[[Record], None] = lamb
     Args:
         config: of the run; `folder_of` gives a folder that it determines.
         folder: of the run, of this one alone.
-        show: sees each new record once it is on the disk.
+        show: sees each new record once it is on the disk, in the first process.
 
     Returns:
         All records of the run but its configuration: the same, but for seconds, however often it was interrupted.
@@ -42,8 +42,8 @@ def run(config: TrainConfig, folder: Path, show: Callable[[Record], None] = lamb
         RunError: if the folder cannot be used. Nothing is lost that was in it.
     """
     config = settled(config)
-    with opened(folder) as path:
-        past = recover(config, path)
+    with contextlib.ExitStack() as stack:
+        past = processes.from_first(lambda: recover(config, stack.enter_context(opened(folder))))
         if past:
             refuse_divergence(past[-1])
         if is_done(config, past):
@@ -82,20 +82,31 @@ def go_on(config: TrainConfig, folder: Path, past: list[Record], show: Callable[
     """Trains from the last checkpoint that is whole, or from the beginning."""
     stepper, checkpoints = stepper_of(config), Checkpoints(folder / "checkpoints")
     state, past = resume(stepper, config.seed, checkpoints, past)
-    records.rewrite(folder / METRICS, [{"kind": "config", **config.as_dict()}, *past])
-    with records.Writer(folder / METRICS) as writer:
+    with writing(config, folder / METRICS, past) as writer:
         save = saver(config.checkpoint_seconds, checkpoints, writer)
-        for record in train(stepper, config.seed, config.learning_rate, state, past, save):
-            writer.write(record)
-            show(record)
+        for record in train(stepper, config.seed, config.learning_rate, state, tuple(past), save):
+            if writer:
+                writer.write(record)
+                show(record)
             past.append(record)
     return past
+
+
+@contextlib.contextmanager
+def writing(config: TrainConfig, path: Path, past: list[Record]) -> Iterator[records.Writer | None]:
+    """A writer that goes on after these records; None in all processes but the first."""
+    if not processes.is_first():
+        yield None
+        return
+    records.rewrite(path, [{"kind": "config", **config.as_dict()}, *past])
+    with records.Writer(path) as writer:
+        yield writer
 
 
 def resume(stepper: Stepper, seed: int, checkpoints: Checkpoints, past: list[Record]):
     """The state to go on from, and the records up to it."""
     state = stepper.init(seed)
-    step = checkpoints.latest(at_most=past[-1]["step"]) if past else None
+    step = processes.from_first(lambda: checkpoints.latest(at_most=past[-1]["step"])) if past else None
     if step is not None:
         state = checkpoints.restore(step, like=state)
         console.print(f"going on after step {step}", soft_wrap=True)
@@ -103,15 +114,17 @@ def resume(stepper: Stepper, seed: int, checkpoints: Checkpoints, past: list[Rec
 
 
 def saver(
-    seconds: float | None, checkpoints: Checkpoints, writer: records.Writer
+    seconds: float | None, checkpoints: Checkpoints, writer: records.Writer | None
 ) -> Callable[[TrainState, int, bool], None]:
     """A function that saves the last state, and another once so many seconds have passed since it saved one."""
     saved = time.monotonic()
 
     def save(state: TrainState, step: int, last: bool):
         nonlocal saved
-        if seconds is not None and (last or time.monotonic() - saved >= seconds):
-            writer.sync()
+        # The clocks of several processes differ, and all of them have to take part.
+        if seconds is not None and (last or processes.from_first(lambda: time.monotonic() - saved >= seconds)):
+            if writer:
+                writer.sync()
             checkpoints.save(state, step)
             saved = time.monotonic()
 
@@ -120,7 +133,7 @@ def saver(
 
 @contextlib.contextmanager
 def opened(folder: Path) -> Iterator[Path]:
-    """Makes a folder, tries to write there, and keeps other processes out; gives the path of its metrics.
+    """Makes a folder, tries to write there, and keeps other runs out; gives the path of its metrics.
 
     Raises:
         RunError: if any of this fails.
@@ -144,7 +157,7 @@ def take(lock: int, folder: Path):
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise RunError(f"another process is writing to {folder}: wait for it, or give another --out") from error
+        raise RunError(f"another run is writing to {folder}: wait for it, or give another --out") from error
 
 
 def recover(config: TrainConfig, path: Path) -> list[Record]:
@@ -164,7 +177,8 @@ def recover(config: TrainConfig, path: Path) -> list[Record]:
 
 def stepper_of(config: TrainConfig) -> Stepper:
     """What is compiled for a configuration; shared by runs that differ in seed and learning rate."""
-    return _stepper(dataclasses.replace(config, seed=0, learning_rate=None, out=Path(), checkpoint_seconds=0.0))
+    same = dict.fromkeys(("learning_rate", "coordinator", "num_processes", "process_id", "checkpoint_seconds"))
+    return _stepper(dataclasses.replace(config, seed=0, out=Path(), **same))
 
 
 @functools.lru_cache(maxsize=2)

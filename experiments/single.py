@@ -1,6 +1,6 @@
 """The command `train`: one run, shown as it goes, kept as JSON lines, and continued by the same command."""
 
-from experiments import runs
+from experiments import processes, runs
 from experiments.config import TrainConfig
 from experiments.console import TrainingBars, console, training_bars
 from experiments.problems import default_learning_rate
@@ -19,6 +19,8 @@ def run_single(config: TrainConfig):
     with training_bars() as bars:
         display = Display(config, bars)
         records = runs.run(config, folder, display)
+    if not processes.is_first():
+        return
     if not display.seen:
         console.print(f"done before: {describe(records[-1], runs.num_epochs(config))}")
     console.print(f"records: {folder / runs.METRICS}", soft_wrap=True)

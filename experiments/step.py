@@ -2,24 +2,21 @@
 
 A step is `gradient` for each micro-batch and then `update`. The loop over micro-batches is Python's on purpose: XLA's
 CPU kernels for convolutions are some ten times slower inside `lax.scan`, and where a micro-batch fills an accelerator
-the dispatch is free. Parameters are replicated over a mesh of one axis, `data`, and the images of a batch split over
-it, so that means over the batch (the loss, its gradient, batch norm, the curvature) are those of the whole batch.
+the dispatch is free. Every device has the parameters and all images, takes its share of each batch out of them, and
+sums over the batch (the loss, its gradient, batch norm, the curvature) go over all devices: see `parallel.py`.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import curvax
 from curvax.schedules import Epoch
-from experiments import data, methods, models
+from experiments import data, methods, models, parallel
 from experiments.config import TrainConfig
 from experiments.data import Dataset, Split
 from experiments.errors import UsageError
@@ -68,35 +65,33 @@ class Stepper:
         dataset: its images; they are copied to every device here.
 
     Raises:
-        UsageError: if there are fewer devices than the configuration asks for.
+        UsageError: if there are fewer devices than the configuration asks for, or they do not divide its batches.
     """
 
     def __init__(self, config: TrainConfig, dataset: Dataset):
-        if config.devices > jax.device_count():
-            raise UsageError(f"--devices {config.devices}: there are {jax.device_count()}")
         self.config, self.num_classes, self.flips = config, dataset.num_classes, dataset.flips
-        mesh = jax.make_mesh((config.devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[: config.devices])
-        self.everywhere, self.split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-        self.train, self.test = (jax.device_put(split, self.everywhere) for split in (dataset.train, dataset.test))
+        self.ways = parallel.WAYS[config.parallel](devices_of(config))
+        self.train, self.test = self.ways.place((dataset.train, dataset.test))
         self.mean, self.std = data.channel_statistics(dataset.train.images)
-        self.definition, *_ = models.build(config, dataset.num_classes, jax.random.key(0))
-        jit = functools.partial(jax.jit, out_shardings=self.everywhere)
-        self._shuffle, self._zeros = jit(self._shuffle), jit(self._zeros)
-        self._losses, self._weights = jax.jit(self._losses, static_argnames="size"), jit(self._weights)
-        self._gradient = jit(self._gradient, static_argnames="size", donate_argnums=0)
-        self._update = jit(self._update, static_argnames=("batch_size", "refresh"), donate_argnums=0)
-        self._evaluate = jit(self._evaluate, static_argnames="size")
+        self.definition, *_ = self._build(jax.random.key(0))
+        # These do the same on all devices.
+        same = (self._shuffle, self._zeros, self._weights)
+        self._shuffle, self._zeros, self._weights = (parallel.Jit.compile(self.ways, f) for f in same)
+        self._losses = self.ways.compile(self._losses, static=("size",))
+        self._gradient = self.ways.compile(self._gradient, static=("size",), donate=True)
+        self._update = self.ways.compile(self._update, static=("batch_size", "refresh"), donate=True)
+        self._evaluate = self.ways.compile(self._evaluate, static=("size",))
 
     # What the training loop calls, on whole batches.
 
     def init(self, seed: int) -> TrainState:
         """The state before the first step."""
         key = jax.random.key(seed)
-        _, params, stats = models.build(self.config, self.num_classes, stream(key, "init"))
+        _, params, stats = self._build(stream(key, "init"))
         # No optimizer's initial state depends on its learning rate.
         opt_state = methods.make(self.config, 0.0, stream(key, "probes")).init(params)
         state = TrainState(jnp.zeros([], jnp.int32), key, params, stats, opt_state)
-        return jax.device_put(state, self.everywhere)
+        return self.ways.place(state)
 
     def shuffle(self, state: TrainState, epoch: int) -> jax.Array:
         """The order of an epoch, `(num_images,)`, int32."""
@@ -131,7 +126,8 @@ class Stepper:
 
     def evaluate(self, state: TrainState) -> tuple[float, float]:
         """Mean plain cross-entropy and accuracy over the test images."""
-        size = -(-min(EVAL_BATCH, len(self.test)) // self.config.devices) * self.config.devices
+        devices = len(self.ways.devices)
+        size = -(-min(EVAL_BATCH, len(self.test)) // devices) * devices
         starts = np.arange(0, len(self.test), size, dtype=np.int32)
         chunks = [self._evaluate(state.params, state.stats, self.test, start, size=size) for start in starts]
         loss, accuracy = np.sum(jax.device_get(chunks), axis=0, dtype=np.float64) / len(self.test)
@@ -149,7 +145,8 @@ class Stepper:
     def _losses(self, state, train, order, first, place, size):
         """The losses of one micro-batch, with the dropout that its gradient will see."""
         batch = self._batch(state, train, order, first, place, size)
-        return cross_entropy(self._logits(state.params, state.stats, batch, self._dropout_key(state, place))[0], batch)
+        logits, _ = self._logits(state.params, state.stats, batch, self._dropout_key(state, place))
+        return self.ways.whole(cross_entropy(logits, batch))
 
     def _weights(self, state, losses):
         losses = jnp.concatenate(losses)
@@ -160,7 +157,7 @@ class Stepper:
     def _gradient(self, sums, state, train, order, first, place, weights, size):
         """Adds one micro-batch: `size` images from `place` in the batch that begins at `first` in the epoch."""
         batch = self._batch(state, train, order, first, place, size)
-        weights = 1 if weights is None else jax.lax.dynamic_slice_in_dim(weights, place, size)
+        weights = 1 if weights is None else self.ways.share(jax.lax.dynamic_slice_in_dim(weights, place, size))
 
         def loss(params):
             logits, stats = self._logits(params, sums.stats, batch, self._dropout_key(state, place))
@@ -169,10 +166,11 @@ class Stepper:
 
         (_, (value, logits, stats)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         correct = jnp.sum(jnp.argmax(logits, -1) == batch["labels"])
+        grads, value, correct = self.ways.total((grads, value, correct))
         return Sums(optax.tree.add(sums.grads, grads), sums.loss + value, sums.correct + correct, stats)
 
     def _update(self, state, sums, train, order, first, learning_rate, batch_size, refresh):
-        tx = methods.make(self.config, learning_rate, stream(state.key, "probes"))
+        tx = methods.make(self.config, learning_rate, stream(state.key, "probes"), self.ways.axis_name)
         grads = jax.tree.map(lambda g: g / batch_size, sums.grads)
         if refresh:
             curvature = {"obj_fn": self._objective(state, train, order, first, batch_size)}
@@ -196,19 +194,23 @@ class Stepper:
         return curvax.Objective(predict, cross_entropy, self._batch(state, train, order, first, np.int32(0), size))
 
     def _evaluate(self, params, stats, test, start, size):
-        places = start + jnp.arange(size)
+        places = self.ways.share(start + jnp.arange(size))
         # All chunks have one shape: the last one begins again at the first image, and what it repeats does not count.
-        indices, counts = jax.lax.with_sharding_constraint((places % len(test), places < len(test)), self.split)
+        indices, counts = places % len(test), places < len(test)
         labels = test.labels[indices]
         images = data.normalise(test.images[indices], self.mean, self.std)
         logits, _ = models.apply(self.definition, params, stats, images, jax.random.key(0), train=False)
         losses = cross_entropy(logits, {"labels": labels})
-        return jnp.sum(counts * losses), jnp.sum(counts * (jnp.argmax(logits, -1) == labels), dtype=jnp.float32)
+        correct = counts * (jnp.argmax(logits, -1) == labels)
+        return self.ways.total((jnp.sum(counts * losses), jnp.sum(correct, dtype=jnp.float32)))
 
     # Pieces of these.
 
+    def _build(self, key):
+        return models.build(self.config, self.num_classes, key, self.ways.axis_name)
+
     def _batch(self, state, train: Split, order, first, place, size):
-        places = jax.lax.with_sharding_constraint(place + jnp.arange(size), self.split)
+        places = self.ways.share(place + jnp.arange(size))
         indices = order[first + places]
         images = train.images[indices]
         if self.config.augment:
@@ -224,6 +226,20 @@ class Stepper:
 
     def _step_key(self, state, name):
         return jax.random.fold_in(stream(state.key, name), state.step)
+
+
+def devices_of(config: TrainConfig) -> list[jax.Device]:
+    """The devices that a configuration asks for, if they are there and divide its batches."""
+    if config.devices > jax.local_device_count():
+        raise UsageError(f"--devices {config.devices}: there are {jax.local_device_count()}")
+    devices = parallel.devices_of_run(config.devices)
+    for phase in config.plan(1.0).phases:
+        for size in (config.micro_size(phase.batch_size), config.curvature_size(phase.batch_size)):
+            if size % len(devices):
+                raise UsageError(
+                    f"{size} images cannot be split between {len(devices)} devices: choose multiples of it"
+                )
+    return devices
 
 
 def cross_entropy(logits: jax.Array, batch) -> jax.Array:

@@ -258,7 +258,7 @@ def test_folders_are_of_one_run_and_one_process(tmp_path, whole):
         runs.run(other, whole)
     lock = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(RunError, match="another process is writing"):
+    with pytest.raises(RunError, match="another run is writing"):
         runs.run(QUICK, tmp_path)
     os.close(lock)
 

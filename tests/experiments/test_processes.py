@@ -1,0 +1,141 @@
+"""Several processes on this machine are one run: its numbers, its folder, its end."""
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from test_runs import ROOT, wait_for_lines
+from test_train import RICH
+
+from experiments import processes, records, runs
+from experiments.config import TrainConfig
+from experiments.errors import RunError, UsageError
+
+# Dropout, two epochs of four steps, and little to compile: on a small machine all processes compile on the same cores.
+CONFIG = dataclasses.replace(
+    RICH, width=0.03, batch_size=128, epochs=2, optimizer="lars", augment=False, checkpoint_seconds=0.0
+)
+
+
+def options(config):
+    """The command line of a configuration, but for what is as usual."""
+    usual, words = TrainConfig().as_dict(), []
+    for name, value in config.as_dict().items():
+        if value != usual[name]:
+            option = name.replace("_", "-")
+            words += [f"--no-{option}"] if value is False else [f"--{option}", str(value)]
+    return words
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(number, config, cache):
+    """Starts `python -m experiments train` in so many processes, which share four devices."""
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    config = dataclasses.replace(
+        config, devices=4 // number, coordinator=f"127.0.0.1:{free_port()}", num_processes=number
+    )
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "experiments", "train", *options(config), "--process-id", str(i)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(number)
+    ]
+
+
+def ends(running):
+    """Exit codes and output; the time limit is there to tell a hang from an end."""
+    said = [process.communicate(timeout=240)[0] for process in running]
+    return [process.returncode for process in running], said
+
+
+def test_two_processes_of_which_one_dies_and_four_that_go_on_equal_one(tmp_path):
+    """The two under `pmap`, the four under `jit`: a run is the same in any number of processes and in either way."""
+    config = dataclasses.replace(CONFIG, out=tmp_path)
+    folder = runs.folder_of(config)
+    two = start(2, dataclasses.replace(config, parallel="pmap"), tmp_path / "cache")
+    wait_for_lines(folder / runs.METRICS, 4, two[0])
+    two[1].send_signal(signal.SIGKILL)
+    codes, said = ends(two)
+    assert codes[1] == -signal.SIGKILL and codes[0] != 0
+    assert processes.AGAIN in said[0].splitlines()[-1], said[0]
+
+    codes, said = ends(start(4, config, tmp_path / "cache"))
+    assert codes == [0, 0, 0, 0], said
+    assert "going on after step" in said[0] and f"records: {folder}" in said[0].replace("\n", "")
+    assert not any("records:" in text or "epoch" in text for text in said[1:])
+
+    found = records.read(folder / runs.METRICS)[1:]
+    one = runs.run(dataclasses.replace(config, devices=4), tmp_path / "one")
+    assert [(row["kind"], row["step"]) for row in found] == [(row["kind"], row["step"]) for row in one]
+    for name in ("loss", "accuracy", "learning_rate"):
+        # The mesh is the same; only the order in which four numbers are added is not.
+        np.testing.assert_allclose([row[name] for row in found], [row[name] for row in one], rtol=1e-4)
+    losses = [[row["test_loss"] for row in rows if row["kind"] == "epoch"] for rows in (found, one)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """The arguments with which processes would be joined, where nothing but `join` could set them."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **options: calls.append(arguments))
+    monkeypatch.setattr(jax.config, "update", lambda *arguments: None)
+    monkeypatch.setattr(processes, "_watch", lambda: None)
+    for name in processes.LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "expected"),
+    [
+        ({}, {}, []),
+        ({}, {"coordinator": "host:1", "num_processes": 2, "process_id": 1}, [("host:1", 2, 1)]),
+        ({}, {"coordinator": "auto"}, [(None, None, None)]),
+        ({"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4"}, {}, [(None, None, None)]),
+        ({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}, {}, []),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}, [(None, None, None)]),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, {}, []),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, {}, [(None, None, None)]),
+        (
+            {"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4"},
+            {"coordinator": "host:1", "num_processes": 2, "process_id": 0},
+            [("host:1", 2, 0)],
+        ),
+    ],
+)
+def test_processes_meet_as_their_launcher_or_the_options_say(environment, options, expected, joined, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    processes.join(dataclasses.replace(CONFIG, **options))
+    assert joined == expected
+
+
+def test_half_of_the_options_are_refused(joined):
+    with pytest.raises(UsageError, match="--coordinator, --num-processes, --process-id belong together"):
+        processes.join(dataclasses.replace(CONFIG, coordinator="host:1", num_processes=2))
+    assert not joined
+
+
+def test_processes_that_do_not_meet_are_told_how(joined, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out.\nMore.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(RunError, match=r"did not meet \(DEADLINE_EXCEEDED: Barrier timed out.\): start all of them"):
+        processes.join(dataclasses.replace(CONFIG, coordinator="host:1", num_processes=2, process_id=0))
