@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments [race | tune | train | figure | report] [options]`."""
+"""The command line: `python -m experiments [race | tune | train | bench | figure | report] [options]`."""
 
 import contextlib
 import io
@@ -10,6 +10,7 @@ import jax
 import tyro
 
 from experiments import processes
+from experiments.bench.command import BenchConfig, bench
 from experiments.config import TrainConfig
 from experiments.errors import RunError, UsageError
 from experiments.figures.command import FigureConfig, make_figures
@@ -19,8 +20,12 @@ from experiments.single import run_single
 from experiments.tune import TuneConfig, tune
 
 COMMANDS = {
-    **{"race": (RaceConfig, race), "tune": (TuneConfig, tune), "train": (TrainConfig, run_single)},
-    **{"figure": (FigureConfig, make_figures), "report": (ReportConfig, report)},
+    "race": (RaceConfig, race),
+    "tune": (TuneConfig, tune),
+    "train": (TrainConfig, run_single),
+    "bench": (BenchConfig, bench),
+    "figure": (FigureConfig, make_figures),
+    "report": (ReportConfig, report),
 }
 DESCRIPTION = "Experiments with curvature-based learning rates. Without a command: race."
 
