@@ -39,8 +39,8 @@ def ggn_mc_diag(
         enters more than one operation is estimated by squares over the whole batch: unbiased, with more noise.
 
     Raises:
-        TypeError: if `objective` is not an `Objective`.
-        ValueError: if the loss couples the examples, and so has no factor for each.
+        ValueError: if `objective` is not an `Objective`, or its loss couples the examples, and so has no factor for
+            each.
     """
     check_objective(objective, "ggn_mc")
     check_floating(params)
