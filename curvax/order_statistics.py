@@ -1,40 +1,20 @@
-"""Exact medians and quantiles of magnitudes, found by counting.
+"""Exact medians and quantiles of magnitudes: which ranks to ask for, and how two neighbours make one answer.
 
-The bits of a non-negative IEEE float, read as an integer, order like the float. So the k-th smallest magnitude is the
-pattern p with at most k patterns below it and more than k up to it, and one pass over the data that counts at a few
-thresholds narrows the bracket [low, high] around p. Nothing is sorted, moved or copied: counts add up over the arrays
-of a layer and over devices, and comparing integers sees denormals, which float comparisons may flush to zero.
-
-Three guesses make the passes few, and none can make the answer wrong, since every bracket is counted:
-
-1. A strided sample, sorted, opens with a bracket of a few standard errors of its quantiles.
-2. Inside a bracket, ranks are taken as uniform over patterns. The rank sought is then off by the standard deviation of
-   a binomial, so that thresholds a few deviations around it leave about the square root of the population.
-3. A pass that did not shrink the bracket eightfold (ties, gaps) is followed by one at equal steps, which must.
-
-With two patterns or fewer left in the bracket, a last pass reads them off. Four million normal floats take five passes;
-without a sample, or with ties, about a dozen; no float32 two dozen, since every second pass gains three bits of 31.
+Ranks are integers, and exact as long as 32 bits hold them (64, where these are enabled); `selection` finds what has
+them. The arithmetic between the two neighbours is that of `jnp.median` and `jnp.quantile`, to the bit.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType
 
-AxisName = str | tuple[str, ...] | None
-
-# Up to this many magnitudes one sort compiles and runs faster than a search; beyond, it is the size of the sample.
-_SAMPLE = 4096
-# Thresholds in standard errors of the sample's quantiles, and of an interpolated rank: denser where likelier.
-_SAMPLE_ERRORS = np.array([-3.5, -1.2, 0.0, 1.2, 3.5], np.float32)
-_RANK_ERRORS = np.array([-3.5, -1.6, -0.7, 0.0, 0.7, 1.6, 3.5], np.float32)
-_STEPS = np.arange(1, 8, dtype=np.float32)
+from curvax.magnitudes import AxisName, Population, is_local, magnitude, magnitude_dtype, population_size, real_rows
+from curvax.selection import SAMPLE, select
 
 
 @functools.partial(jax.jit, static_argnames="axis_name")
@@ -69,6 +49,23 @@ def median(x: Any, axis_name: AxisName = None) -> jax.Array:
     return lax.mul(lax.add(low, low if size % 2 else high), lax.full_like(low, 0.5))
 
 
+def medians(*populations: Any, axis_name: AxisName = None) -> tuple[jax.Array, ...]:
+    """`median` of each of several populations that have the same shapes and dtypes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from curvax.order_statistics import medians
+        >>> [float(m) for m in medians(jnp.array([1., -5., 3.]), jnp.array([4., 2., 0.]))]
+        [3.0, 2.0]
+    """
+    middle = functools.partial(median, axis_name=axis_name)
+    leaves = jax.tree.leaves(populations)
+    if population_size(populations[0], axis_name) > SAMPLE or not all(map(is_local, leaves)):
+        return tuple(map(middle, populations))
+    # One sort for all: a network of a thousand small layers compiles a fifth faster.
+    return tuple(jax.vmap(middle)(jax.tree.map(lambda *x: jnp.stack(x), *populations)))
+
+
 @functools.partial(jax.jit, static_argnames="axis_name")
 def quantile(x: Any, q: Any, axis_name: AxisName = None) -> jax.Array:
     """The quantile of magnitudes with linear interpolation, exact.
@@ -96,7 +93,7 @@ def quantile(x: Any, q: Any, axis_name: AxisName = None) -> jax.Array:
         1.5
     """
     size = population_size(x, axis_name)
-    dtype = _magnitude_dtype(x)
+    dtype = magnitude_dtype(x)
     q = _widened(q, dtype)
     rank, fraction = _rank_and_fraction(q, max(size - 1, 0))
     low, above = order_statistics(x, rank, axis_name)
@@ -128,29 +125,15 @@ def order_statistics(x: Any, rank: Any, axis_name: AxisName = None) -> tuple[jax
         >>> [float(a) for a in order_statistics(jnp.array([5., -7., 1.]), 1)]
         [5.0, 7.0]
     """
-    dtype, size = _magnitude_dtype(x), population_size(x, axis_name)
-    leaves = [_rows(leaf, dtype) for leaf in jax.tree.leaves(x) if np.size(leaf)]
+    dtype, size = magnitude_dtype(x), population_size(x, axis_name)
+    leaves = [real_rows(leaf, dtype) for leaf in jax.tree.leaves(x) if np.size(leaf)]
     if not leaves:
         return jnp.zeros((), dtype), jnp.zeros((), dtype)
-    population = _Population(leaves, size, axis_name, _infinity(dtype))
+    population = Population(leaves, size, axis_name)
     last = np.asarray(size - 1, _count_dtype(size))
-    rank = jnp.minimum(jnp.asarray(rank).astype(last.dtype), last)
-    sample = _sorted_sample(leaves)
-    if sample is not None and sample.size == size:
-        found, above, largest = sample[rank], sample[jnp.minimum(rank + 1, last)], sample[-1]
-    else:
-        found, above, largest = _search(population, sample, rank)
+    found, above, largest = select(population, jnp.minimum(jnp.asarray(rank).astype(last.dtype), last))
     is_nan = largest > population.infinity
-    return tuple(jnp.where(is_nan, np.asarray(np.nan, dtype), _magnitude(p, dtype)) for p in (found, above))
-
-
-# Magnitudes as integers, ranks as integers.
-
-
-def population_size(x: Any, axis_name: AxisName = None) -> int:
-    """How many magnitudes there are in `x`, over all devices."""
-    size = sum(np.size(leaf) for leaf in jax.tree.leaves(x))
-    return size if axis_name is None else size * lax.axis_size(axis_name)
+    return tuple(jnp.where(is_nan, np.asarray(np.nan, dtype), magnitude(p, dtype)) for p in (found, above))
 
 
 def count_of(fraction: Any, size: int) -> jax.Array:
@@ -161,43 +144,9 @@ def count_of(fraction: Any, size: int) -> jax.Array:
     return jnp.floor(jnp.asarray(fraction, jnp.float32) * size + 1e-6).astype(jnp.int32)
 
 
-def _magnitude_dtype(x: Any) -> np.dtype:
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.result_type(*(jnp.result_type(leaf) for leaf in jax.tree.leaves(x) or [0.0]))
-    # The finfo of a complex dtype is that of its parts.
-    return jnp.finfo(dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.result_type(float)).dtype
-
-
 def _widened(q: Any, dtype: np.dtype) -> jax.Array:
     with jax.numpy_dtype_promotion("standard"):
         return jnp.asarray(q, jnp.result_type(jnp.asarray(q).dtype, dtype, jnp.float32))
-
-
-def _word(dtype: np.dtype) -> np.dtype:
-    return np.dtype(f"int{jnp.finfo(dtype).bits}")
-
-
-def _rows(leaf: Any, dtype: np.dtype) -> jax.Array:
-    """The real numbers of an array, as a matrix where a reshape moves nothing."""
-    leaf = (jnp.abs(leaf) if jnp.iscomplexobj(leaf) else jnp.asarray(leaf)).astype(dtype)
-    # Rows, since XLA's CPU compiler splits a reduction over threads by its outputs alone; reshaped before the search,
-    # since it would otherwise divide indices within.
-    return leaf.reshape(math.gcd(leaf.size, 32) if leaf.size >= 2**16 else 1, -1) if _is_local(leaf) else leaf
-
-
-def _patterns(leaf: jax.Array) -> jax.Array:
-    word = _word(leaf.dtype)
-    bits = lax.bitcast_convert_type(leaf, word) & np.iinfo(word).max
-    # XLA's CPU compiler vectorises 16-bit comparisons badly where they feed 32-bit counts.
-    return bits.astype(max(word, np.dtype(np.int32)))
-
-
-def _magnitude(pattern: jax.Array, dtype: np.dtype) -> jax.Array:
-    return lax.bitcast_convert_type(pattern.astype(_word(dtype)), dtype)
-
-
-def _infinity(dtype: np.dtype) -> int:
-    return int(np.asarray(np.inf, dtype).view(_word(dtype)))
 
 
 def _count_dtype(size: int) -> np.dtype:
@@ -238,181 +187,3 @@ def _interpolated(low: jax.Array, high: jax.Array, fraction: jax.Array, dtype: n
     other = 0 if jnp.finfo(dtype).bits > 16 else 1
     products[other] = jnp.abs(products[other])
     return (products[0] + products[1]).astype(dtype)
-
-
-# The search.
-
-
-class _Population(NamedTuple):
-    leaves: list[jax.Array]
-    size: int
-    axis_name: AxisName
-    infinity: int
-
-
-class _Bracket(NamedTuple):
-    """The pattern sought is in [low, high]; `below` patterns are < low, `upto` are <= high: below <= rank < upto."""
-
-    low: jax.Array
-    high: jax.Array
-    below: jax.Array
-    upto: jax.Array
-
-
-def _search(population: _Population, sample: jax.Array | None, rank: jax.Array) -> tuple[jax.Array, ...]:
-    """The pattern of that rank, its successor and the largest pattern."""
-
-    def is_wide(state):
-        bracket, _ = state
-        return (bracket.low < bracket.high) & (bracket.upto - bracket.below > 2)
-
-    def narrow(state):
-        bracket, thresholds = state
-        # The barrier keeps the patterns, a copy of the whole population, from being computed once and stored.
-        leaves, _ = lax.optimization_barrier((population.leaves, thresholds))
-        counts = _fold(
-            population._replace(leaves=leaves),
-            lambda p: [(p < t).astype(rank.dtype) for t in thresholds],
-            [_SUM] * len(thresholds),
-        )
-        narrower = _narrowed(bracket, thresholds, jnp.stack(counts), rank)
-        shrank = narrower.high - narrower.low <= (bracket.high - bracket.low) >> 3
-        return narrower, _thresholds(narrower, shrank, rank)
-
-    bracket = _everything(population, rank.dtype)
-    thresholds = _thresholds(bracket, False, rank) if sample is None else _sample_thresholds(population, sample, rank)
-    bracket, _ = lax.while_loop(is_wide, narrow, (bracket, thresholds))
-    return _read_off(population, bracket, rank)
-
-
-def _everything(population: _Population, count_dtype: np.dtype) -> _Bracket:
-    # Zeros that vary over the same device axes as the counts will: a loop's carry may not change its type.
-    zero = functools.reduce(lax.add, (_patterns(lax.full_like(leaf, 0, shape=())) for leaf in population.leaves))
-    zero = _across(lax.psum, zero, population.axis_name)
-    none = zero.astype(count_dtype)
-    return _Bracket(zero, zero + population.infinity, none, none + np.asarray(population.size, count_dtype))
-
-
-def _narrowed(bracket: _Bracket, thresholds: jax.Array, counts: jax.Array, rank: jax.Array) -> _Bracket:
-    is_low = counts <= rank
-    ends = (
-        jnp.where(is_low, thresholds, bracket.low),
-        jnp.where(is_low, bracket.high, thresholds - 1),
-        jnp.where(is_low, counts, bracket.below),
-        jnp.where(is_low, bracket.upto, counts),
-    )
-    return _Bracket(*_one_pass(ends, [_MAX, _MIN, _MAX, _MIN], (0,)))
-
-
-def _thresholds(bracket: _Bracket, interpolate: jax.Array | bool, rank: jax.Array) -> jax.Array:
-    """Seven thresholds in (low, high]: around the interpolated rank, or at equal steps."""
-    # Rounding to float32 only moves guesses.
-    width = (bracket.high - bracket.low).astype(jnp.float32)
-    inside = (bracket.upto - bracket.below).astype(jnp.float32)
-    share = jnp.minimum(((rank - bracket.below).astype(jnp.float32) + 0.5) / inside, 1)
-    error = jnp.sqrt(share * (1 - share) / inside)
-    # Neighbouring patterns at the least, so that a narrow bracket is resolved at once.
-    guesses = width * (share + error * _RANK_ERRORS) + (_STEPS - 4)
-    offsets = jnp.where(interpolate, guesses, jnp.maximum(width / 8 * _STEPS, _STEPS))
-    return bracket.low + jnp.clip(offsets, 1, width).astype(bracket.low.dtype)
-
-
-def _sorted_sample(leaves: list[jax.Array]) -> jax.Array | None:
-    """All patterns if they are few, else evenly spaced ones; none if that might move them between devices."""
-    if not all(map(_is_local, leaves)):
-        return None
-    # Odd, since an even stride would meet few columns of a matrix whose width is a power of two.
-    stride = -(-sum(leaf.size for leaf in leaves) // _SAMPLE) | 1
-    return lax.sort(jnp.concatenate([_patterns(leaf.reshape(-1)[::stride]) for leaf in leaves]), is_stable=False)
-
-
-def _sample_thresholds(population: _Population, sample: jax.Array, rank: jax.Array) -> jax.Array:
-    error = max(1.0, math.sqrt(sample.size) / 2)
-    position = rank.astype(jnp.float32) * (sample.size / population.size) + error * _SAMPLE_ERRORS
-    guesses = sample[jnp.clip(jnp.round(position), 0, sample.size - 1).astype(jnp.int32)]
-    # Each device has its own sample: the widest bracket of all is sure to suit them all.
-    low = _across(lax.pmin, guesses[:2], population.axis_name)
-    high = _across(lax.pmax, guesses[2:], population.axis_name)
-    # v and v + 1 enclose the ties of a v that is sampled often, such as the zeros of a gradient.
-    thresholds = jnp.stack([low[0], low[0] + 1, low[1], high[0], high[0] + 1, high[1], high[2] + 1])
-    # A sampled NaN lies beyond infinity.
-    return jnp.minimum(thresholds, population.infinity)
-
-
-def _read_off(population: _Population, bracket: _Bracket, rank: jax.Array) -> tuple[jax.Array, ...]:
-    """The end of a search: at most two patterns are inside, its smallest and its largest."""
-    low, high = bracket.low, bracket.high
-    top = np.iinfo(low.dtype).max
-
-    def operands(p):
-        return jnp.where(p < low, top, p), jnp.where(p > high, 0, p), jnp.where(p > high, p, top), p
-
-    smallest, largest, beyond, last = _fold(population, operands, [_MIN, _MAX, _MIN, _MAX])
-    found = jnp.where(rank == bracket.below, smallest, largest)
-    above = jnp.where(rank + 1 < bracket.upto, largest, jnp.minimum(beyond, last))
-    return found, above, last
-
-
-# Reductions over arrays and devices.
-
-
-class _Monoid(NamedTuple):
-    combine: Callable
-    total: Callable
-    across: Callable
-    identity: Callable
-
-
-_SUM = _Monoid(lax.add, lax.reduce_sum, lax.psum, lambda dtype: 0)
-_MIN = _Monoid(lax.min, lax.reduce_min, lax.pmin, lambda dtype: np.iinfo(dtype).max)
-_MAX = _Monoid(lax.max, lax.reduce_max, lax.pmax, lambda dtype: np.iinfo(dtype).min)
-
-
-def _across(collective: Callable, x: Any, axis_name: AxisName) -> Any:
-    return x if axis_name is None else collective(x, axis_name)
-
-
-def _fold(population: _Population, operands: Callable, monoids: list[_Monoid]) -> list[jax.Array]:
-    """`operands(patterns)`, each reduced by its monoid over every array and device."""
-    partial = [_reduce(leaf, operands, monoids) for leaf in population.leaves]
-    folded = [
-        functools.reduce(monoid.combine, column)
-        for monoid, column in zip(monoids, zip(*partial, strict=True), strict=True)
-    ]
-    return [_across(monoid.across, value, population.axis_name) for monoid, value in zip(monoids, folded, strict=True)]
-
-
-def _reduce(leaf: jax.Array, operands: Callable, monoids: list[_Monoid]) -> list[jax.Array]:
-    values = operands(_patterns(leaf))
-    if _is_local(leaf):
-        return _one_pass(_one_pass(values, monoids, (1,)), monoids, (0,))
-    axes = tuple(range(leaf.ndim))
-    if _is_on_few_cpus(leaf):
-        return _one_pass(values, monoids, axes)
-    return [m.total(value, axes) for m, value in zip(monoids, values, strict=True)]
-
-
-def _one_pass(values: Sequence[jax.Array], monoids: list[_Monoid], axes: tuple[int, ...]) -> list[jax.Array]:
-    """One variadic reduction. XLA's CPU compiler turns separate ones into as many passes, each ten times slower."""
-
-    def combine(left, right):
-        return tuple(m.combine(a, b) for m, a, b in zip(monoids, left, right, strict=True))
-
-    identities = tuple(np.asarray(m.identity(v.dtype), v.dtype) for m, v in zip(monoids, values, strict=True))
-    return lax.reduce(tuple(values), identities, combine, axes)
-
-
-def _is_local(x: jax.Array) -> bool:
-    """Whether each device that computes with `x` is known to hold all of it, so that it may be reshaped and sampled."""
-    sharding = jax.typeof(x).sharding
-    mesh = sharding.mesh
-    is_automatic = any(
-        n > 1 and kind == AxisType.Auto for n, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    )
-    return not is_automatic and all(axis is None for axis in sharding.spec)
-
-
-def _is_on_few_cpus(x: jax.Array) -> bool:
-    # The partitioner gathers the partial results of a variadic reduction, one per device, where it would add up those
-    # of separate ones. Gathering suits the CPU while the devices are few; elsewhere separate reductions fuse anyway.
-    return jax.default_backend() == "cpu" and jax.typeof(x).sharding.mesh.size <= 64

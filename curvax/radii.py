@@ -103,7 +103,6 @@ def percent_delta(trust_coefficient: Scalar, axis_name: AxisName) -> Rule:
 
 def median(weight_decay: Scalar, trust_coefficient: Scalar, of_ratios: bool, axis_name: AxisName) -> Rule:
     """Eq. 20-22: `median|w| / median|g + weight_decay w|`, or the median of the ratios themselves."""
-    middle = functools.partial(order_statistics.median, axis_name=axis_name)
 
     def decayed(w, g):
         return g + jnp.asarray(weight_decay, w.dtype) * w
@@ -111,10 +110,11 @@ def median(weight_decay: Scalar, trust_coefficient: Scalar, of_ratios: bool, axi
     def radius(w: Arrays, g: Arrays):
         slopes = [decayed(x, y) for x, y in zip(w, g, strict=True)]
         if not of_ratios:
-            return _ratio(middle(w), middle(slopes), trust_coefficient)
+            return _ratio(*order_statistics.medians(w, slopes, axis_name=axis_name), trust_coefficient)
         # A parameter at zero has a ratio of 0 whatever its slope, so 0/0 counts as 0 too.
         ratios = [jnp.where((x == 0) & (y == 0), 0, jnp.abs(x) / jnp.abs(y)) for x, y in zip(w, slopes, strict=True)]
-        return _ratio(middle(ratios), jnp.ones((), ratios[0].dtype), trust_coefficient)
+        middle = order_statistics.median(ratios, axis_name)
+        return _ratio(middle, jnp.ones((), ratios[0].dtype), trust_coefficient)
 
     return _one_for_all(radius)
 

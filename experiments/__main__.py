@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments [race | tune | train] [options]`."""
+"""The command line: `python -m experiments [race | tune | train | bench] [options]`."""
 
 import contextlib
 import io
@@ -10,13 +10,19 @@ import jax
 import tyro
 
 from experiments import processes
+from experiments.bench.command import BenchConfig, bench
 from experiments.config import TrainConfig
 from experiments.errors import RunError, UsageError
 from experiments.race import RaceConfig, race
 from experiments.single import run_single
 from experiments.tune import TuneConfig, tune
 
-COMMANDS = {"race": (RaceConfig, race), "tune": (TuneConfig, tune), "train": (TrainConfig, run_single)}
+COMMANDS = {
+    "race": (RaceConfig, race),
+    "tune": (TuneConfig, tune),
+    "train": (TrainConfig, run_single),
+    "bench": (BenchConfig, bench),
+}
 DESCRIPTION = "Experiments with curvature-based learning rates. Without a command: race."
 
 

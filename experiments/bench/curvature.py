@@ -1,14 +1,11 @@
 """What exact curvature costs, in gradients of the same network, and how exact it is.
 
-Every ratio is of two programs compiled apart and timed in turn in one process, so that a machine whose speed drifts
-slows both; medians of the times are compared. `python -m experiments.bench.curvature` prints the table.
+Each diagonal and the gradient are compiled apart, and timed in turn.
 """
 
-import argparse
+import functools
 import itertools
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,43 +16,35 @@ from jax import lax
 
 from curvax.exact import exact_diag, explain, ggn_diag, ggn_mc_diag
 from curvax.objective import Objective
+from experiments.bench.measure import compiled, in_turns
+from experiments.bench.table import Row, Say
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 
 
-class Row(NamedTuple):
-    """A line of the table: what was measured, the bar it is measured against, and the raw figures."""
-
-    what: str
-    value: float
-    bar: float
-    detail: str
-
-
-def rows(batch_size: int = 128, repeats: int = 5, classes: tuple[int, ...] = (10, 100)) -> list[Row]:
+def rows(say: Say, repeats: int, quick: bool) -> Iterator[Row]:
     """The table.
 
     Args:
-        batch_size: examples in AlexNet's batch.
+        say: is told what is measured next.
         repeats: timed calls of each program, of which the median counts.
-        classes: numbers of classes; the time to compile is compared between the first and the last.
+        quick: a batch of 4 in place of 128.
 
-    Returns:
+    Yields:
         One row for each figure.
     """
-    costs = {c: exact_cost(batch_size, c, repeats) for c in classes}
-    bars = {10: 6.0, 100: 40.0}
-    table = [
-        Row(f"exact diagonal / gradient, AlexNet, C = {c}", cost.ratio, bars.get(c, np.nan), cost.detail)
-        for c, cost in costs.items()
-    ]
-    first, last = costs[classes[0]], costs[classes[-1]]
-    what = f"compile, C = {classes[-1]} over C = {classes[0]}"
-    detail = f"{last.compile_seconds:.1f} s over {first.compile_seconds:.1f} s"
-    table.append(Row(what, last.compile_seconds / first.compile_seconds, 1.3, detail))
+    batch_size, costs = 4 if quick else 128, []
+    for num_classes, bar in ((10, 6.0), (100, 40.0)):
+        say(f"the exact diagonal of AlexNet, C = {num_classes}")
+        costs.append(exact_cost(batch_size, num_classes, repeats))
+        yield Row(f"exact diagonal / gradient, AlexNet, C = {num_classes}", costs[-1].ratio, (bar,), costs[-1].detail)
+    few, many = (cost.compile_seconds for cost in costs)
+    yield Row("compile, C = 100 over C = 10", many / few, (1.3,), f"{many:.1f} s over {few:.1f} s")
+    say("one sample of the Gauss-Newton diagonal")
     estimate = estimate_cost(batch_size, repeats)
-    table.append(Row("ggn_mc, one sample / gradient, AlexNet", estimate.ratio, 1.2, estimate.detail))
-    return [*table, estimate_error(), product_share(), *dense_errors()]
+    yield Row("ggn_mc, one sample / gradient, AlexNet", estimate.ratio, (1.2,), estimate.detail)
+    say("errors")
+    yield from (estimate_error(), product_share(), *dense_errors())
 
 
 class Cost(NamedTuple):
@@ -81,31 +70,12 @@ def estimate_cost(batch_size: int, repeats: int) -> Cost:
 
 def compare(method: Callable, objective: Objective, params: Any, repeats: int) -> Cost:
     """Times `method(objective, params)` and a gradient in turn."""
-    gradient, _ = compiled(lambda objective, params: jax.grad(objective)(params), objective, params)
-    program, compile_seconds = compiled(method, objective, params)
-    times = [(seconds(program, objective, params), seconds(gradient, objective, params)) for _ in range(repeats)]
-    ours, theirs = map(statistics.median, zip(*times, strict=True))
-    spread = sorted(a / b for a, b in times)
-    return Cost(
-        ours / theirs, compile_seconds, f"{ours:.3f} s / {theirs:.3f} s, runs {spread[0]:.2f} to {spread[-1]:.2f}"
-    )
-
-
-def compiled(method: Callable, *arguments: Any) -> tuple[Callable, float]:
-    """The compiled program, warmed up, and the seconds it took to compile."""
-    lowered = jax.jit(method).lower(*arguments)
-    start = time.perf_counter()
-    program = lowered.compile()
-    took = time.perf_counter() - start
-    jax.block_until_ready(program(*arguments))
-    return program, took
-
-
-def seconds(program: Callable, *arguments: Any) -> float:
-    """The time of one call."""
-    start = time.perf_counter()
-    jax.block_until_ready(program(*arguments))
-    return time.perf_counter() - start
+    programs = {"gradient": compiled(lambda objective, params: jax.grad(objective)(params), objective, params)}
+    programs["method"] = compiled(method, objective, params)
+    calls = {name: functools.partial(program.call, objective, params) for name, program in programs.items()}
+    times = in_turns(calls, repeats, warm_up=False)
+    ours, theirs = times["method"], times["gradient"]
+    return Cost(ours / theirs, programs["method"].compile_seconds, f"{ours:.3f} s / {theirs:.3f} s")
 
 
 def estimate_error() -> Row:
@@ -114,7 +84,7 @@ def estimate_error() -> Row:
     exact = jax.jit(ggn_diag)(objective, params)[2]
     sample = jax.jit(lambda key: ggn_mc_diag(objective, params, key)[2])
     errors = [relative_error(sample(key), exact) for key in jax.random.split(jax.random.key(0), 10)]
-    return Row("ggn_mc, one sample, relative error", float(np.mean(errors)), 0.48, f"up to {max(errors):.3f}")
+    return Row("ggn_mc, one sample, relative error", float(np.mean(errors)), (0.48,), f"up to {max(errors):.3f}")
 
 
 def product_share() -> Row:
@@ -133,7 +103,9 @@ def product_share() -> Row:
     data = {"x": jnp.ones((8, sizes[0])), "label": jnp.zeros(8, int)}
     explanation = explain(Objective(predict, cross_entropy, data), weights)
     count = sum(weight.size for weight in weights)
-    return Row("HVPs / parameters, GELU MLP", explanation.products / count, 0.05, f"{explanation.products} / {count}")
+    return Row(
+        "HVPs / parameters, GELU MLP", explanation.products / count, (0.05,), f"{explanation.products} / {count}"
+    )
 
 
 def dense_errors() -> list[Row]:
@@ -145,8 +117,8 @@ def dense_errors() -> list[Row]:
     single = jax.jit(exact_diag)(*small_cnn_problem(jnp.float32))[2]
     narrow = relative_error(jax.tree.map(np.asarray, single), jax.tree.map(np.asarray, dense))
     return [
-        Row("error against a dense float64 Hessian, float32", narrow, 1e-5, "small ReLU CNN"),
-        Row("error against a dense float64 Hessian, float64", wide, 1e-10, "small ReLU CNN"),
+        Row("error against a dense float64 Hessian, float32", narrow, (1e-5,), "small ReLU CNN"),
+        Row("error against a dense float64 Hessian, float64", wide, (1e-10,), "small ReLU CNN"),
     ]
 
 
@@ -227,20 +199,3 @@ def images_and_labels(
     """Random images, random labels."""
     images, labels = rng.normal(size=(batch_size, side, side, channels)), rng.integers(0, num_classes, batch_size)
     return {"image": jnp.asarray(images, dtype), "label": jnp.asarray(labels)}
-
-
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch-size", type=int, default=128, help="examples in AlexNet's batch")
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls; their median is reported")
-    parser.add_argument("--classes", type=int, nargs="+", default=[10, 100], help="numbers of classes")
-    arguments = parser.parse_args()
-    table = rows(arguments.batch_size, arguments.repeats, tuple(arguments.classes))
-    for row in table:
-        verdict = "met" if row.value <= row.bar else "missed"
-        print(f"{row.what:<50}  {row.value:>9.3g}  bar {row.bar:>7.3g}  {verdict:<6}  {row.detail}")
-
-
-if __name__ == "__main__":
-    main()

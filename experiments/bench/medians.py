@@ -1,97 +1,67 @@
-"""The price of an exact median, in L2 norms of the same array.
+"""Exact medians beside the sort of `jnp.median` and beside an L2 norm, the one pass that a median cannot go below."""
 
-`jnp.median` sorts; `curvax.order_statistics.median` counts. All are timed in one process, in turn, so that a ratio
-compares like with like on a machine whose speed drifts.
-"""
-
-import argparse
-import statistics
-import time
-from typing import Any
+import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
-from curvax.order_statistics import median
+from curvax import median
+from experiments.bench.measure import compiled, in_turns
+from experiments.bench.table import Row, Say
+
+METHODS = {"jnp": lambda x: jnp.median(jnp.abs(x)), "curvax": median, "norm": jnp.linalg.norm}
 
 
-def rows(size: int = 4_000_000, repeats: int = 7) -> list[dict[str, Any]]:
-    """Times of `jnp.median`, curvax's median and an L2 norm, on arrays of several distributions.
+def rows(say: Say, repeats: int, quick: bool) -> Iterator[Row]:
+    """The median of four million normal numbers, and of the worst of six populations.
 
     Args:
-        size: the number of float32 elements.
-        repeats: the number of timed calls, of which the median is reported.
+        say: is told what is measured next.
+        repeats: timed calls of each.
+        quick: a hundredth of the numbers.
 
-    Returns:
-        A row per distribution: milliseconds per call (`jnp_ms`, `curvax_ms`, `norm_ms`), the ratios of the medians,
-        seconds to compile, and whether both medians agree to the bit.
+    Yields:
+        Ratios to `jnp.median` and to the L2 norm of the same array.
     """
-    methods = {"jnp": lambda x: jnp.median(jnp.abs(x)), "curvax": median, "norm": jnp.linalg.norm}
-    compiled = {name: _compiled(method, size) for name, method in methods.items()}
-    return [_row(kind, x, compiled, repeats) for kind, x in _populations(size).items()]
+    size = 40_000 if quick else 4_000_000
+    shape = jax.ShapeDtypeStruct((size,), jnp.float32)
+    say("medians: compilation")
+    calls = {name: compiled(method, shape).call for name, method in METHODS.items()}
+    times, unequal = {}, []
+    for kind, x in populations(size).items():
+        say(f"medians: {kind}")
+        times[kind] = in_turns({name: functools.partial(call, x) for name, call in calls.items()}, repeats)
+        unequal += [kind] * bool(calls["jnp"](x) != calls["curvax"](x))
+    slowest = min(times, key=lambda kind: times[kind]["jnp"] / times[kind]["curvax"])
+    dearest = max(times, key=lambda kind: times[kind]["curvax"] / times[kind]["norm"])
+    for line, worst in ((speedup, slowest), (norms, dearest)):
+        yield line(times["normal"], f"{size:,} f32, normal")
+        yield line(times[worst], f"worst of {len(times)} populations: {worst}")
+    yield Row("medians that differ from jnp.median's", len(unequal), (0,), ", ".join(unequal) or "not a bit")
 
 
-def _populations(size: int) -> dict[str, jax.Array]:
+def speedup(times: dict[str, float], where: str) -> Row:
+    """How many times faster than `jnp.median`."""
+    detail = f"{1e3 * times['jnp']:.0f} / {1e3 * times['curvax']:.2f} ms"
+    return Row(f"jnp.median / exact median, {where}", times["jnp"] / times["curvax"], (20, 50), detail, at_least=True)
+
+
+def norms(times: dict[str, float], where: str) -> Row:
+    """How many L2 norms."""
+    detail = f"{1e3 * times['curvax']:.2f} / {1e3 * times['norm']:.2f} ms"
+    return Row(f"exact median / L2 norm, {where}", times["curvax"] / times["norm"], (60, 20), detail)
+
+
+def populations(size: int) -> dict[str, jax.Array]:
+    """Arrays of several distributions: what gradients look like, and what a search by counting finds hard."""
     keys = jax.random.split(jax.random.key(0), 3)
     normal = jax.random.normal(keys[0], (size,))
     return {
         "normal": normal,
         "log-normal": jnp.exp(3 * jax.random.normal(keys[1], (size,))),
-        "gradient, 40 % zeros": jnp.where(jax.random.uniform(keys[2], (size,)) < 0.4, 0, normal),
+        "40 % zeros": jnp.where(jax.random.uniform(keys[2], (size,)) < 0.4, 0, normal),
         "bfloat16 values": normal.astype(jnp.bfloat16).astype(jnp.float32),
         "powers of two": jnp.exp2(-jnp.floor(100 * jax.random.uniform(keys[2], (size,)))),
         "constant": jnp.full(size, 0.3),
     }
-
-
-def _compiled(method, size: int):
-    start = time.perf_counter()
-    call = jax.jit(method).lower(jax.ShapeDtypeStruct((size,), jnp.float32)).compile()
-    return call, time.perf_counter() - start
-
-
-def _row(kind: str, x: jax.Array, compiled: dict, repeats: int) -> dict[str, Any]:
-    times = {name: [] for name in compiled}
-    for _ in range(repeats):
-        for name, (call, _) in compiled.items():
-            times[name].append(_milliseconds(call, x))
-    ms = {name: statistics.median(values) for name, values in times.items()}
-    return {
-        "population": kind,
-        **{f"{name}_ms": value for name, value in ms.items()},
-        "speedup": ms["jnp"] / ms["curvax"],
-        "norms": ms["curvax"] / ms["norm"],
-        **{f"{name}_compile_s": seconds for name, (_, seconds) in compiled.items()},
-        "equal": bool(compiled["jnp"][0](x) == compiled["curvax"][0](x)),
-    }
-
-
-def _milliseconds(call, x: jax.Array) -> float:
-    # An untimed call first: what the method before has left in the caches is not its own doing.
-    jax.block_until_ready(call(x))
-    start = time.perf_counter()
-    jax.block_until_ready(call(x))
-    return 1e3 * (time.perf_counter() - start)
-
-
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=4_000_000, help="number of float32 elements")
-    parser.add_argument("--repeats", type=int, default=7, help="timed calls; their median is reported")
-    table = rows(**vars(parser.parse_args()))
-    print("  ".join(f"{name:>{_width(name)}}" for name in table[0]))
-    for row in table:
-        print("  ".join(f"{_cell(value):>{_width(name)}}" for name, value in row.items()))
-
-
-def _width(name: str) -> int:
-    return 20 if name == "population" else max(8, len(name))
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-if __name__ == "__main__":
-    main()

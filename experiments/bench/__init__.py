@@ -1,0 +1,1 @@
+"""The tables of ratios: what curvax costs beside what it replaces, each figure next to the bar it has to reach."""
