@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments [race | tune | train | bench] [options]`."""
+"""The command line: `python -m experiments [race | tune | train | bench | figure | report] [options]`."""
 
 import contextlib
 import io
@@ -13,6 +13,8 @@ from experiments import processes
 from experiments.bench.command import BenchConfig, bench
 from experiments.config import TrainConfig
 from experiments.errors import RunError, UsageError
+from experiments.figures.command import FigureConfig, make_figures
+from experiments.figures.report import ReportConfig, report
 from experiments.race import RaceConfig, race
 from experiments.single import run_single
 from experiments.tune import TuneConfig, tune
@@ -22,6 +24,8 @@ COMMANDS = {
     "tune": (TuneConfig, tune),
     "train": (TrainConfig, run_single),
     "bench": (BenchConfig, bench),
+    "figure": (FigureConfig, make_figures),
+    "report": (ReportConfig, report),
 }
 DESCRIPTION = "Experiments with curvature-based learning rates. Without a command: race."
 

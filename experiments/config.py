@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from curvax.schedules import BatchSchedule, Phase
-from experiments.methods import METHODS
+from experiments.methods import CURVED, METHODS
 
 # How and where a run is carried out: to change this changes its results by rounding at most.
 CONDUCT = frozenset(
@@ -36,6 +36,10 @@ class TrainConfig:
     """Pad by 4 pixels, crop at random, flip left to right at random; digits are never flipped."""
     holdout: float = 0.0
     """Fraction of the training images to test on, in place of the test images: what `tune` judges by."""
+    train_images: int | None = None
+    """Train on this many of the training images, the first ones; on all if not given."""
+    test_images: int | None = None
+    """Test on this many of the test images, the first ones; on all if not given."""
 
     model: Literal["alexnet", "resnet18"] = "alexnet"
     """The network."""
@@ -80,6 +84,15 @@ class TrainConfig:
     warmup_epochs: float = 1.0
     """Epochs in which the learning rate rises from 0."""
 
+    discard: float = 0.0
+    """Fraction of each batch that is left out of its gradient; at a size of 0.3 the mean is over the other 70 %."""
+    discard_by: Literal["loss", "chance"] = "loss"
+    """Which images to leave out: those with the smallest loss, or any."""
+    discard_epochs: int | None = None
+    """Leave images out in the first so many epochs; in all if not given."""
+    probes: bool = False
+    """Also record the mean absolute gradient, parameter stride and loss stride of every array in every step."""
+
     devices: int = 1
     """Devices of each process over which each batch is split; on a CPU they are simulated."""
     parallel: Literal["jit", "pmap"] = "jit"
@@ -103,16 +116,21 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("image_size", "width", "sharpness", "curvature_every", "batch_size", "epochs", "devices"):
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
-        for name in ("hidden", "learning_rate", "curvature_batch_size", "micro_batch_size"):
+        for name in (
+            *("hidden", "learning_rate", "curvature_batch_size", "micro_batch_size"),
+            *("train_images", "test_images", "discard_epochs"),
+        ):
             value = getattr(self, name)
             _require(value is None or 0 < value < math.inf, name, "above 0", value)
-        for name in ("dropout", "momentum", "holdout"):
+        for name in ("dropout", "momentum", "holdout", "discard"):
             _require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
         for name in ("weight_decay", "damping", "warmup_epochs", "seed", "checkpoint_seconds"):
             value = getattr(self, name)
             _require(value is None or value >= 0, name, "at least 0", value)
         for batch_size in {phase.batch_size for phase in self.plan(1.0).phases}:
             self._check_batch(batch_size)
+        if self.discard and self.optimizer in CURVED:
+            raise ValueError(f"--discard does not reach the curvature of {self.optimizer}: choose another --optimizer")
 
     def _check_batch(self, batch_size: int):
         micro = self.micro_size(batch_size)
@@ -129,6 +147,10 @@ class TrainConfig:
     def curvature_size(self, batch_size: int) -> int:
         """Images of each batch from which the curvature is estimated."""
         return min(self.curvature_batch_size or self.micro_size(batch_size), batch_size)
+
+    def discards(self, epoch: int) -> bool:
+        """Whether images are left out in an epoch, counted from 0."""
+        return self.discard > 0 and (self.discard_epochs is None or epoch < self.discard_epochs)
 
     def plan(self, learning_rate: float) -> BatchSchedule:
         """What is trained when; `learning_rate` is the peak where the phases do not say their own."""

@@ -37,6 +37,18 @@ class TrainingBars:
         """A bar for a run of so many optimizer steps."""
         return self._bars.add_task(name, total=steps, step="compiling", test="")
 
+    def count(self, name: str) -> progress.TaskID:
+        """A bar for work of unknown length."""
+        return self._bars.add_task(name, total=None, step="", test="")
+
+    def say(self, task: progress.TaskID, text: str):
+        """Puts a text on a bar."""
+        self._bars.update(task, step=text)
+
+    def finish(self, task: progress.TaskID):
+        """Takes a bar away."""
+        self._bars.remove_task(task)
+
     def see(self, task: progress.TaskID, record: Mapping[str, Any]):
         """Moves a bar to a record."""
         if record["kind"] == "epoch":

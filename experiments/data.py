@@ -66,6 +66,7 @@ def load(config) -> Dataset:
     )
     if config.holdout:
         dataset = hold_out(dataset, config.holdout)
+    dataset = shorten(dataset, config)
     for phase in config.plan(1.0).phases:
         if phase.batch_size > len(dataset.train):
             raise UsageError(
@@ -112,6 +113,17 @@ def tfds(name: str, data_dir: Path | None, size: int) -> Dataset:
 def hold_out(dataset: Dataset, fraction: float) -> Dataset:
     """Puts the last images of the training split in place of the test split."""
     return cut(dataset.train, round(fraction * len(dataset.train)), dataset.num_classes, dataset.flips)
+
+
+def shorten(dataset: Dataset, config) -> Dataset:
+    """Keeps the first images of each split, as many as the configuration asks for."""
+    splits = {}
+    for name in ("train", "test"):
+        split, number = getattr(dataset, name), getattr(config, f"{name}_images")
+        if number is not None and number > len(split):
+            raise UsageError(f"--{name}-images {number}: {config.dataset} has {len(split)}")
+        splits[name] = Split(split.images[:number], split.labels[:number])
+    return dataclasses.replace(dataset, **splits)
 
 
 def cut(split: Split, num_test: int, num_classes: int, flips: bool = True) -> Dataset:

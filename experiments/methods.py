@@ -90,7 +90,9 @@ def make(
     Returns:
         A transformation that accepts `obj_fn` and `hessian_diag`, whether it uses them or not.
     """
-    return optax.with_extra_args_support(METHODS[config.optimizer](config, learning_rate, key, axis_name))
+    tx = METHODS[config.optimizer](config, learning_rate, key, axis_name)
+    # Quantiles of radii in every step would take longer than a small step itself.
+    return curvax.with_probes(tx, quantiles=()) if config.probes else optax.with_extra_args_support(tx)
 
 
 def tuned_learning_rate(problem: str, optimizer: str) -> float | None:

@@ -56,6 +56,10 @@ class Jit:
         """The entries along the first axis that belong to this device."""
         return jax.lax.with_sharding_constraint(batch, self.split)
 
+    def whole(self, shares: jax.Array) -> jax.Array:
+        """What `share` divides, put together again."""
+        return shares
+
     def total(self, tree: Any) -> Any:
         """Sums over the batch, from sums over shares."""
         return tree
@@ -100,6 +104,10 @@ class Pmap(Jit):
         """The entries along the first axis that belong to this device."""
         size = len(batch) // len(self.devices)
         return jax.lax.dynamic_slice_in_dim(batch, jax.lax.axis_index(AXIS) * size, size)
+
+    def whole(self, shares: jax.Array) -> jax.Array:
+        """What `share` divides, put together again."""
+        return jax.lax.all_gather(shares, AXIS, tiled=True)
 
     def total(self, tree: Any) -> Any:
         """Sums over the batch, from sums over shares."""

@@ -74,8 +74,10 @@ class Stepper:
         self.train, self.test = self.ways.place((dataset.train, dataset.test))
         self.mean, self.std = data.channel_statistics(dataset.train.images)
         self.definition, *_ = self._build(jax.random.key(0))
-        # These are the same on all devices, and see no batch.
-        self._shuffle, self._zeros = (parallel.Jit.compile(self.ways, f) for f in (self._shuffle, self._zeros))
+        # These do the same on all devices.
+        same = (self._shuffle, self._zeros, self._weights)
+        self._shuffle, self._zeros, self._weights = (parallel.Jit.compile(self.ways, f) for f in same)
+        self._losses = self.ways.compile(self._losses, static=("size",))
         self._gradient = self.ways.compile(self._gradient, static=("size",), donate=True)
         self._update = self.ways.compile(self._update, static=("batch_size", "refresh"), donate=True)
         self._evaluate = self.ways.compile(self._evaluate, static=("size",))
@@ -110,8 +112,14 @@ class Stepper:
         batch_size, rate = epoch.batch_size, np.float32(epoch.learning_rates[batch])
         first, micro = np.int32(batch * batch_size), self.config.micro_size(batch_size)
         sums = self._zeros(state)
-        for place in range(0, batch_size, micro):
-            sums = self._gradient(sums, state, self.train, order, first, np.int32(place), size=micro)
+        places = [np.int32(place) for place in range(0, batch_size, micro)]
+        weights = None
+        if self.config.discards(epoch.number):
+            # Which losses are the smallest is known once all are: one more pass forward.
+            losses = [self._losses(state, self.train, order, first, place, size=micro) for place in places]
+            weights = self._weights(state, losses)
+        for place in places:
+            sums = self._gradient(sums, state, self.train, order, first, place, weights, size=micro)
         # Whether curvature is due is decided here, since convolutions are as slow inside `lax.cond` as inside `scan`.
         due = self.config.optimizer in methods.CURVED and (epoch.first_step + batch) % self.config.curvature_every == 0
         return self._update(state, sums, self.train, order, first, rate, batch_size=batch_size, refresh=due)
@@ -134,16 +142,29 @@ class Stepper:
         zero = jnp.zeros([], jnp.float32)
         return Sums(optax.tree.zeros_like(state.params), zero, zero, state.stats)
 
-    def _gradient(self, sums, state, train, order, first, place, size):
+    def _losses(self, state, train, order, first, place, size):
+        """The losses of one micro-batch, with the dropout that its gradient will see."""
+        batch = self._batch(state, train, order, first, place, size)
+        logits, _ = self._logits(state.params, state.stats, batch, self._dropout_key(state, place))
+        return self.ways.whole(cross_entropy(logits, batch))
+
+    def _weights(self, state, losses):
+        losses = jnp.concatenate(losses)
+        if self.config.discard_by == "loss":
+            return curvax.discard_small_losses(losses, self.config.discard)
+        return curvax.discard_random_losses(self._step_key(state, "discard"), losses, self.config.discard)
+
+    def _gradient(self, sums, state, train, order, first, place, weights, size):
         """Adds one micro-batch: `size` images from `place` in the batch that begins at `first` in the epoch."""
         batch = self._batch(state, train, order, first, place, size)
-        key = jax.random.fold_in(self._step_key(state, "dropout"), place)
+        weights = 1 if weights is None else self.ways.share(jax.lax.dynamic_slice_in_dim(weights, place, size))
 
         def loss(params):
-            logits, stats = self._logits(params, sums.stats, batch, key)
-            return jnp.sum(cross_entropy(logits, batch)), (logits, stats)
+            logits, stats = self._logits(params, sums.stats, batch, self._dropout_key(state, place))
+            losses = cross_entropy(logits, batch)
+            return jnp.sum(weights * losses), (jnp.sum(losses), logits, stats)
 
-        (value, (logits, stats)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        (_, (value, logits, stats)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         correct = jnp.sum(jnp.argmax(logits, -1) == batch["labels"])
         grads, value, correct = self.ways.total((grads, value, correct))
         return Sums(optax.tree.add(sums.grads, grads), sums.loss + value, sums.correct + correct, stats)
@@ -158,12 +179,14 @@ class Stepper:
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **curvature)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": sums.loss / batch_size, "accuracy": sums.correct / batch_size}
+        if self.config.probes:
+            metrics |= probe_metrics(opt_state)
         return TrainState(state.step + 1, state.key, params, sums.stats, opt_state), metrics
 
     def _objective(self, state, train, order, first, batch_size):
         """The loss of the step on the first images of its batch."""
         size = self.config.curvature_size(batch_size)
-        key = jax.random.fold_in(self._step_key(state, "dropout"), 0)
+        key = self._dropout_key(state, 0)
 
         def predict(params, batch):
             return self._logits(params, state.stats, batch, key)[0]
@@ -198,6 +221,9 @@ class Stepper:
         logits, stats = models.apply(self.definition, params, stats, batch["images"], key, train=True)
         return self.config.sharpness * logits, stats
 
+    def _dropout_key(self, state, place):
+        return jax.random.fold_in(self._step_key(state, "dropout"), place)
+
     def _step_key(self, state, name):
         return jax.random.fold_in(stream(state.key, name), state.step)
 
@@ -221,6 +247,12 @@ def cross_entropy(logits: jax.Array, batch) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
 
 
+def probe_metrics(opt_state) -> dict[str, jax.Array]:
+    """What `curvax.with_probes` measured in a step, such as `parameter_stride/linears/0/kernel`."""
+    names = ("mean_abs_gradient", "parameter_stride", "loss_stride")
+    return {f"{name}/{layer}": x for name in names for layer, x in optax.tree.get(opt_state, name).items()}
+
+
 def stream(key: jax.Array, name: str) -> jax.Array:
     """The key of one kind of randomness, so that more of one kind leaves the others as they are."""
-    return jax.random.fold_in(key, ("init", "order", "augment", "dropout", "probes").index(name))
+    return jax.random.fold_in(key, ("init", "order", "augment", "dropout", "probes", "discard").index(name))

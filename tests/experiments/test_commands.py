@@ -28,11 +28,15 @@ def command(capfd, *arguments):
     return (code, *capfd.readouterr())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["race", "--help"], ["tune", "--help"], ["train", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["race", "--help"], ["tune", "--help"], ["train", "--help"], ["figure", "--help"]]
+)
 def test_help_succeeds_and_names_the_options(capfd, arguments):
     code, out, _ = command(capfd, *arguments)
     assert code == 0
-    for word in {"--help": ["race", "tune", "train"], "train": ["--learning-rate", "TFDS"]}.get(arguments[0], []):
+    for word in {"--help": ["race", "tune", "train", "figure", "report"], "train": ["--learning-rate", "TFDS"]}.get(
+        arguments[0], []
+    ):
         assert word in out
 
 

@@ -167,6 +167,40 @@ def test_too_few_devices_are_refused():
         Stepper(change(devices=64), dataset())
 
 
+def test_the_images_left_out_are_those_of_the_whole_batch():
+    """In one micro-batch or four, the gradient is that of the images with the largest losses."""
+    config = change(discard=0.3, batch_size=128, epochs=1)
+    whole = run(config)
+    parts = run(dataclasses.replace(config, micro_batch_size=32))
+    np.testing.assert_allclose(column(parts, "loss"), column(whole, "loss"), rtol=1e-4)
+    split = run(dataclasses.replace(config, devices=8, parallel="pmap"))
+    np.testing.assert_allclose(column(split, "loss"), column(whole, "loss"), rtol=1e-4)
+
+    judge = stepper(config)
+    state = judge.init(0)
+    order = judge.shuffle(state, 0)
+    losses = np.asarray(judge._losses(state, judge.train, order, 0, 0, size=128))
+    weights = np.asarray(judge._weights(state, [losses[:64], losses[64:]]))
+    np.testing.assert_array_equal(np.flatnonzero(weights), np.sort(np.argsort(losses)[38:]))
+
+
+def test_images_are_left_out_in_the_first_epochs_only():
+    some = run(change(discard=0.3, discard_epochs=1, discard_by="chance", batch_size=128, epochs=2))
+    all_ = run(change(discard=0.3, discard_by="chance", batch_size=128, epochs=2))
+    np.testing.assert_array_equal(column(some, "loss")[:5], column(all_, "loss")[:5])
+    assert not np.any(column(some, "loss")[5:] == column(all_, "loss")[5:])
+
+
+def test_probes_change_nothing_and_see_the_step():
+    plain, probed = run(change(epochs=1, optimizer="sgd")), run(change(epochs=1, optimizer="sgd", probes=True))
+    np.testing.assert_allclose(column(probed, "loss"), column(plain, "loss"), rtol=1e-5)
+    rates = column(probed, "learning_rate")
+    for layer in ("linears/0/kernel", "convs/0/bias"):
+        stride, gradient = (column(probed, f"{name}/{layer}") for name in ("parameter_stride", "mean_abs_gradient"))
+        # Without its history, of which the first step has none, momentum adds nothing; decay adds next to nothing.
+        np.testing.assert_allclose(stride[0], rates[0] * gradient[0], rtol=1e-2)
+
+
 def test_configurations_survive_json():
     config = change(phases=("1:512:0.005", "2:256:0.05"), micro_batch_size=64, devices=2)
     assert load_config(config.as_dict()) == config

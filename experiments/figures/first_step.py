@@ -1,0 +1,96 @@
+"""Gradients at the initial parameters, for the figures that look at the first step only.
+
+Dropout is off: the figures ask for the gradient of the loss, not for that of a draw. A batch is summed over chunks of
+one shape, so that all batch sizes share one compilation and none needs more memory than a chunk.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import curvax
+from experiments import data, models
+from experiments.config import TrainConfig
+from experiments.step import cross_entropy
+
+
+class FirstStep:
+    """The network of a configuration at its initial parameters, and the images in a random order.
+
+    Args:
+        config: its seed determines parameters and order.
+        chunk: images whose gradient is computed at once.
+    """
+
+    def __init__(self, config: TrainConfig, chunk: int):
+        dataset = data.load(config)
+        self.chunk, self._images = chunk, dataset.train.images
+        self._mean, self._std = data.channel_statistics(dataset.train.images)
+        order = np.random.default_rng(config.seed).permutation(len(dataset.train))
+        self._order, self._labels = order, dataset.train.labels
+        key = jax.random.key(config.seed)
+        self._definition, self.params, self._stats = models.build(config, dataset.num_classes, key)
+        self._sum, self._losses = jax.jit(jax.grad(self._loss)), jax.jit(self._each)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def batch(self, start: int, size: int) -> dict[str, jax.Array]:
+        """Images from a place in the order on, normalised, and their labels."""
+        chosen = self._order[start : start + size]
+        images = data.normalise(jnp.asarray(self._images[chosen]), self._mean, self._std)
+        return {"images": images, "labels": jnp.asarray(self._labels[chosen])}
+
+    def gradient(self, start: int, size: int, weights: jax.Array | None = None):
+        """The gradient of the mean loss of a batch, each example's loss multiplied by its weight."""
+        weights = jnp.ones(size) if weights is None else weights
+        total = optax.tree.zeros_like(self.params)
+        for place, length in self._chunks(size):
+            part = self._sum(self.params, self.batch(start + place, length), weights[place : place + length])
+            total = optax.tree.add(total, part)
+        return optax.tree.scale(1 / size, total)
+
+    def losses(self, start: int, size: int) -> jax.Array:
+        """The loss of each example of a batch, `(size,)`."""
+        parts = [self._losses(self.params, self.batch(start + p, n)) for p, n in self._chunks(size)]
+        return jnp.concatenate(parts)
+
+    def objective(self, start: int, size: int) -> curvax.Objective:
+        """The loss of a batch, for its curvature."""
+        return curvax.Objective(self._predict, cross_entropy, self.batch(start, size))
+
+    def cost(self) -> float:
+        """Floating-point operations of the gradient of one image."""
+        lowered = self._sum.lower(self.params, self.batch(0, self.chunk), jnp.ones(self.chunk))
+        return lowered.cost_analysis()["flops"] / self.chunk
+
+    def _chunks(self, size: int) -> Iterator[tuple[int, int]]:
+        for place in range(0, size, self.chunk):
+            yield place, min(self.chunk, size - place)
+
+    def _predict(self, params, batch):
+        return models.apply(self._definition, params, self._stats, batch["images"], jax.random.key(0), train=False)[0]
+
+    def _each(self, params, batch):
+        return cross_entropy(self._predict(params, batch), batch)
+
+    def _loss(self, params, batch, weights):
+        return jnp.sum(weights * self._each(params, batch))
+
+
+def linear_kernel(grads, layer: int) -> jax.Array:
+    """The kernel of AlexNet's fully connected layer of this number, counted from 0."""
+    return grads["linears"][layer]["kernel"]
+
+
+mean_abs = jax.jit(lambda x: jnp.mean(jnp.abs(x)))
+
+
+@functools.cache
+def first_step(config: TrainConfig, chunk: int) -> FirstStep:
+    """Shared between figures."""
+    return FirstStep(config, chunk)

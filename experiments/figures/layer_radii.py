@@ -1,0 +1,137 @@
+"""Figure 2: the radius of curvature of AlexNet's layers, weights and biases apart, at the initial parameters.
+
+By eq. 9 with the exact diagonal of the Hessian, and by eq. 17, |w / g|. Where an entry of either denominator is zero
+(dead ReLUs) the radius is infinite, and near there a mean is ruled by a few entries; so a layer's bar is the median
+over the entries whose radius is finite. As in the paper the biases' radii are multiplied by ten. Biases begin at
+PyTorch's uniform values: at zero they would have no eq. 17.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+import curvax
+from experiments.figures import statistics
+from experiments.figures.base import Claim, Figure, Measurement, Place, describe
+from experiments.figures.first_step import first_step
+from experiments.figures.render import caption_axes
+
+IMAGES = {"smoke": 32, "cpu": 512, "paper": 512}
+SEEDS = {"smoke": 1, "cpu": 3, "paper": 3}
+NAMES = [f"conv {i + 1}" for i in range(5)] + [f"fc {i + 1}" for i in range(3)]
+BIAS_FACTOR = 10
+
+
+def config(place: Place, seed: int):
+    """PyTorch's initial parameters at any scale."""
+    images = IMAGES[place.preset]
+    return place.config(init="pytorch", train_images=images, batch_size=images, dropout=0.0, seed=seed)
+
+
+def rows(place: Place, trained):
+    """Quantiles of both radii of each array."""
+    del trained
+    images = IMAGES[place.preset]
+    for seed in range(SEEDS[place.preset]):
+        step = first_step(config(place, seed), images)
+        grads = step.gradient(0, images)
+        diag = curvax.hessian_diag(step.objective(0, images), step.params, method="exact")
+        for name, w, g, h in zip(NAMES, *(layers(tree) for tree in (step.params, grads, diag)), strict=True):
+            for kind in ("kernel", "bias"):
+                radii = {
+                    "exact": (1 + g[kind] ** 2) ** 1.5 / jnp.abs(h[kind]),
+                    "eq17": jnp.abs(w[kind]) / jnp.abs(g[kind]),
+                }
+                for source, radius in radii.items():
+                    about = {"seed": seed, "layer": name, "kind": kind, "source": source}
+                    yield {**about, **summary(np.asarray(radius, np.float64))}
+
+
+def summary(radius) -> dict[str, float | None]:
+    """Quartiles of the finite radii of an array, if there are any, and the share of the others."""
+    finite = radius[np.isfinite(radius)]
+    quartiles = np.quantile(finite, [0.25, 0.5, 0.75]).tolist() if finite.size else [None] * 3
+    names = ("low", "median", "high")
+    return {**dict(zip(names, quartiles, strict=True)), "infinite": 1 - finite.size / radius.size}
+
+
+def layers(tree):
+    """The layers' parameters, from the images to the logits."""
+    return [tree[part][i] for part, number in (("convs", 5), ("linears", 3)) for i in range(number)]
+
+
+def column(rows, kind, source, seed):
+    """The medians of the layers in order."""
+    chosen = {r["layer"]: r["median"] for r in rows if (r["kind"], r["source"], r["seed"]) == (kind, source, seed)}
+    return np.array([chosen[name] for name in NAMES], float)
+
+
+def judge(rows):
+    """How much radii differ between layers, and whether eq. 17 sees the same."""
+    seeds = sorted({row["seed"] for row in rows})
+    exact = [column(rows, "kernel", "exact", seed) for seed in seeds]
+    ratio = statistics.mean([np.log10(np.nanmax(x) / np.nanmin(x)) for x in exact])
+    rough = [column(rows, "kernel", "eq17", seed) for seed in seeds]
+    order = statistics.mean(
+        [stats.spearmanr(x, y, nan_policy="omit").statistic for x, y in zip(exact, rough, strict=True)]
+    )
+    return [
+        Claim(
+            "Radii of curvature differ remarkably (here: by more than a factor of 10) between layers.",
+            f"largest over smallest median of the weights, exact: 10^{ratio}",
+            ratio.above(1),
+        ),
+        Claim(
+            "Eq. 17 ranks the layers as the exact radius does.",
+            f"rank correlation over the {len(NAMES)} layers' weights {order}",
+            order.above(0),
+        ),
+    ]
+
+
+def draw(axes, rows):
+    """Bars of weights and biases, for both radii."""
+    titles = {"exact": "eq. 9, exact Hessian diagonal", "eq17": "eq. 17, |w / g|"}
+    seeds = sorted({row["seed"] for row in rows})
+    places = np.arange(len(NAMES))
+    for panel, (source, title) in zip(axes, titles.items(), strict=True):
+        for shift, kind, label, factor, hatch in (
+            (-0.2, "kernel", "weights", 1, ""),
+            (0.2, "bias", f"biases (x {BIAS_FACTOR})", BIAS_FACTOR, "///"),
+        ):
+            values = factor * np.array([column(rows, kind, source, seed) for seed in seeds])
+            middle = np.median(values, axis=0)
+            reach = np.abs(np.array([values.min(0), values.max(0)]) - middle)
+            look = {"color": "#56b4e9" if kind == "kernel" else "#e69f00", "edgecolor": "black", "hatch": hatch}
+            panel.bar(places + shift, middle, 0.4, yerr=reach, label=label, capsize=2, **look)
+        panel.set_title(title, fontsize=10)
+        panel.set_yscale("log")
+        caption_axes(panel, "", "median radius (parameter units)")
+        panel.set_xticks(places, NAMES, rotation=45, fontsize=8)
+
+
+def settings(place: Place) -> str:
+    """The small print."""
+    return (
+        f"{describe(config(place, 0))}; curvature and gradient of these images, median over each array's entries; bars:"
+        f" median and range of {SEEDS[place.preset]} seeds."
+    )
+
+
+def measurement(place: Place) -> Measurement:
+    """How many gradients that is: one, and an exact diagonal takes about a dozen."""
+    images = IMAGES[place.preset]
+    return Measurement(config(place, 0), images, SEEDS[place.preset] * images * 13)
+
+
+FIGURE = Figure(
+    2,
+    "Radius of curvature across the layers of AlexNet",
+    "The curvature varies remarkably from layer to layer.",
+    rows,
+    judge,
+    draw,
+    settings,
+    panels=2,
+    measurement=measurement,
+)

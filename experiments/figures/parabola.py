@@ -1,0 +1,172 @@
+"""Figures 6 and 15: the sketches, drawn from a real quadratic, with the equations beside them checked on it.
+
+Near a minimum L = a (w - b)^2 + c (eq. 12). On random a, b, c and w, JAX's derivatives give eqs. 13-15; the radius of
+curvature (eq. 16, from eqs. 9 and 15) is checked against geometry, the circle through three neighbouring points of the
+curve; and the decrease of eq. 7, lr g^2, against the loss itself, from which a second-order term a (lr g)^2 parts it.
+"""
+
+import functools
+
+import jax
+import numpy as np
+
+from experiments.figures import statistics
+from experiments.figures.base import Claim, Figure, Place
+from experiments.figures.render import caption_axes
+
+NUMBER = 200
+SHOWN = {"a": 0.5, "b": 1.0, "c": 0.3, "w": 2.6, "lr": 0.35}
+
+
+def parabola(w, a, b, c):
+    """Eq. 12."""
+    return a * (w - b) ** 2 + c
+
+
+def measure(a, b, c, w, lr) -> dict[str, float]:
+    """Derivatives by JAX, and what eqs. 13-16 and 7 say they are."""
+    gradient, curvature = jax.grad(parabola)(w, a, b, c), jax.grad(jax.grad(parabola))(w, a, b, c)
+    g = float(gradient)
+    return {
+        **{"a": a, "b": b, "c": c, "w": w, "lr": lr},
+        **{"gradient": g, "eq13": 2 * a * (w - b), "curvature": float(curvature), "eq15": g / (w - b)},
+        **{"radius": circle(w, functools.partial(parabola, a=a, b=b, c=c))},
+        **{"eq16": abs((w - b) * (1 + g**2) ** 1.5 / g), "eq17": abs(w / g)},
+        **{"decrease": parabola(w, a, b, c) - parabola(w - lr * g, a, b, c), "eq7": lr * g**2},
+    }
+
+
+def circle(w: float, curve, step: float = 1e-3) -> float:
+    """Radius of the circle through three neighbouring points of a curve: the product of the sides over 4 areas."""
+    points = [np.array([x, curve(x)]) for x in (w - step, w, w + step)]
+    first, second = points[1] - points[0], points[2] - points[0]
+    sides = [np.linalg.norm(points[i] - points[j]) for i, j in ((0, 1), (1, 2), (0, 2))]
+    return float(np.prod(sides) / (2 * abs(first[0] * second[1] - first[1] * second[0])))
+
+
+def rows(place: Place, trained):
+    """The parabola that is drawn, and random ones."""
+    del place, trained
+    yield measure(**SHOWN)
+    rng = np.random.default_rng(0)
+    for _ in range(NUMBER):
+        a, distance = np.exp(rng.uniform(-2, 1)), rng.choice([-1, 1]) * rng.uniform(0.1, 2)
+        b = rng.normal()
+        yield measure(float(a), float(b), float(rng.normal()), float(b + distance), float(rng.uniform(0.01, 0.1) / a))
+
+
+def error(rows, name, reference):
+    """The largest relative error of a column."""
+    errors = [abs(row[name] / row[reference] - 1) for row in rows]
+    return max(errors)
+
+
+def exactly(value: float, bound: float) -> str:
+    """The verdict on an identity."""
+    return statistics.Estimate(value, value, value).below(bound)
+
+
+def judge_15(rows):
+    """Eqs. 13-16 are identities; eq. 17 is not."""
+    errors = {
+        name: error(rows, *pair) for name, pair in {"13": ("eq13", "gradient"), "15": ("eq15", "curvature")}.items()
+    }
+    radius = error(rows, "eq16", "radius")
+    ratios = [row["eq17"] / row["radius"] for row in rows]
+    low, high = np.quantile(ratios, [0.05, 0.95])
+    return [
+        Claim(
+            "Eqs. 13-15 hold on a parabola.",
+            f"largest relative error {max(errors.values()):.1e}",
+            exactly(max(errors.values()), 1e-4),
+        ),
+        Claim(
+            "Eq. 16 is the radius of curvature, that of the circle through three neighbouring points.",
+            f"largest relative error {radius:.1e}",
+            exactly(radius, 1e-3),
+        ),
+        Claim(
+            "Eq. 17, which puts the minimum at zero, is within a factor of ten of one parameter's radius.",
+            f"90 % of {len(ratios)} random parabolas have eq. 17 / radius in [{low:.2g}, {high:.2g}]",
+            statistics.HELD if low > 0.1 and high < 10 else statistics.FAILED,
+        ),
+    ]
+
+
+def judge_6(rows):
+    """Eq. 7 is the decrease to first order, short of a (lr g)^2 exactly."""
+    worst = max(abs((r["eq7"] - r["a"] * (r["lr"] * r["gradient"]) ** 2) / r["decrease"] - 1) for r in rows)
+    small = [r for r in rows if r["lr"] * r["a"] < 0.03]
+    first = error(small, "eq7", "decrease")
+    return [
+        Claim(
+            "The loss falls by lr g² (eq. 7) less a (lr g)².",
+            f"largest relative error {worst:.1e}",
+            exactly(worst, 1e-3),
+        ),
+        Claim(
+            "Eq. 7 alone is the decrease where lr is small.",
+            f"largest relative error {first:.1%} for lr < 0.06 / curvature",
+            exactly(first, 0.05),
+        ),
+    ]
+
+
+def draw_6(axes, rows):
+    """A step on the parabola."""
+    [panel], row = axes, rows[0]
+    a, b, c, w, lr, g = (row[name] for name in ("a", "b", "c", "w", "lr", "gradient"))
+    curve(panel, row)
+    after, height = w - lr * g, parabola(w, a, b, c)
+    landed = parabola(after, a, b, c)
+    panel.plot([w], [height], "o", color="black", label="before the step")
+    panel.plot([after], [landed], "s", color="black", label="after it")
+    panel.plot([after, w], [height - lr * g**2, height], "--", color="#d55e00", label=f"tangent, slope g = {g:.2f}")
+    panel.annotate("", (after, height), (w, height), arrowprops={"arrowstyle": "->"})
+    panel.text((after + w) / 2, height + 0.03, "parameter stride lr g", ha="center", fontsize=9)
+    panel.annotate("", (after, landed), (after, height), arrowprops={"arrowstyle": "->"})
+    panel.text(after - 0.05, (landed + height) / 2, "loss stride", ha="right", fontsize=9)
+    panel.plot([b], [c], "*", color="#009e73", markersize=11, label="minimum")
+    caption_axes(panel, "parameter w", "loss L")
+
+
+def draw_15(axes, rows):
+    """The parabola and its circle of curvature."""
+    [panel], row = axes, rows[0]
+    a, b, c, w, g = (row[name] for name in ("a", "b", "c", "w", "gradient"))
+    curve(panel, row)
+    height, radius = parabola(w, a, b, c), row["radius"]
+    normal = np.array([-g, 1]) / np.hypot(g, 1)
+    centre = np.array([w, height]) + radius * normal
+    angles = np.linspace(0, 2 * np.pi, 400)
+    label = f"circle of curvature, R = {radius:.2f}"
+    panel.plot(
+        centre[0] + radius * np.cos(angles), centre[1] + radius * np.sin(angles), "--", color="#d55e00", label=label
+    )
+    panel.plot([w], [height], "o", color="black", label=f"w; eq. 17 says |w / g| = {row['eq17']:.2f}")
+    panel.plot([b], [c], "*", color="#009e73", markersize=11, label="minimum b")
+    panel.set(xlim=(-2.2, 4.2), ylim=(-0.2, 4.5))
+    caption_axes(panel, "parameter w", "loss L")
+    panel.set_aspect("equal")
+
+
+def curve(panel, row):
+    """The parabola of a row."""
+    x = np.linspace(-1.8, 3.8, 200)
+    panel.plot(x, parabola(x, row["a"], row["b"], row["c"]), color="#0072b2", label="L = a (w - b)² + c")
+
+
+def settings(place: Place) -> str:
+    """The small print; the scale makes no difference."""
+    del place
+    return f"{NUMBER} random parabolas; drawn: " + ", ".join(f"{name} = {value}" for name, value in SHOWN.items()) + "."
+
+
+FIGURE_6 = Figure(
+    6, "Minimum, gradient, parameter stride and loss stride", "A step lowers the loss by lr g².",
+    rows, judge_6, draw_6, settings,
+)  # fmt: skip
+FIGURE_15 = Figure(
+    15, "The geometry near a minimum", "Near a minimum the loss is a parabola, whose radius of curvature is eq. 16.",
+    rows, judge_15, draw_15, settings,
+)  # fmt: skip

@@ -1,0 +1,92 @@
+"""From numbers with noise to a verdict.
+
+A claim holds where the whole interval of its number lies where the claim says, fails where the whole interval lies
+elsewhere, and is not decidable otherwise: more seeds would tell, this scale does not.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+HELD, FAILED, UNDECIDED = VERDICTS = ("held", "did not hold", "not decidable at this scale")
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number and the 95 % interval around it."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+    def above(self, bound: float) -> str:
+        """The verdict on the claim that the number is larger than a bound."""
+        return self.within(bound, np.inf)
+
+    def below(self, bound: float) -> str:
+        """The verdict on the claim that the number is smaller than a bound."""
+        return self.within(-np.inf, bound)
+
+    def within(self, low: float, high: float) -> str:
+        """The verdict on the claim that the number lies between two bounds.
+
+        Example:
+            >>> Estimate(-0.4, -0.45, -0.35).within(-0.55, -0.45), Estimate(1.0, 0.5, 1.5).above(0)
+            ('did not hold', 'held')
+        """
+        if not np.all(np.isfinite([self.low, self.high])):
+            return UNDECIDED
+        if low < self.low and self.high < high:
+            return HELD
+        return FAILED if self.high <= low or self.low >= high else UNDECIDED
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> Estimate:
+    """The exponent of a power law: the slope of log y against log x by least squares, with Student's interval."""
+    fit = stats.linregress(np.log(x), np.log(y))
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 2) * fit.stderr
+    return Estimate(fit.slope, fit.slope - reach, fit.slope + reach)
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """The mean over seeds, with Student's interval: infinite for a single one or several equal ones."""
+    values = np.asarray(values, float)
+    # Accuracies are counts: seeds that agree to the last image by chance say nothing of how far seeds lie apart.
+    if len(values) < 2 or np.ptp(values) == 0:
+        return Estimate(float(values.mean()), -np.inf, np.inf)
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * standard_error(values)
+    return Estimate(values.mean(), values.mean() - reach, values.mean() + reach)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; NaN for a single value."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
+    """The mean of a - b over seeds that both have in common, in order."""
+    return mean(np.subtract(a, b))
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> Estimate:
+    """Spearman's, with the interval of Fisher's transform (Fieller's standard error 1.03 / sqrt(n - 3))."""
+    value = float(stats.spearmanr(x, y).statistic)
+    if len(x) < 4:
+        return Estimate(value, -1.0, 1.0)
+    reach = stats.norm.ppf((1 + CONFIDENCE) / 2) * 1.03 / np.sqrt(len(x) - 3)
+    # A perfect order has an infinite transform; half a step short of it is as close as n ranks can tell.
+    bounded = np.clip(value, -1 + 1e-3, 1 - 1e-3)
+    low, high = np.tanh(np.arctanh(bounded) + np.array([-reach, reach]))
+    return Estimate(value, float(low), float(high))
+
+
+def spread(values: Sequence[float], scale: float = 1.0) -> str:
+    """`mean ± standard deviation` over seeds, or the one value."""
+    values = scale * np.asarray(values, float)
+    return f"{values.mean():.3g}" if len(values) < 2 else f"{values.mean():.3g} ± {values.std(ddof=1):.2g}"
