@@ -55,8 +55,8 @@ class Checkpoints:
                 self._seal(state, step)
         # Orbax passes on what TensorStore makes of an error of the file system: OSError, ValueError and others.
         except Exception as error:
-            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
-                # Not of this file system: another process has ended.
+            if jax.process_count() > 1 and isinstance(error, processes.LOST):
+                # Not of this file system.
                 raise
             reason = str(error).splitlines()[0]
             raise RunError(
