@@ -20,6 +20,7 @@ from experiments.figures import (
     batch_sweep,
     discard_ratio,
     discarding,
+    first_epoch,
     layer_radii,
     median_rate,
     parabola,
@@ -35,7 +36,7 @@ FIGURES = {
     for figure in sorted(
         (
             *(batch_gradient.FIGURE, layer_radii.FIGURE, parabola.FIGURE_6, parabola.FIGURE_15, discard_ratio.FIGURE),
-            *(discarding.FIGURE, median_rate.FIGURE, *batch_sweep.FIGURES, *small_start.FIGURES),
+            *(discarding.FIGURE, median_rate.FIGURE, *batch_sweep.FIGURES, *first_epoch.FIGURES, *small_start.FIGURES),
         ),
         key=lambda figure: figure.number,
     )

@@ -8,8 +8,8 @@ batches, to keep about the paper's steps per epoch and its ratio of 16.
 
 from experiments.figures import statistics
 from experiments.figures.base import Claim, Figure, Place, describe, last_epoch
-from experiments.figures.batch_sweep import by_label, epoch_curves, fluctuation
 from experiments.figures.render import caption_axes, curves
+from experiments.figures.rows import by_label, epoch_curves, fluctuation
 
 LARGE = {"smoke": 256, "cpu": 2048, "paper": 8192}
 RATIO = 16
