@@ -103,15 +103,17 @@ def draw_accuracy(axes, rows):
 
 def judge_path(rows):
     """Does the area under the stride per epoch, the "searching space", fall?"""
-    area = collections.defaultdict(float)
-    path = collections.defaultdict(float)
+    area, path, last = collections.defaultdict(float), collections.defaultdict(float), {}
     for row in rows:
-        area[row["batch_size"], row["seed"]] += row["mean_parameter_stride"]
-        path[row["batch_size"], row["seed"]] += row["mean_parameter_stride"] * row["steps"]
+        run = row["batch_size"], row["seed"]
+        area[run] += row["mean_parameter_stride"]
+        path[run] += row["mean_parameter_stride"] * row["steps"]
+        last[run] = row["mean_parameter_stride"]
     batches = [batch for batch, _ in area]
     claims = []
     for values, statement in (
         (area, "The area below the curve of the mean stride per epoch falls with the batch size."),
+        (last, "So does the stride in the last epoch (ours)."),
         (path, "So does the length of the whole path, all steps of all epochs (ours)."),
     ):
         order, slope = (f(batches, list(values.values())) for f in (statistics.rank_correlation, statistics.slope))
@@ -124,14 +126,13 @@ def by_batch(rows, name: str):
     return by_label(rows, "batch_size", {batch: f"batch {batch}" for batch in sizes(rows)}, name)
 
 
-def draw_over_epochs(name: str, label: str, log: bool):
+def draw_over_epochs(name: str, label: str):
     """Draws a column over epochs, a line per batch size."""
 
     def draw(axes, rows):
         [panel] = axes
         curves(panel, by_batch(rows, name))
-        if log:
-            panel.set_yscale("log")
+        panel.set_yscale("log")
         caption_axes(panel, "epoch", label)
 
     return draw
@@ -179,7 +180,7 @@ FIGURES = (
         "The area below the curve, the parameters' searching space, falls with the batch size.",
         epochs,
         judge_path,
-        draw_over_epochs("mean_parameter_stride", "mean |parameter step| (parameter units)", log=True),
+        draw_over_epochs("mean_parameter_stride", "mean |parameter step| (parameter units)"),
         settings,
         runs,
     ),
@@ -189,7 +190,7 @@ FIGURES = (
         "Loss fluctuates much at small and large batch sizes, little at medium ones.",
         epochs,
         judge_fluctuation,
-        draw_over_epochs("test_loss", "test loss (nats per image)", log=False),
+        draw_over_epochs("test_loss", "test loss (nats per image)"),
         settings,
         runs,
     ),

@@ -90,7 +90,7 @@ def test_figures_4_5_and_7_judge_the_exponent(exponent, expected):
     sweep = list(sweep_rows(exponent))
     for number in (4, 7):
         assert verdicts(command.FIGURES[number].judge(sweep)) == 2 * expected
-    assert verdicts(command.FIGURES[5].judge(sweep)) == expected[:1] * 2
+    assert verdicts(command.FIGURES[5].judge(sweep)) == expected[:1] * 3
 
 
 def test_fluctuation_is_the_deviation_of_noise_and_none_of_a_line():
