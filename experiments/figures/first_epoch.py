@@ -87,7 +87,7 @@ def draw(name: str, exponent: float, label: str):
 def settings(place: Place) -> str:
     """The small print."""
     return (
-        f"{describe(config(place, place.config().init, 32, 0))} {batch_sweep.RATE} at every batch size;"
+        f"{describe(config(place, 'he', 32, 0), 'either')} {batch_sweep.RATE} at every batch size;"
         f" {batch_sweep.SEEDS[place.preset]} seeds, a point each; strides are of the first fully connected layer."
     )
 
@@ -107,7 +107,7 @@ FIGURES = (
         "mean_parameter_stride",
         -0.5,
         "batch^(-1/2) (eq. 6)",
-        "mean |parameter step| / learning rate (loss / parameter)",
+        "mean |step| / learning rate (loss / parameter)",
     ),
     figure(
         7,
@@ -116,6 +116,6 @@ FIGURES = (
         "mean_loss_stride",
         -1.0,
         "1 / batch (eq. 8)",
-        "mean loss decrease per parameter / learning rate (loss² / parameter²)",
+        "mean loss stride / learning rate (loss² / parameter²)",
     ),
 )
