@@ -13,6 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+# Unit vectors in a pass, where the caller does not say.
+CHUNK = 16
+# Chunks of samples up to which a loop is written out.
+UNROLLED = 8
+
 
 class Estimate(NamedTuple):
     """What a method returns: the loss, its gradient, the diagonal of its Hessian and the standard error of that."""
@@ -24,12 +29,13 @@ class Estimate(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The arguments of `hessian_diag` which methods share."""
+    """The arguments of `hessian_diag` which methods share; None where each method has a default of its own."""
 
     key: jax.Array | None
     num_samples: int
-    micro_batches: int
-    chunk_size: int
+    micro_batches: int | None
+    chunk_size: int | None
+    budget: int | None
 
 
 def basis(objective: Callable[[Any], jax.Array], params: Any, options: Options) -> Estimate:
@@ -45,7 +51,7 @@ def basis(objective: Callable[[Any], jax.Array], params: Any, options: Options) 
 
     def diagonal(leaf: int, x):
         entries = functools.partial(entry, leaf)
-        return jax.lax.map(entries, jnp.arange(x.size), batch_size=options.chunk_size).reshape(x.shape)
+        return jax.lax.map(entries, jnp.arange(x.size), batch_size=options.chunk_size or CHUNK).reshape(x.shape)
 
     diag = treedef.unflatten([at_least_float32(diagonal(i, x)) for i, x in enumerate(leaves)])
     return Estimate(value, grad, diag, jax.tree.map(jnp.zeros_like, diag))
@@ -60,7 +66,8 @@ def hutchinson(objective: Callable[[Any], jax.Array], params: Any, options: Opti
         _, product = tangents(z)
         return jax.tree.map(lambda a, b: at_least_float32(a) * at_least_float32(b), z, product)
 
-    moments = add_samples(sample, jax.random.split(options.key, options.num_samples), no_samples(params))
+    keys = jax.random.split(options.key, options.num_samples)
+    moments = add_samples(sample, keys, no_samples(params), options.chunk_size)
     return Estimate(value, grad, moments.mean, moments.standard_error())
 
 
@@ -84,27 +91,39 @@ def no_samples(params: Any) -> Moments:
     return Moments(0, zeros, zeros)
 
 
-def add_samples(sample: Callable[[jax.Array], Any], keys: jax.Array, moments: Moments) -> Moments:
-    """Adds `sample(key)` for every key."""
+def add_samples(
+    sample: Callable[[jax.Array], Any], keys: jax.Array, moments: Moments, chunk_size: int | None = None
+) -> Moments:
+    """Adds `sample(key)` for every key, `chunk_size` (by default one) of them in a pass."""
 
     def add(carry, step):
-        key, number = step
+        drawn, number = step
         mean, deviations = carry
-        off = jax.tree.map(jnp.subtract, sample(key), mean)
+        off = jax.tree.map(jnp.subtract, drawn, mean)
         new_mean = jax.tree.map(lambda m, d: m + d / number.astype(d.dtype), mean, off)
         share = (number - 1) / number
         return (new_mean, jax.tree.map(lambda v, d: v + share.astype(d.dtype) * d * d, deviations, off)), None
 
-    count = len(keys)
+    def add_chunk(carry, step):
+        some, numbers = step
+        if len(numbers) > 1:
+            return jax.lax.scan(add, carry, (jax.vmap(sample)(some), numbers))
+        return add(carry, (sample(some[0]), numbers[0]))
+
+    count, size = len(keys), min(chunk_size or 1, len(keys))
     numbers = jnp.arange(moments.count + 1, moments.count + count + 1, dtype=jnp.float32)
+    chunks, whole = count // size, count - count % size
+    steps = jax.tree.map(lambda x: x[:whole].reshape(chunks, size), (keys, numbers))
     carry = moments[1:]
-    # XLA on CPU runs convolutions inside a loop many times slower, so that a few samples are better unrolled. `scan`
-    # itself does not: it keeps a loop of one trip for a single sample.
-    if count <= 8:
-        for step in zip(keys, numbers, strict=True):
-            carry, _ = add(carry, step)
+    # XLA on CPU runs convolutions inside a loop many times slower, so that a few chunks are better unrolled. `scan`
+    # itself does not: it keeps a loop of one trip for a single chunk.
+    if chunks <= UNROLLED:
+        for step in zip(*steps, strict=True):
+            carry, _ = add_chunk(carry, step)
     else:
-        carry, _ = jax.lax.scan(add, carry, (keys, numbers))
+        carry, _ = jax.lax.scan(add_chunk, carry, steps)
+    if whole < count:
+        carry, _ = add_chunk(carry, (keys[whole:], numbers[whole:]))
     return Moments(moments.count + count, *carry)
 
 

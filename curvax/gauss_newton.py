@@ -7,27 +7,31 @@ wanted for its mean: Sophia's estimator, for one gradient of the whole batch. Sp
 to interfere in each square, at the same price.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from curvax.estimators import Estimate, Options, add_samples, at_least_float32, hutchinson, no_samples
+from curvax.micro_batches import mean, split
 from curvax.objective import Objective
+
+# Into how many micro-batches a batch is split, where the caller does not say.
+MICRO_BATCHES = 4
 
 
 def ggn_sampled(objective: Objective, params: Any, options: Options) -> Estimate:
     """The mean squared gradient, times its size, of micro-batches with labels drawn from the model's softmax."""
     _check_softmax_cross_entropy(objective, params)
-    batches = _split(objective.data, options.micro_batches)
+    batches = split(objective.data, options.micro_batches or MICRO_BATCHES)
     keys = jax.random.split(options.key, (len(batches), options.num_samples))
     values, grads, moments = [], [], no_samples(params)
     for data, batch_keys in zip(batches, keys, strict=True):
         value, grad, square = _squared_gradients(objective, params, data)
-        moments = add_samples(square, batch_keys, moments)
+        moments = add_samples(square, batch_keys, moments, options.chunk_size)
         values, grads = [*values, value], [*grads, grad]
-    estimate = Estimate(_mean(values), _mean(grads), moments.mean, moments.standard_error())
+    estimate = Estimate(mean(values), mean(grads), moments.mean, moments.standard_error())
     return estimate if objective.penalty is None else _add_penalty(estimate, objective.penalty, params, options)
 
 
@@ -141,15 +145,3 @@ def _check_softmax_cross_entropy(objective, params):
             "method='ggn_sampled' draws labels from a softmax, but the loss of this Objective is not a softmax"
             " cross-entropy of outputs (B, ..., C); choose method='hutchinson'."
         )
-
-
-def _split(data: Any, micro_batches: int) -> list[Any]:
-    """Equal micro-batches of strided examples, so that each device's share of a sharded batch is in all of them."""
-    size = jax.tree.leaves(data)[0].shape[0]
-    count = next(n for n in range(min(micro_batches, size), 0, -1) if size % n == 0)
-    rows = jax.tree.map(lambda x: x.reshape(size // count, count, *x.shape[1:]), data)
-    return [jax.tree.map(lambda x, i=i: x[:, i], rows) for i in range(count)]
-
-
-def _mean(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *trees)

@@ -13,36 +13,41 @@ import jax.numpy as jnp
 import optax
 
 from curvax.estimators import Estimate, Options, basis, hutchinson
-from curvax.exact import exact_diag, ggn_diag, ggn_mc_diag
+from curvax.exact import BUDGET, exact_diag, ggn_diag, ggn_mc_diag
 from curvax.gauss_newton import ggn_sampled
 from curvax.layers import path_name
+from curvax.micro_batches import over_micro_batches
 from curvax.objective import Objective
+from curvax.xdiag import xdiag
 
 
-def _without_error(diagonal: Callable) -> Callable[..., Estimate]:
-    def method(objective, params, options: Options) -> Estimate:
-        value, grad, diag = diagonal(objective, params)
-        return Estimate(value, grad, diag, jax.tree.map(jnp.zeros_like, diag))
+def _exact(objective, params, options: Options) -> Estimate:
+    value, grad, diag = exact_diag(objective, params, budget=options.budget, chunk_size=options.chunk_size)
+    return Estimate(value, grad, diag, jax.tree.map(jnp.zeros_like, diag))
 
-    return method
+
+def _ggn(objective, params, options: Options) -> Estimate:
+    value, grad, diag = ggn_diag(objective, params, chunk_size=options.chunk_size)
+    return Estimate(value, grad, diag, jax.tree.map(jnp.zeros_like, diag))
 
 
 def _ggn_mc(objective, params, options: Options) -> Estimate:
-    value, grad, diag, error = ggn_mc_diag(objective, params, options.key, num_samples=options.num_samples)
-    return Estimate(value, grad, diag, error if options.num_samples > 1 else None)
+    drawn = {"num_samples": options.num_samples, "chunk_size": options.chunk_size}
+    return Estimate(*ggn_mc_diag(objective, params, options.key, **drawn))
 
 
 _METHODS = {
-    "exact": _without_error(exact_diag),
-    "basis": basis,
-    "ggn": _without_error(ggn_diag),
-    "ggn_mc": _ggn_mc,
+    "exact": over_micro_batches(_exact),
+    "basis": over_micro_batches(basis),
+    "ggn": over_micro_batches(_ggn),
+    "ggn_mc": over_micro_batches(_ggn_mc),
     "ggn_sampled": ggn_sampled,
-    "hutchinson": hutchinson,
+    "hutchinson": over_micro_batches(hutchinson),
+    "xdiag": over_micro_batches(xdiag),
 }
 
 #: The methods that need a key.
-STOCHASTIC = frozenset({"ggn_mc", "ggn_sampled", "hutchinson"})
+STOCHASTIC = frozenset({"ggn_mc", "ggn_sampled", "hutchinson", "xdiag"})
 
 
 def hvp(objective: Callable[[Any], jax.Array], params: Any, v: Any) -> Any:
@@ -82,8 +87,10 @@ def hessian_diag(
     num_samples: int = 1,
     standard_error: bool = False,
     where: Any = None,
-    micro_batches: int = 4,
-    chunk_size: int = 16,
+    micro_batches: int | None = None,
+    chunk_size: int | None = None,
+    budget: int | None = BUDGET,
+    has_aux: bool = False,
 ) -> Any:
     """The diagonal of the Hessian of a loss.
 
@@ -98,6 +105,9 @@ def hessian_diag(
       - `"ggn_mc"`: the same in expectation, by one random column of the loss's Hessian per example and sample;
       - `"hutchinson"`: the mean of `z * H z` over random signs `z` (Bekas et al. 2007): unbiased, its standard error
         falls as `1 / sqrt(num_samples)`;
+      - `"xdiag"`: Hutchinson's estimate of what `k = num_samples` products leave unknown of H, each probe judged by the
+        others (Epperly, Tropp and Webber 2024): `2 k` products, and memory for several copies of the parameters for
+        each. Where the spectrum decays its error falls faster than Hutchinson's;
       - `"ggn_sampled"`: the Gauss-Newton diagonal for a softmax cross-entropy: labels are drawn from the model's own
         softmax, and the squares of the gradients of `micro_batches` micro-batches, each times its size, are averaged.
         Unbiased, never negative, and at the price of two gradients a far smaller variance than Hutchinson's. A
@@ -106,22 +116,29 @@ def hessian_diag(
     Args:
       objective: an `Objective`, or any function `params -> scalar`; the `"ggn..."` methods need an `Objective`.
       params: a tree of real arrays.
-      method: one of the six.
+      method: one of the seven.
       key: a `jax.random.key`; required by the stochastic methods.
       num_samples: number of independent samples over which a stochastic method averages.
       standard_error: whether to return the standard error of each entry as well. It is estimated from the samples, so
         there have to be two of them (counting micro-batches, which see different examples and so tell rather more).
       where: a tree of booleans like `params` (or a prefix of it), or a function from `params` to one: the leaves whose
         diagonal is wanted. Others are constants, cost nothing, and come back as `optax.MaskedNode()`.
-      micro_batches: for `"ggn_sampled"`, into how many the batch is split: the largest divisor of its size up to this.
-      chunk_size: for `"basis"`, how many unit vectors share a pass. Memory grows with it, time falls.
+      micro_batches: into how many parts the batch is split (the largest divisor of its size up to this), one after the
+        other: memory falls in proportion, the result stays. By default 4 for `"ggn_sampled"`, whose variance falls too,
+        and 1 elsewhere. The examples have to be independent, and `predict` and `loss` treat them alike.
+      chunk_size: how many unit vectors, columns or probes share a pass. Memory grows with it, time falls. By default 16
+        unit vectors, and one probe; of columns, so many as make 128 rows with the examples.
+      budget: for `"exact"`, the most backward passes and Hessian-vector products to spend; `None` for no limit.
+      has_aux: whether the objective (or the `predict` of an `Objective`) returns a pair, of which the second is other
+        output, as for `jax.grad`.
 
     Returns:
-      A tree like `params` of float32 (float64 for float64 parameters), or `(diag, standard_error)`.
+      A tree like `params` of float32 (float64 for float64 parameters), or `(diag, standard_error)`; with `has_aux` a
+      pair of that and the other output.
 
     Raises:
       ValueError: if `method` is unknown, `key` is missing, a parameter is not real, `num_samples` does not allow a
-        standard error, or the objective is not what the method needs.
+        standard error, the cost is above `budget`, or the objective is not what the method, or `micro_batches`, needs.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -134,7 +151,7 @@ def hessian_diag(
       >>> z.shape
       (2,)
     """
-    _, _, diag = value_grad_and_hessian_diag(
+    value, _, diag = value_grad_and_hessian_diag(
         objective,
         params,
         method=method,
@@ -144,8 +161,10 @@ def hessian_diag(
         where=where,
         micro_batches=micro_batches,
         chunk_size=chunk_size,
+        budget=budget,
+        has_aux=has_aux,
     )
-    return diag
+    return (diag, value[1]) if has_aux else diag
 
 
 def value_grad_and_hessian_diag(
@@ -157,8 +176,10 @@ def value_grad_and_hessian_diag(
     num_samples: int = 1,
     standard_error: bool = False,
     where: Any = None,
-    micro_batches: int = 4,
-    chunk_size: int = 16,
+    micro_batches: int | None = None,
+    chunk_size: int | None = None,
+    budget: int | None = BUDGET,
+    has_aux: bool = False,
 ) -> tuple[jax.Array, Any, Any]:
     """The loss, its gradient and the diagonal of its Hessian, sharing the forward pass.
 
@@ -168,16 +189,19 @@ def value_grad_and_hessian_diag(
     Args:
       objective: see `hessian_diag`, as for all arguments.
       params: a tree of real arrays.
-      method: one of the six.
+      method: one of the seven.
       key: a `jax.random.key`; required by the stochastic methods.
       num_samples: number of independent samples.
       standard_error: whether to return the standard error of each entry as well.
       where: the leaves whose diagonal, and gradient, is wanted.
-      micro_batches: for `"ggn_sampled"`, into how many the batch is split.
-      chunk_size: for `"basis"`, how many unit vectors share a pass.
+      micro_batches: into how many parts the batch is split.
+      chunk_size: how many unit vectors, columns or probes share a pass.
+      budget: for `"exact"`, the most backward passes and Hessian-vector products to spend.
+      has_aux: whether the objective returns other output too.
 
     Returns:
-      `(value, grad, diag)`, or `(value, grad, (diag, standard_error))`.
+      `(value, grad, diag)`, or `(value, grad, (diag, standard_error))`; with `has_aux` the value is a pair of the loss
+      and the other output.
 
     Raises:
       ValueError: as `hessian_diag`.
@@ -193,14 +217,17 @@ def value_grad_and_hessian_diag(
         raise ValueError(f"method={method!r} is unknown; pass one of {', '.join(map(repr, _METHODS))}.")
     if key is None and method in STOCHASTIC:
         raise ValueError(f"method={method!r} draws random numbers; pass key=jax.random.key(seed).")
+    aux = None
+    if has_aux:
+        objective, aux = _without_aux(objective, params)
     objective, params = _restrict(objective, params, where)
     _check_real(params)
-    options = Options(key, num_samples, micro_batches, chunk_size)
+    options = Options(key, num_samples, micro_batches, chunk_size, budget)
     estimate = _METHODS[method](objective, params, options)
     if standard_error and estimate.standard_error is None:
         raise ValueError(f"a standard error takes two samples at least, {num_samples} given; raise num_samples.")
     diag = (estimate.diag, estimate.standard_error) if standard_error else estimate.diag
-    return estimate.value, estimate.grad, diag
+    return (estimate.value, aux) if has_aux else estimate.value, estimate.grad, diag
 
 
 def select(params: Any, where: Any) -> Any:
@@ -209,6 +236,14 @@ def select(params: Any, where: Any) -> Any:
         return params
     mask = jax.tree.broadcast(where(params) if callable(where) else where, params)
     return jax.tree.map(lambda use, x: x if use else optax.MaskedNode(), mask, params)
+
+
+def _without_aux(objective, params):
+    """The objective alone, and its other output; under `jit` the forward pass that finds it is shared."""
+    if not isinstance(objective, Objective):
+        return lambda params: objective(params)[0], objective(params)[1]
+    alone = dataclasses.replace(objective, predict=lambda params, data: objective.predict(params, data)[0])
+    return alone, objective.predict(params, objective.data)[1]
 
 
 def _restrict(objective, params, where):

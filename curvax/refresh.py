@@ -14,6 +14,7 @@ import optax
 from curvax import hessian
 from curvax.estimators import diag_dtype
 from curvax.gauss_newton import is_softmax_cross_entropy
+from curvax.varying import varying_over
 
 
 class HessianDiagState(NamedTuple):
@@ -59,7 +60,8 @@ def with_hessian_diag(
         (`fold_in`), so that a run which resumes from its state draws the same numbers.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split examples: the curvature is their mean, and each device
         draws numbers of its own.
-      **options: further arguments of `hessian_diag`: `num_samples`, `where`, `micro_batches`, `chunk_size`.
+      **options: further arguments of `hessian_diag`: `num_samples`, `where`, `micro_batches`, `chunk_size`,
+        `budget`, `has_aux`.
 
     Returns:
       A transformation whose `update` takes `obj_fn=` (or optax's `value_fn=`), the loss whose gradient is passed, as an
@@ -133,19 +135,13 @@ def _mean_over_devices(objective, params, method, key, axis_name, options):
     if method is None:
         method = "ggn_sampled" if is_softmax_cross_entropy(objective, params) else "hutchinson"
     if axis_name is None:
-        return hessian.hessian_diag(objective, params, method=method, key=key, **options)
+        return hessian.value_grad_and_hessian_diag(objective, params, method=method, key=key, **options)[2]
     # A gradient of replicated parameters is summed over the mesh by shard_map itself. Parameters that are marked as
     # different on each device keep every device's curvature apart until the mean.
-    params = jax.tree.map(lambda x: _varying(x, axis_name), params)
+    params = jax.tree.map(lambda x: varying_over(x, axis_name), params)
     key = None if key is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-    diag = hessian.hessian_diag(objective, params, method=method, key=key, **options)
+    diag = hessian.value_grad_and_hessian_diag(objective, params, method=method, key=key, **options)[2]
     return jax.lax.pmean(diag, axis_name)
-
-
-def _varying(x, axis_name):
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name
-    missing = tuple(name for name in names if name not in jax.typeof(x).manual_axis_type.varying)
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _as_key(seed):

@@ -42,6 +42,16 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._orbax = ocp.StandardCheckpointer()
 
+    def check_room(self, state: Any):
+        """Raises `RunError` unless the disk has room for all the checkpoints that are there at once."""
+        needed = (KEPT + 1) * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder.parent).free
+        if free < needed:
+            raise RunError(
+                f"checkpoints need {needed / 1e6:,.0f} MB, and {self.folder.parent} has {free / 1e6:,.0f} MB left: free"
+                " some space, give another --out, or do without by --checkpoint-seconds None"
+            )
+
     def save(self, state: Any, step: int):
         """Writes a state; once it is whole, removes all but the last two.
 
@@ -55,8 +65,8 @@ class Checkpoints:
                 self._seal(state, step)
         # Orbax passes on what TensorStore makes of an error of the file system: OSError, ValueError and others.
         except Exception as error:
-            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
-                # Not of this file system: another process has ended.
+            if jax.process_count() > 1 and isinstance(error, processes.LOST):
+                # Not of this file system.
                 raise
             reason = str(error).splitlines()[0]
             raise RunError(

@@ -32,6 +32,9 @@ LAUNCHERS = {
 }
 # A process that has said nothing for so long is dead. They speak from a thread of their own, even while they compile.
 HEARTBEAT_SECONDS = 30
+# What JAX and Orbax raise where another process no longer answers: Gloo's closed connections, NCCL's and the
+# coordinator's unavailable peers, barriers that nobody else reaches.
+LOST = (jax.errors.JaxRuntimeError, TimeoutError)
 AGAIN = "start all processes again with the same command, and the run goes on from its last checkpoint"
 
 
@@ -110,8 +113,7 @@ def ending_together() -> Iterator[None]:
     """Turns the failure of another process into a `RunError`."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        # Gloo says that a connection was closed, NCCL and the coordinator that a peer is not available.
+    except LOST as error:
         if jax.process_count() == 1:
             raise
         reason = str(error).splitlines()[0]

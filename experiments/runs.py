@@ -82,6 +82,8 @@ def go_on(config: TrainConfig, folder: Path, past: list[Record], show: Callable[
     """Trains from the last checkpoint that is whole, or from the beginning."""
     stepper, checkpoints = stepper_of(config), Checkpoints(folder / "checkpoints")
     state, past = resume(stepper, config.seed, checkpoints, past)
+    if config.checkpoint_seconds is not None:
+        processes.from_first(lambda: checkpoints.check_room(state))
     with writing(config, folder / METRICS, past) as writer:
         save = saver(config.checkpoint_seconds, checkpoints, writer)
         for record in train(stepper, config.seed, config.learning_rate, state, tuple(past), save):

@@ -464,11 +464,9 @@ def dense_references(objective, params):
 
 def assert_close(found, expected, tolerance):
     for name in expected:
-        scale = jnp.linalg.norm(expected[name])
-        error = float(
-            jnp.linalg.norm(found[name].astype(expected[name].dtype) - expected[name]) / jnp.where(scale > 0, scale, 1)
-        )
-        assert error <= tolerance, (name, error)
+        error = jnp.linalg.norm(found[name].astype(expected[name].dtype) - expected[name])
+        # A Hessian that is zero, as with one class, is known to rounding only.
+        assert error <= tolerance * jnp.maximum(jnp.linalg.norm(expected[name]), 1e-3), (name, float(error))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,8 +8,9 @@ variable depends on the parameters and on the examples; `routes` draws from that
 Whatever is not proved goes to `units`, one unit vector at a time: slower, never wrong.
 """
 
-from curvax.exact.diagonals import exact_diag, explain, ggn_diag
+from curvax.exact.diagonals import BUDGET, exact_diag, explain, ggn_diag
 from curvax.exact.estimate import ggn_mc_diag
 from curvax.exact.explanation import Explanation, Row
+from curvax.exact.independence import couples_examples
 
-__all__ = ["Explanation", "Row", "exact_diag", "explain", "ggn_diag", "ggn_mc_diag"]
+__all__ = ["BUDGET", "Explanation", "Row", "couples_examples", "exact_diag", "explain", "ggn_diag", "ggn_mc_diag"]

@@ -19,6 +19,7 @@ import numpy as np
 
 from curvax.exact.layers import Layer, Lookup
 from curvax.exact.trace import wide
+from curvax.varying import varying_like
 
 # Entries of a temporary array in one step of a loop: a few megabytes, so that it stays in a processor's cache.
 BLOCK = 2**20
@@ -85,7 +86,7 @@ class Pairs:
 
     def start(self) -> jax.Array:
         batch, _, groups, outputs = self.folded.shape
-        return jnp.zeros((batch, len(self.first), groups, outputs), self.folded.dtype)
+        return varying_like(jnp.zeros((batch, len(self.first), groups, outputs), self.folded.dtype), self.x)
 
     def update(self, total: jax.Array, columns: jax.Array, signs: jax.Array) -> jax.Array:
         def add(total, column_and_signs):
@@ -123,7 +124,7 @@ class Products:
 
     def start(self) -> list[jax.Array]:
         shape = (self.folded.shape[2], self.x.shape[3], self.folded.shape[3])
-        return [jnp.zeros(shape, self.folded.dtype) for _ in self.layer.windows]
+        return [varying_like(jnp.zeros(shape, self.folded.dtype), self.x) for _ in self.layer.windows]
 
     def update(self, total: list[jax.Array], columns: jax.Array, signs: jax.Array) -> list[jax.Array]:
         columns = jax.vmap(self.layer.fold, out_axes=3)(columns).astype(self.folded.dtype)
@@ -161,7 +162,7 @@ class Rows:
         self.layer, self.folded = layer, folded
 
     def start(self) -> jax.Array:
-        return jnp.zeros(self.folded.shape, self.folded.dtype)
+        return varying_like(jnp.zeros(self.folded.shape, self.folded.dtype), self.layer.rows)
 
     def update(self, total: jax.Array, columns: jax.Array, signs: jax.Array) -> jax.Array:
         columns = jax.vmap(self.layer.fold)(columns).astype(total.dtype)
@@ -186,7 +187,7 @@ class Pulled:
 
     def start(self) -> jax.Array:
         like = jax.eval_shape(self._gradients, self.operand, self.folded)
-        return jnp.zeros(like.shape[1:], self.folded.dtype)
+        return varying_like(jnp.zeros(like.shape[1:], self.folded.dtype), self.operand)
 
     def update(self, total: jax.Array, columns: jax.Array, signs: jax.Array) -> jax.Array:
         columns = jax.vmap(self.layer.fold)(columns).astype(self.folded.dtype)
@@ -231,7 +232,7 @@ def sum_over_examples(function: Callable[..., Any], arrays: Sequence[jax.Array],
         return function(*arrays)
     blocks = [jnp.moveaxis(array.reshape(block, -1, *array.shape[1:]), 1, 0) for array in arrays]
     like = jax.eval_shape(function, *(some[0] for some in blocks))
-    start = jax.tree.map(lambda total: jnp.zeros(total.shape, total.dtype), like)
+    start = jax.tree.map(lambda total: varying_like(jnp.zeros(total.shape, total.dtype), arrays[0]), like)
     add = lambda total, some: (jax.tree.map(jnp.add, total, function(*some)), None)
     return jax.lax.scan(add, start, blocks)[0]
 

@@ -164,10 +164,10 @@ def _rule_jaxpr(eqn: JaxprEqn, slots: Sequence[int], *, linear_only: bool) -> tu
 
         return jax.jvp(function, [operands[slot] for slot in slots], tangents)
 
-    operands = [_spec(atom) for atom in eqn.invars]
+    # Abstract values rather than shapes: they know over which axes of a `shard_map` they vary.
+    operands = [atom.aval for atom in eqn.invars]
     closed = jax.make_jaxpr(rule)(operands, [operands[slot] for slot in slots])
-    specs = [_spec(var) for var in closed.jaxpr.invars]
-    jaxpr = jax.make_jaxpr(lambda *inputs: inline(closed, *inputs))(*specs).jaxpr
+    jaxpr = jax.make_jaxpr(lambda *inputs: inline(closed, *inputs))(*closed.in_avals).jaxpr
     return jaxpr, [jaxpr.invars[slot] for slot in slots], jaxpr.invars[len(operands) :]
 
 
@@ -181,10 +181,6 @@ def _calls_itself(jaxpr: Jaxpr, eqn: JaxprEqn, value: Var) -> bool:
     if inner is None or inner.primitive is not eqn.primitive:
         return False
     return str(inner.params["call_jaxpr"]) == str(eqn.params["call_jaxpr"])
-
-
-def _spec(var: Var) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
 
 
 def _link(eqn, axes, rule: CustomRule | None) -> tuple[Slots, Results]:

@@ -77,7 +77,7 @@ def ggn_diag(objective: Objective, params: Any, *, chunk_size: int | None = None
         The value, the gradient, and the diagonal, as `exact_diag` does.
 
     Raises:
-        TypeError: if `objective` is not an `Objective`.
+        ValueError: if `objective` is not an `Objective`.
     """
     check_objective(objective, "ggn")
     check_floating(params)
@@ -126,9 +126,9 @@ def check_floating(params: Any) -> None:
 
 
 def check_objective(objective: Any, method: str) -> None:
-    """Raises a TypeError if there is no loss to tell from the network."""
+    """Raises a ValueError if there is no loss to tell from the network."""
     if not isinstance(objective, Objective):
-        raise TypeError(
+        raise ValueError(
             f"method={method!r} needs to tell the network from the loss: pass a curvax.Objective(predict, loss, data),"
             f" not {type(objective).__name__}."
         )

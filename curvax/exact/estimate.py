@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
 
+from curvax.estimators import add_samples, no_samples
 from curvax.exact.backprop import diagonals
 from curvax.exact.dataflow import Flow, analyse, between
 from curvax.exact.diagonals import assemble, check_floating, check_objective
@@ -34,22 +35,26 @@ def ggn_mc_diag(
         chunk_size: rows of the loss's Hessian at once.
 
     Returns:
-        The value, the gradient, the estimate, and its standard error, which is NaN for a single sample. An array that
+        The value, the gradient, the estimate, and its standard error, which is None for a single sample. An array that
         enters more than one operation is estimated by squares over the whole batch: unbiased, with more noise.
 
     Raises:
-        TypeError: if `objective` is not an `Objective`.
-        ValueError: if the loss couples the examples, and so has no factor for each.
+        ValueError: if `objective` is not an `Objective`, or its loss couples the examples, and so has no factor for
+            each.
     """
     check_objective(objective, "ggn_mc")
     check_floating(params)
     value, grad = jax.value_and_grad(objective)(params)
     flow = analyse(trace(objective, params))
     mixed = frozenset() if objective.penalty is None else mixed_arrays(objective.penalty, params)
-    mean, error = _moments(_sampler(flow, key, num_samples, chunk_size), num_samples)
-    estimate = assemble(objective, params, flow, mean, mixed, chunk_size)
-    errors = [error[bit] / flow.program.num_examples for bit in range(len(error))]
-    return value, grad, estimate, jax.tree.unflatten(jax.tree.structure(params), errors)
+    leaves, treedef = jax.tree.flatten(params)
+    sample = _sampler(flow, key, num_samples, chunk_size)
+    moments = add_samples(sample, jnp.arange(num_samples), no_samples(dict(enumerate(leaves))))
+    estimate = assemble(objective, params, flow, moments.mean, mixed, chunk_size)
+    errors = moments.standard_error()
+    if errors is not None:
+        errors = treedef.unflatten([errors[bit] / flow.program.num_examples for bit in range(len(leaves))])
+    return value, grad, estimate, errors
 
 
 def _sampler(flow: Flow, key: jax.Array, num_samples: int, chunk_size) -> Callable[[jax.Array], dict[int, jax.Array]]:
@@ -87,21 +92,3 @@ def _whole_batch(flow: Flow, env, var: Var, one: Source) -> jax.Array:
     pull = jax.vjp(between(flow, env, var, outputs), env[var])[1]
     plain, signed = pull(columns.values[0])[0], pull(signed_values(flow, outputs, columns)[0])[0]
     return (plain * signed).astype(wide(plain.dtype))
-
-
-def _moments(sample: Callable[[jax.Array], Any], num_samples: int) -> tuple[Any, Any]:
-    """The mean of the samples and its standard error, by Welford's recurrence: no sample is kept."""
-    mean = sample(jnp.array(0))
-    if num_samples == 1:
-        return mean, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), mean)
-
-    def step(moments, index):
-        mean, squares = moments
-        drawn = sample(index)
-        new = jax.tree.map(lambda m, x: m + (x - m) / (index + 1).astype(m.dtype), mean, drawn)
-        squares = jax.tree.map(lambda s, m, n, x: s + (x - m) * (x - n), squares, mean, new, drawn)
-        return (new, squares), None
-
-    start = (mean, jax.tree.map(jnp.zeros_like, mean))
-    (mean, squares), _ = jax.lax.scan(step, start, jnp.arange(1, num_samples))
-    return mean, jax.tree.map(lambda s: jnp.sqrt(s / (num_samples * (num_samples - 1))), squares)

@@ -19,6 +19,7 @@ from curvax.exact.dataflow import Flow, between
 from curvax.exact.invariance import shift_invariant
 from curvax.exact.layers import examples_first
 from curvax.exact.trace import wide
+from curvax.varying import varying_like
 
 # Entries of a slice up to which eigenvectors are computed: their cost grows as the cube. Streamed columns are twice as
 # many, which matters more where each must cross the whole network.
@@ -160,7 +161,7 @@ def _hessian_row(flow, env, cut) -> Callable[[jax.Array], jax.Array]:
 
     def row(index):
         direction = jnp.broadcast_to(jax.nn.one_hot(index, like.shape[1], dtype=like.dtype)[None], like.shape)
-        return slices(product(unslice(direction))).astype(wide(like.dtype))
+        return slices(product(unslice(varying_like(direction, env[cut])))).astype(wide(like.dtype))
 
     return row
 
@@ -170,8 +171,7 @@ def _slicer(flow, cut) -> tuple[Callable, Callable]:
     axis = flow.axes[cut]
     dims = [d for d in range(cut.aval.ndim) if d != axis.dim]
     slices = lambda value: examples_first(value, axis, flow.program.num_examples, dims)
-    like = jax.ShapeDtypeStruct(cut.aval.shape, cut.aval.dtype)
-    return slices, lambda rows: jax.linear_transpose(slices, like)(rows)[0]
+    return slices, lambda rows: jax.linear_transpose(slices, cut.aval)(rows)[0]
 
 
 def _rows(array: jax.Array, indices: jax.Array) -> jax.Array:

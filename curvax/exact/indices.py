@@ -13,10 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
+from curvax.exact.primitives import ELEMENTWISE
 from curvax.exact.trace import apply
 
 # Larger constants are not worth folding: they would be data.
 LARGEST = 2**20
+
+# What says where values are, not which.
+PLACEMENTS = frozenset("mesh_cast pcast pvary reshard sharding_constraint".split())
+# What computes indices. Collectives are not among them: they mean nothing outside their mesh.
+FOLDED = ELEMENTWISE | frozenset(
+    "broadcast_in_dim concatenate cumsum dynamic_slice iota pad reduce_sum reshape rev slice squeeze transpose".split()
+)
 
 # For each gather, by its place: which dimension of the operand each dimension of the result counts.
 Counted = dict[int, dict[int, int]]
@@ -30,11 +38,22 @@ def counted_dimensions(jaxpr: Jaxpr, consts: Sequence[Any]) -> Counted:
         makers |= dict.fromkeys(eqn.outvars, eqn)
         if eqn.primitive.name == "gather":
             counted[index] = _counted(eqn, known, makers)
-        elif all(_is_index(var) for var in eqn.outvars) and all(_is_known(atom, known) for atom in eqn.invars):
-            with jax.ensure_compile_time_eval():
-                values = apply(eqn, *(a.val if isinstance(a, Literal) else known[a] for a in eqn.invars))
-                known |= {var: np.asarray(value) for var, value in zip(eqn.outvars, values, strict=True)}
+        elif (
+            eqn.primitive.name in FOLDED
+            and all(_is_index(var) for var in eqn.outvars)
+            and all(_is_known(atom, known) for atom in eqn.invars)
+        ):
+            values = _fold(eqn, [a.val if isinstance(a, Literal) else known[a] for a in eqn.invars])
+            known |= {var: np.asarray(value) for var, value in zip(eqn.outvars, values, strict=True)}
     return counted
+
+
+def _fold(eqn: JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
+    """The results of an equation whose operands are constants."""
+    if eqn.primitive.name in PLACEMENTS:
+        return values
+    with jax.ensure_compile_time_eval():
+        return apply(eqn, *values)
 
 
 def _counted(eqn: JaxprEqn, known, makers) -> dict[int, int]:

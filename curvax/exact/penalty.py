@@ -59,8 +59,7 @@ def penalty_diagonal(
 def mixed_arrays(penalty: Callable[[Any], jax.Array], params: Any) -> frozenset[int]:
     """The leaves of which the penalty is not proved to be a sum of functions of single entries."""
     closed = jax.make_jaxpr(penalty)(params)
-    specs = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in closed.jaxpr.invars]
-    return _mixed(jax.make_jaxpr(lambda *leaves: inline(closed, *leaves))(*specs).jaxpr)
+    return _mixed(jax.make_jaxpr(lambda *leaves: inline(closed, *leaves))(*closed.in_avals).jaxpr)
 
 
 def _mixed(jaxpr: Jaxpr) -> frozenset[int]:

@@ -93,14 +93,14 @@ def leaf_paths(params: Any) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
 
 
-def inline(closed: ClosedJaxpr, *inputs: jax.Array) -> list[jax.Array]:
-    """Evaluates a jaxpr call by call; traced, it leaves none of the calls in `INLINED`."""
+def inline(closed: ClosedJaxpr, *inputs: jax.Array, also: Sequence[str] = ()) -> list[jax.Array]:
+    """Evaluates a jaxpr call by call; traced, it leaves none of the calls in `INLINED`, and in `also`."""
     env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     env |= zip(closed.jaxpr.invars, inputs, strict=True)
     for eqn in closed.jaxpr.eqns:
         values = [read(env, atom) for atom in eqn.invars]
-        if eqn.primitive.name in INLINED:
-            results = inline(_callee(eqn), *values)
+        if eqn.primitive.name in (*INLINED, *also):
+            results = inline(_callee(eqn), *values, also=also)
         else:
             results = apply(eqn, *values)
         env |= zip(eqn.outvars, results, strict=True)
@@ -123,11 +123,12 @@ def apply(eqn: JaxprEqn, *values: jax.Array) -> list[jax.Array]:
 
 
 def read(env: dict[Var, jax.Array], atom: Var | Literal) -> Any:
+    """The value of a variable or a literal."""
     return atom.val if isinstance(atom, Literal) else env[atom]
 
 
 def _callee(eqn: JaxprEqn) -> ClosedJaxpr:
-    callee = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+    callee = next(eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params)
     return callee if isinstance(callee, ClosedJaxpr) else ClosedJaxpr(callee, ())
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from curvax.exact.trace import wide
+from curvax.varying import varying_like
 
 # Directions at once, where the caller does not say.
 CHUNK = 16
@@ -31,7 +32,8 @@ def along_units(function: Callable[[jax.Array], jax.Array], x: jax.Array, chunk_
     dtype = wide(x.dtype)
 
     def at(index):
-        return function(jax.nn.one_hot(index, x.size, dtype=x.dtype).reshape(x.shape)).astype(dtype)
+        direction = jax.nn.one_hot(index, x.size, dtype=x.dtype).reshape(x.shape)
+        return function(varying_like(direction, x)).astype(dtype)
 
     if not x.size:
         return jnp.zeros(x.shape, dtype)

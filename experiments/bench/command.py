@@ -12,12 +12,17 @@ from rich.live import Live
 from rich.spinner import Spinner
 
 from experiments import records
-from experiments.bench import curvature, measure, optimizers, table
+from experiments.bench import curvature, estimators, measure, optimizers, table
 from experiments.bench.table import Row
+from experiments.config import TrainConfig
 from experiments.console import console
 
-# Each makes the lines of one table: `rows(say, repeats, quick)`.
-TABLES: dict[str, Callable[..., Iterator[Row]]] = {"optimizers": optimizers.rows, "curvature": curvature.rows}
+# Each makes the lines of one table: `rows(say, repeats, quick)`; that of estimators needs images, too.
+TABLES: dict[str, Callable[..., Iterator[Row]]] = {
+    "optimizers": optimizers.rows,
+    "curvature": curvature.rows,
+    "estimators": estimators.rows,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +30,16 @@ class BenchConfig:
     """Measure ratios: what curvax costs beside what it replaces, each next to its bar."""
 
     table: tyro.conf.Positional[Literal[tuple(TABLES)]]
-    """optimizers: medians, updates, and what moves between devices. curvature: exact diagonals."""
+    """optimizers: medians, updates, and what moves between devices. curvature: exact diagonals. estimators: error
+    against cost, beside optax's and matfree's, with a plot."""
     repeats: int = 5
     """Timed calls of each program, in turn; their median counts. Half as many compilations."""
     quick: bool = False
     """Everything a hundred times smaller, to see the command work: its figures mean nothing."""
+    dataset: str = "digits"
+    """estimators: the images, as for `train`."""
+    data_dir: Path | None = None
+    """estimators: folder in which TFDS keeps its data sets, as for `train`."""
     out: Path = Path("runs")
     """Folder in which a new folder with the records is made."""
 
@@ -42,12 +52,23 @@ def bench(config: BenchConfig):
     """Measures and shows one table."""
     folder = records.new_folder(config.out, f"bench-{config.table}")
     path = folder / "table.jsonl"
-    fields = {**dataclasses.asdict(config), "out": str(config.out)}
+    # Where the images came from on this machine is of no use on another.
+    fields = {**dataclasses.asdict(config), "out": str(config.out), "data_dir": None}
+    options = {"repeats": config.repeats, "quick": config.quick}
+    points = []
+    if config.table == "estimators":
+        estimators.check_installed()
+        options["images"] = TrainConfig(dataset=config.dataset, data_dir=config.data_dir, batch_size=128)
     with records.Writer(path) as writer, measure.without_compilation_cache(), live_table(title(config)) as (add, say):
         writer.write({"kind": "config", **fields, **table.machine()})
-        for row in TABLES[config.table](say=say, repeats=config.repeats, quick=config.quick):
+        for row in TABLES[config.table](say=say, **options):
             writer.write(row.record())
+            points.append(row.data)
             add(row)
+    if config.table == "estimators":
+        picture = path.with_suffix(".png")
+        estimators.plot(points, config.dataset, picture)
+        console.print(f"\nplot: {picture}", soft_wrap=True)
     console.print(f"\nrecords: {path}", soft_wrap=True)
 
 

@@ -3,8 +3,10 @@
 Each diagonal and the gradient are compiled apart, and timed in turn.
 """
 
+import dataclasses
 import functools
 import itertools
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,10 +16,14 @@ import numpy as np
 import optax
 from jax import lax
 
+import curvax
 from curvax.exact import exact_diag, explain, ggn_diag, ggn_mc_diag
 from curvax.objective import Objective
-from experiments.bench.measure import compiled, in_turns
+from experiments import data
+from experiments.bench.measure import compiled, in_turns, seconds
 from experiments.bench.table import Row, Say
+from experiments.bench.updates import Run
+from experiments.config import TrainConfig
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 
@@ -34,17 +40,21 @@ def rows(say: Say, repeats: int, quick: bool) -> Iterator[Row]:
         One row for each figure.
     """
     batch_size, costs = 4 if quick else 128, []
-    for num_classes, bar in ((10, 6.0), (100, 40.0)):
+    for num_classes, bars in ((10, (8.0, 6.0)), (100, (60.0, 40.0))):
         say(f"the exact diagonal of AlexNet, C = {num_classes}")
         costs.append(exact_cost(batch_size, num_classes, repeats))
-        yield Row(f"exact diagonal / gradient, AlexNet, C = {num_classes}", costs[-1].ratio, (bar,), costs[-1].detail)
+        yield Row(f"exact diagonal / gradient, AlexNet, C = {num_classes}", costs[-1].ratio, bars, costs[-1].detail)
     few, many = (cost.compile_seconds for cost in costs)
     yield Row("compile, C = 100 over C = 10", many / few, (1.3,), f"{many:.1f} s over {few:.1f} s")
     say("one sample of the Gauss-Newton diagonal")
-    estimate = estimate_cost(batch_size, repeats)
+    estimate = cost_of(batch_size, repeats, method="ggn_mc")
     yield Row("ggn_mc, one sample / gradient, AlexNet", estimate.ratio, (1.2,), estimate.detail)
+    say("a gradient with one Hutchinson probe")
+    probe = cost_of(batch_size, repeats, method="hutchinson")
+    yield Row("gradient with a Hutchinson probe / gradient, AlexNet", probe.ratio, (2.2,), probe.detail)
     say("errors")
     yield from (estimate_error(), product_share(), *dense_errors())
+    yield from refresh_cost(say, repeats, quick)
 
 
 class Cost(NamedTuple):
@@ -61,11 +71,41 @@ def exact_cost(batch_size: int, num_classes: int, repeats: int) -> Cost:
     return compare(lambda objective, params: exact_diag(objective, params), objective, params, repeats)
 
 
-def estimate_cost(batch_size: int, repeats: int) -> Cost:
-    """One sample of the Gauss-Newton diagonal against a gradient."""
+def cost_of(batch_size: int, repeats: int, method: str) -> Cost:
+    """One sample with value and gradient, against the gradient alone."""
     objective, params = alexnet_problem(batch_size, 10)
-    sample = lambda objective, params: ggn_mc_diag(objective, params, jax.random.key(0))[2]
-    return compare(sample, objective, params, repeats)
+    options = {"method": method, "key": jax.random.key(0)}
+    return compare(lambda o, p: curvax.value_grad_and_hessian_diag(o, p, **options), objective, params, repeats)
+
+
+def refresh_cost(say: Say, repeats: int, quick: bool) -> Iterator[Row]:
+    """Training steps of `cblr`, curvature refreshed at every tenth, beside those of the same chain without radii.
+
+    The steps take turns; of every ten the mean counts, and of those means the median.
+    """
+    batch_size = 40 if quick else 256
+    narrow = {"width": 1 / 16, "hidden": 32} if quick else {"hidden": 1024}
+    config = TrainConfig(dataset="generated", batch_size=batch_size, dropout=0.0, augment=False, **narrow)
+    dataset = data.generated(config.image_size, num_train=10 * batch_size, num_test=10)
+    slices = {"sgd": 1, "a slice": batch_size // 8, "the whole batch": batch_size}
+    runs = {}
+    for name, size in slices.items():
+        optimizer = "sgd" if name == "sgd" else "cblr"
+        say(f"AlexNet's step at batch {batch_size}, {name}: compilation")
+        runs[name] = Run(dataclasses.replace(config, optimizer=optimizer, curvature_batch_size=size), dataset)
+        jax.block_until_ready([runs[name].step(batch) for batch in (0, 1)])
+    say(f"AlexNet's step at batch {batch_size}, {20 * repeats} of each")
+    windows = {name: [] for name in runs}
+    for _ in range(2 * repeats):
+        steps = {name: [] for name in runs}
+        for batch, (name, run) in itertools.product(range(10), runs.items()):
+            steps[name].append(seconds(run.step, batch))
+        for name in runs:
+            windows[name].append(statistics.fmean(steps[name]))
+    means = {name: statistics.median(values) for name, values in windows.items()}
+    for name, bars in (("a slice", (1.06,)), ("the whole batch", ())):
+        what = f"cblr, every 10, curvature of {slices[name]} of {batch_size} / sgd, AlexNet's step"
+        yield Row(what, means[name] / means["sgd"], bars, f"{means[name]:.3f} / {means['sgd']:.3f} s")
 
 
 def compare(method: Callable, objective: Objective, params: Any, repeats: int) -> Cost:

@@ -2,7 +2,8 @@
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ class Row(NamedTuple):
         bars: what it has to reach, the next bar first and the last one last; none if it is only told.
         detail: the raw figures behind it.
         at_least: whether larger is better.
+        data: what else the record keeps.
     """
 
     what: str
@@ -28,6 +30,7 @@ class Row(NamedTuple):
     bars: tuple[float, ...]
     detail: str
     at_least: bool = False
+    data: Mapping[str, Any] = MappingProxyType({})
 
     def met(self) -> int:
         """How many of its bars the figure reaches.
@@ -46,7 +49,8 @@ class Row(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """The line as JSON values."""
-        return {"kind": "row", **self._asdict(), "verdict": self.verdict()}
+        fields = self._asdict()
+        return {"kind": "row", **fields, "data": dict(fields["data"]), "verdict": self.verdict()}
 
 
 def machine() -> dict[str, Any]:

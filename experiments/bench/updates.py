@@ -90,17 +90,17 @@ def train_step(say: Say, repeats: int, quick: bool) -> Iterator[Row]:
 
 
 class Run:
-    """A training run on one batch, over and over."""
+    """A training run that takes the same batches over and over."""
 
     def __init__(self, config: TrainConfig, dataset: data.Dataset):
         self.config, self.stepper = config, Stepper(config, dataset)
         self.state = self.stepper.init(0)
         self.order = self.stepper.shuffle(self.state, 0)
-        self.epoch = next(iter(config.plan(1e-3).epochs(config.batch_size)))
+        self.epoch = next(iter(config.plan(1e-3).epochs(len(dataset.train))))
 
-    def step(self) -> jax.Array:
-        """One step; returns its loss."""
-        self.state, metrics = self.stepper.step(self.state, self.order, self.epoch, 0)
+    def step(self, batch: int = 0) -> jax.Array:
+        """One step on a batch of the epoch; returns its loss."""
+        self.state, metrics = self.stepper.step(self.state, self.order, self.epoch, batch)
         return metrics["loss"]
 
     def update(self) -> Callable[[], Any]:

@@ -4,11 +4,13 @@ import dataclasses
 import fcntl
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -244,6 +246,18 @@ def test_a_full_disk_stops_a_run_which_then_goes_on(tmp_path, whole):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     runs.run(QUICK, tmp_path)
     assert_same_run(tmp_path, whole, QUICK, step=8)
+
+
+def test_a_disk_without_room_for_checkpoints_is_said_before_the_work(tmp_path, monkeypatch):
+    state = runs.stepper_of(QUICK).init(0)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    shown = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
+    with pytest.raises(RunError, match=r"checkpoints need .* MB, .* or do without by --checkpoint-seconds None"):
+        runs.run(QUICK, tmp_path, shown.append)
+    assert not shown
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * size))
+    assert len(runs.run(QUICK, tmp_path)) == 10
 
 
 def test_metrics_that_do_not_fit_stop_a_run(tmp_path):

@@ -1,0 +1,27 @@
+"""Which axes of a `shard_map` an array varies over, where that has to be said.
+
+Under `shard_map`'s checks an array made of constants is the same on every device, as far as JAX knows. A loop that adds
+to it what differs between devices, or a derivative with respect to replicated parameters, has to begin with an array
+that is marked as varying. Elsewhere, `pmap` included, nothing varies and these functions do nothing.
+"""
+
+from collections.abc import Iterable
+
+import jax
+
+AxisNames = str | tuple[str, ...]
+
+
+def varying_over(x: jax.Array, axis_name: AxisNames) -> jax.Array:
+    """`x`, marked as varying over these axes."""
+    return _varying(x, (axis_name,) if isinstance(axis_name, str) else axis_name)
+
+
+def varying_like(x: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """`x`, marked as varying over the axes that `like` varies over."""
+    return _varying(x, jax.typeof(like).manual_axis_type.varying)
+
+
+def _varying(x: jax.Array, names: Iterable[str]) -> jax.Array:
+    missing = tuple(name for name in names if name not in jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
