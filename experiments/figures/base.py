@@ -127,11 +127,11 @@ def last_epoch(records: Sequence[Row]) -> Row:
     return {**records[-1], **nothing}
 
 
-def describe(config: TrainConfig) -> str:
-    """The settings of a run that matter to its figure, in words."""
+def describe(config: TrainConfig, init: str | None = None) -> str:
+    """The settings of a run that matter to its figure, in words; `init` where it stands for more than one."""
     images = f"the first {config.train_images:,}" if config.train_images else "all"
     parts = [
-        f"{config.model} at width {config.width:g}, {config.init} initialisation, {images} training images of"
+        f"{config.model} at width {config.width:g}, {init or config.init} initialisation, {images} training images of"
         f" {config.dataset} at {config.image_size} pixels",
         f"dropout {config.dropout:g}" if config.model == "alexnet" else "",
         "crops and flips" if config.augment else "no augmentation",

@@ -1,13 +1,15 @@
 """The command `figure`: runs what a figure needs, keeps its numbers, draws it and says how its claims came out."""
 
+import contextlib
 import dataclasses
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import tyro
 from rich.table import Table
 
@@ -20,6 +22,7 @@ from experiments.figures import (
     batch_sweep,
     discard_ratio,
     discarding,
+    first_epoch,
     layer_radii,
     median_rate,
     parabola,
@@ -35,7 +38,7 @@ FIGURES = {
     for figure in sorted(
         (
             *(batch_gradient.FIGURE, layer_radii.FIGURE, parabola.FIGURE_6, parabola.FIGURE_15, discard_ratio.FIGURE),
-            *(discarding.FIGURE, median_rate.FIGURE, *batch_sweep.FIGURES, *small_start.FIGURES),
+            *(discarding.FIGURE, median_rate.FIGURE, *batch_sweep.FIGURES, *first_epoch.FIGURES, *small_start.FIGURES),
         ),
         key=lambda figure: figure.number,
     )
@@ -88,9 +91,22 @@ def make_figures(config: FigureConfig):
         config.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot write to {config.folder} ({error.strerror}): give another --results") from error
-    for figure in config.chosen:
-        make(figure, config)
+    with compiled_once(config.out / "compiled"):
+        for figure in config.chosen:
+            make(figure, config)
     console.print(f"figures: {config.folder}; one page of them all: python -m experiments report", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def compiled_once(folder: Path) -> Iterator[None]:
+    """Keeps what is compiled, unless the user does: arms that differ in their rates or lengths compile the same."""
+    before = jax.config.jax_compilation_cache_dir
+    if before is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def make(figure: Figure, config: FigureConfig):

@@ -6,8 +6,8 @@ control leaves out as many images at random. All three share their seeds, so tha
 
 from experiments.figures import statistics
 from experiments.figures.base import Claim, Figure, Place, describe, last_epoch
-from experiments.figures.batch_sweep import by_label, column, epoch_curves
 from experiments.figures.render import caption_axes, curves
+from experiments.figures.rows import by_label, column, epoch_curves
 
 SIZES = {"smoke": (64, 256), "cpu": (512, 2048), "paper": (2000, 8000)}
 SEEDS = {"smoke": 2, "cpu": 3, "paper": 5}

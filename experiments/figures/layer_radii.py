@@ -16,7 +16,7 @@ from experiments.figures.base import Claim, Figure, Measurement, Place, describe
 from experiments.figures.first_step import first_step
 from experiments.figures.render import caption_axes
 
-IMAGES = {"smoke": 32, "cpu": 512, "paper": 512}
+IMAGES = {"smoke": 16, "cpu": 512, "paper": 512}
 SEEDS = {"smoke": 1, "cpu": 3, "paper": 3}
 NAMES = [f"conv {i + 1}" for i in range(5)] + [f"fc {i + 1}" for i in range(3)]
 BIAS_FACTOR = 10

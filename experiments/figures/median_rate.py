@@ -10,8 +10,8 @@ import itertools
 
 from experiments.figures import statistics
 from experiments.figures.base import Claim, Figure, Place, describe, last_epoch
-from experiments.figures.batch_sweep import by_label, epoch_curves
 from experiments.figures.render import caption_axes, curves
+from experiments.figures.rows import by_label, epoch_curves
 
 BATCHES = {"smoke": (128, 256), "cpu": (1024, 2048), "paper": (1024, 2048, 4096, 8192, 16384)}
 SEEDS = {"smoke": 2, "cpu": 3, "paper": 3}

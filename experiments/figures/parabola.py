@@ -15,7 +15,7 @@ from experiments.figures.base import Claim, Figure, Place
 from experiments.figures.render import caption_axes
 
 NUMBER = 200
-SHOWN = {"a": 0.5, "b": 1.0, "c": 0.3, "w": 2.6, "lr": 0.35}
+SHOWN = {"a": 0.5, "b": 1.0, "c": 0.3, "w": 2.6, "lr": 0.7}
 
 
 def parabola(w, a, b, c):
@@ -123,7 +123,7 @@ def draw_6(axes, rows):
     panel.plot([after], [landed], "s", color="black", label="after it")
     panel.plot([after, w], [height - lr * g**2, height], "--", color="#d55e00", label=f"tangent, slope g = {g:.2f}")
     panel.annotate("", (after, height), (w, height), arrowprops={"arrowstyle": "->"})
-    panel.text((after + w) / 2, height + 0.03, "parameter stride lr g", ha="center", fontsize=9)
+    panel.text((after + w) / 2, height + 0.06, "parameter stride lr g", ha="center", fontsize=9)
     panel.annotate("", (after, landed), (after, height), arrowprops={"arrowstyle": "->"})
     panel.text(after - 0.05, (landed + height) / 2, "loss stride", ha="right", fontsize=9)
     panel.plot([b], [c], "*", color="#009e73", markersize=11, label="minimum")

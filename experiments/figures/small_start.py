@@ -8,13 +8,13 @@ batches, to keep about the paper's steps per epoch and its ratio of 16.
 
 from experiments.figures import statistics
 from experiments.figures.base import Claim, Figure, Place, describe, last_epoch
-from experiments.figures.batch_sweep import by_label, epoch_curves, fluctuation
 from experiments.figures.render import caption_axes, curves
+from experiments.figures.rows import by_label, epoch_curves, fluctuation
 
 LARGE = {"smoke": 256, "cpu": 2048, "paper": 8192}
 RATIO = 16
 IMAGES = {"smoke": 512, "cpu": 8192, "paper": 50_000}
-SEEDS = {"smoke": 2, "cpu": 4, "paper": 8}
+SEEDS = {"smoke": 2, "cpu": 3, "paper": 8}
 EPOCHS = {"smoke": 4, "cpu": 10, "paper": 200}
 BASELINE, START = "baseline", "small-batch first epoch"
 MATCHED, WARMUP = "baseline, as many steps", "small-rate first epoch"
