@@ -47,11 +47,12 @@ def rows(say: Say, repeats: int, quick: bool) -> Iterator[Row]:
     few, many = (cost.compile_seconds for cost in costs)
     yield Row("compile, C = 100 over C = 10", many / few, (1.3,), f"{many:.1f} s over {few:.1f} s")
     say("one sample of the Gauss-Newton diagonal")
-    estimate = cost_of(batch_size, repeats, method="ggn_mc")
-    yield Row("ggn_mc, one sample / gradient, AlexNet", estimate.ratio, (1.2,), estimate.detail)
-    say("a gradient with one Hutchinson probe")
-    probe = cost_of(batch_size, repeats, method="hutchinson")
-    yield Row("gradient with a Hutchinson probe / gradient, AlexNet", probe.ratio, (2.2,), probe.detail)
+    sample = cost_of(curvax.hessian_diag, "ggn_mc", batch_size, repeats)
+    yield Row("ggn_mc, one sample / gradient, AlexNet", sample.ratio, (1.2,), sample.detail)
+    for method, bars in (("ggn_mc", ()), ("hutchinson", (2.2,))):
+        say(f"a gradient with one sample of {method}")
+        both = cost_of(curvax.value_grad_and_hessian_diag, method, batch_size, repeats)
+        yield Row(f"gradient with one sample of {method} / gradient, AlexNet", both.ratio, bars, both.detail)
     say("errors")
     yield from (estimate_error(), product_share(), *dense_errors())
     yield from refresh_cost(say, repeats, quick)
@@ -71,11 +72,11 @@ def exact_cost(batch_size: int, num_classes: int, repeats: int) -> Cost:
     return compare(lambda objective, params: exact_diag(objective, params), objective, params, repeats)
 
 
-def cost_of(batch_size: int, repeats: int, method: str) -> Cost:
-    """One sample with value and gradient, against the gradient alone."""
+def cost_of(function: Callable, method: str, batch_size: int, repeats: int) -> Cost:
+    """One sample, with or without value and gradient, against the gradient alone."""
     objective, params = alexnet_problem(batch_size, 10)
-    options = {"method": method, "key": jax.random.key(0)}
-    return compare(lambda o, p: curvax.value_grad_and_hessian_diag(o, p, **options), objective, params, repeats)
+    sample = functools.partial(function, method=method, key=jax.random.key(0))
+    return compare(sample, objective, params, repeats)
 
 
 def refresh_cost(say: Say, repeats: int, quick: bool) -> Iterator[Row]:
