@@ -52,8 +52,8 @@ def bench(config: BenchConfig):
     """Measures and shows one table."""
     folder = records.new_folder(config.out, f"bench-{config.table}")
     path = folder / "table.jsonl"
-    # Where the images came from on this machine is of no use on another.
-    fields = {**dataclasses.asdict(config), "out": str(config.out), "data_dir": None}
+    # Where images and records lie on this machine is of no use on another.
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "data_dir")}
     options = {"repeats": config.repeats, "quick": config.quick}
     points = []
     if config.table == "estimators":

@@ -29,6 +29,7 @@ from experiments.errors import UsageError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FormatStrFormatter
 
 SAMPLES = (1, 3, 10, 30)
 PROBES = (2, 5, 15)
@@ -189,24 +190,28 @@ def plot(points: list[Mapping], dataset: str, path: Path) -> None:
         dataset: whose images.
         path: of the picture.
     """
-    figure, panel = plt.subplots(figsize=(8, 5.6))
+    figure, panel = plt.subplots(figsize=(10, 5.6))
     for name, some in itertools.groupby(points, key=lambda point: point["estimator"]):
         some = list(some)
         color, marker, dash = STYLES[name]
         if name == "exact":
-            panel.axvline(some[0]["gradients"], color=color, linestyle=":", label="exact: no error")
+            panel.axvline(some[0]["gradients"], color=color, linestyle=":", label="curvax exact: no error")
             continue
         cost, error = np.array([(point["gradients"], point["error"]) for point in some]).T
-        panel.plot(cost, error, color=color, marker=marker, linestyle=dash, label=name)
+        panel.plot(
+            cost, error, color=color, marker=marker, linestyle=dash, label=name if " " in name else f"curvax {name}"
+        )
     panel.set(xscale="log", yscale="log", xlabel="cost (gradients of the same batch)", ylabel="relative L2 error")
     panel.grid(alpha=0.3, which="both")
-    panel.legend(fontsize=9)
+    panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    panel.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
     caption = (
         f"AlexNet at an eighth of its width, FC layers of 512, at its initial parameters, on 128 images of {dataset}."
         f" Medians over {SEEDS} seeds. A cost is the number of samples times the measured price of one; xdiag takes two"
         " Hessian-vector products for each probe."
     )
-    figure.text(0.01, 0.01, textwrap.fill(caption, 115), fontsize=9, va="bottom")
+    figure.text(0.01, 0.01, textwrap.fill(caption, 140), fontsize=9, va="bottom")
     figure.tight_layout(rect=(0, 0.09, 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
