@@ -59,7 +59,7 @@ def start(number, config, cache):
 
 def ends(running):
     """Exit codes and output; the time limit is there to tell a hang from an end."""
-    said = [process.communicate(timeout=240)[0] for process in running]
+    said = [process.communicate(timeout=600)[0] for process in running]
     return [process.returncode for process in running], said
 
 
