@@ -81,11 +81,18 @@ def judge_accuracy(rows):
         evidence = (
             f"test accuracy {statistics.spread(ends[0], 100)} % at batch {batches[0]},"
             f" {statistics.spread(ends[1], 100)} % at {batches[-1]}; difference {lost}; rank correlation {order};"
-            f" {sum(row['test_loss'] is None for row in own)} of {len(own)} diverged"
+            f" {diverged(own)} of {len(own)} diverged"
         )
         both = {lost.above(0), order.below(0)}
-        claims.append(Claim(statement, evidence, both.pop() if len(both) == 1 else statistics.UNDECIDED))
+        # A run that diverged says that its rate is too high, and nothing of its batch size.
+        decided = len(both) == 1 and not diverged(own)
+        claims.append(Claim(statement, evidence, both.pop() if decided else statistics.UNDECIDED))
     return claims
+
+
+def diverged(rows) -> int:
+    """How many of these runs did."""
+    return sum(row["test_loss"] is None for row in rows)
 
 
 def draw_accuracy(axes, rows):
@@ -98,7 +105,7 @@ def draw_accuracy(axes, rows):
         lines[label] = [[(b, 100 * column(own, "test_accuracy", b)[i]) for b in sizes(own)] for i in seeds]
     curves(panel, lines)
     panel.set_xscale("log", base=2)
-    caption_axes(panel, "batch size (images)", "final test accuracy (%)")
+    caption_axes(panel, "batch size (images)", "final test accuracy (%), 0 if diverged")
 
 
 def judge_path(rows):

@@ -33,7 +33,7 @@ class Kind:
     Attributes:
         name: for the table.
         steps: optimizer steps in all of them.
-        here: seconds of one step on this machine, the compilation apart.
+        here: seconds of one step on this machine, with its compilation.
         flops: of one step.
         micro_batches: of one step.
     """
@@ -82,16 +82,14 @@ def grouped(configs: Sequence[TrainConfig]) -> dict[tuple[TrainConfig, int], int
 
 
 def one_step(config: TrainConfig, batch: int, steps: int) -> Kind:
-    """Compiles a step, and times another."""
+    """Compiles a step, and carries it out."""
     stepper = runs.stepper_of(config)
     [epoch] = config.plan(0.01).epochs(len(stepper.train))
     state = stepper.init(0)
-    order, seconds = stepper.shuffle(state, 0), 0.0
-    for place in range(min(2, epoch.steps)):
-        start = time.perf_counter()
-        state, metrics = stepper.step(state, order, epoch, place)
-        jax.block_until_ready(metrics)
-        seconds = time.perf_counter() - start
+    order, start = stepper.shuffle(state, 0), time.perf_counter()
+    state, metrics = stepper.step(state, order, epoch, 0)
+    jax.block_until_ready(metrics)
+    seconds = time.perf_counter() - start
     micro = config.micro_size(batch)
     name = f"{config.model}, {config.optimizer}" + (f", {config.discard_by} left out" if config.discard else "")
     # The pass forward that finds the losses to leave out is a third of a gradient.
@@ -109,7 +107,6 @@ def flops(stepper: Stepper, state, micro: int) -> float:
 def one_gradient(number: int, measurement: Measurement) -> Kind:
     """Computes one chunk's gradient of a figure that trains nothing."""
     step = first_step(measurement.config, measurement.chunk)
-    jax.block_until_ready(step.gradient(0, measurement.chunk))
     start = time.perf_counter()
     jax.block_until_ready(step.gradient(0, measurement.chunk))
     seconds = time.perf_counter() - start
@@ -124,7 +121,7 @@ def table(kinds: Sequence[Kind]) -> Table:
         " evaluation not counted"
     )
     result = Table(caption=caption)
-    for column in ("runs", "steps", "micro-batches a step", "s a step here", "TFLOP a step", "accelerator hours"):
+    for column in ("runs", "steps", "micro-batches a step", "first step here (s)", "TFLOP a step", "accelerator hours"):
         result.add_column(column, justify="left" if column == "runs" else "right")
     for kind in kinds:
         cells = (f"{kind.steps:,}", f"{kind.micro_batches}", f"{kind.here:.3g}", f"{kind.flops / 1e12:.3g}")

@@ -20,7 +20,7 @@ GRIDS = {"sgd": (0.05, 0.15, 0.45), "lars": (0.01, 0.03, 0.09), "mclr": (0.002, 
 SCALES = {
     # ResNet18 takes longer to compile than all other networks of this scale to train.
     "smoke": {"model": "alexnet", "epochs": 2},
-    "cpu": {"model": "resnet18", "width": 0.0625, "image_size": 16, "train_images": 4096, "epochs": 8},
+    "cpu": {"model": "resnet18", "width": 0.0625, "image_size": 16, "train_images": 4096, "epochs": 5},
     "paper": {"model": "resnet18", "width": 1.0, "epochs": 200},
 }
 # Training accuracies this close are "negligibly" apart.

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from experiments import __main__, runs
-from experiments.figures import batch_gradient, batch_sweep, command, median_rate, rows, small_start, statistics
+from experiments.figures import (
+    batch_gradient,
+    batch_sweep,
+    command,
+    discard_ratio,
+    median_rate,
+    rows,
+    small_start,
+    statistics,
+)
 from experiments.figures.base import Place
 from experiments.figures.dry_run import grouped
 from experiments.figures.statistics import FAILED, HELD, UNDECIDED, Estimate
@@ -97,6 +106,14 @@ def test_fluctuation_is_the_deviation_of_noise_and_none_of_a_line():
     assert rows.fluctuation(np.linspace(2, 1, 30)) < 1e-12
     noise = np.random.default_rng(0).normal(0, 0.3, 20_000)
     np.testing.assert_allclose(rows.fluctuation(np.linspace(2, 1, 20_000) + noise), 0.3, rtol=0.03)
+
+
+def test_a_class_explains_all_of_a_choice_of_classes_and_nothing_of_a_random_one():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 20_000)
+    assert discard_ratio.explained(labels > 2, labels) == pytest.approx(1)
+    # By chance the expected share is (10 - 1) / 20000.
+    assert discard_ratio.explained(rng.random(20_000) > 0.3, labels) < 0.002
 
 
 def test_the_arms_of_figures_11_to_14_take_the_paper_s_steps():
