@@ -7,14 +7,14 @@ wanted for its mean: Sophia's estimator, for one gradient of the whole batch. Sp
 to interfere in each square, at the same price.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from curvax.estimators import Estimate, Options, add_samples, at_least_float32, hutchinson, no_samples
-from curvax.micro_batches import mean, split
+from curvax.micro_batches import split
 from curvax.objective import Objective
 
 # Into how many micro-batches a batch is split, where the caller does not say.
@@ -31,7 +31,7 @@ def ggn_sampled(objective: Objective, params: Any, options: Options) -> Estimate
         value, grad, square = _squared_gradients(objective, params, data)
         moments = add_samples(square, batch_keys, moments, options.chunk_size)
         values, grads = [*values, value], [*grads, grad]
-    estimate = Estimate(mean(values), mean(grads), moments.mean, moments.standard_error())
+    estimate = Estimate(_mean(values), _mean(grads), moments.mean, moments.standard_error())
     return estimate if objective.penalty is None else _add_penalty(estimate, objective.penalty, params, options)
 
 
@@ -145,3 +145,7 @@ def _check_softmax_cross_entropy(objective, params):
             "method='ggn_sampled' draws labels from a softmax, but the loss of this Objective is not a softmax"
             " cross-entropy of outputs (B, ..., C); choose method='hutchinson'."
         )
+
+
+def _mean(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *trees)

@@ -71,11 +71,6 @@ def split(data: Any, micro_batches: int) -> list[Any]:
     return [jax.tree.map(lambda x, i=i: x[:, i], rows) for i in range(count)]
 
 
-def mean(trees: Sequence[Any]) -> Any:
-    """The mean of trees of arrays."""
-    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *trees)
-
-
 def _check_splittable(objective: Any, params: Any) -> None:
     if not isinstance(objective, Objective):
         raise ValueError(

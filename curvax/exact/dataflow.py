@@ -7,6 +7,7 @@ derivatives, so whatever passes only through comparisons, integers or `stop_grad
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Var
@@ -97,20 +98,28 @@ def backward(
             rules[index] = _custom_rule(eqn, results, num_examples, order)
             operands = rules[index].axes
         else:
-            operands = _operand_axes(eqn, results, num_examples, (counted or {}).get(index, {}))
+            counts = (counted or {}).get(index, {})
+            operands = operand_axes(eqn, _differentiable_slots(eqn), results, num_examples, counts)
         for slot, axis in operands.items():
-            axes[eqn.invars[slot]] = _meet(axes, eqn.invars[slot], axis)
+            axes[eqn.invars[slot]] = meet(axes, eqn.invars[slot], axis)
     return axes, rules
 
 
-def _operand_axes(eqn, results, num_examples, counted: Mapping[int, int]) -> dict[int, Axis | None]:
+def operand_axes(
+    eqn: JaxprEqn,
+    slots: Sequence[int],
+    results: Mapping[int, Axis | None],
+    num_examples: int,
+    counted: Mapping[int, int],
+) -> dict[int, Axis | None]:
+    """The axes of some operands of an equation, from those of its results."""
     axes = {}
-    for slot in _differentiable_slots(eqn):
+    for slot in slots:
         for result, axis in results.items():
             pulled = None if axis is None else pull_axis(eqn, slot, result, axis, num_examples)
             if axis is not None and slot == 0 and axis.dim in counted:
                 pulled = axis._replace(dim=counted[axis.dim])
-            axes[slot] = _meet(axes, slot, pulled)
+            axes[slot] = meet(axes, slot, pulled)
     return axes
 
 
@@ -118,7 +127,8 @@ def _differentiable_slots(eqn: JaxprEqn) -> list[int]:
     return [slot for slot in range(len(eqn.invars)) if differentiable(eqn, slot)]
 
 
-def _meet(axes, key, axis: Axis | None) -> Axis | None:
+def meet(axes: Mapping[Any, Axis | None], key: Any, axis: Axis | None) -> Axis | None:
+    """`axis`, if `key` has that axis or none yet."""
     return axis if axes.get(key, axis) == axis else None
 
 
@@ -142,7 +152,7 @@ def _custom_rule(eqn: JaxprEqn, results: Mapping[int, Axis | None], num_examples
     for slot, *roles in zip(slots, primals, tangents, strict=True):
         for var in roles:
             if var in axes:
-                operand_axes[slot] = _meet(operand_axes, slot, axes[var])
+                operand_axes[slot] = meet(operand_axes, slot, axes[var])
     return CustomRule(operand_axes, curved=any(var in axes for var in primals))
 
 

@@ -7,10 +7,11 @@ such constants count, for they change when the batch does. So every operand is f
 from typing import Any
 
 import jax
-from jax.extend.core import Jaxpr, JaxprEqn, Var
+from jax.extend.core import Jaxpr, Var
 
+from curvax.exact.dataflow import meet, operand_axes
 from curvax.exact.indices import counted_dimensions
-from curvax.exact.primitives import Axis, pull_axis
+from curvax.exact.primitives import Axis
 from curvax.exact.trace import inline
 from curvax.objective import Objective
 
@@ -36,19 +37,8 @@ def _example_axes(jaxpr: Jaxpr, consts, num_examples: int) -> dict[Var, Axis | N
     counted = counted_dimensions(jaxpr, consts)
     axes = {var: Axis(0) for var in jaxpr.outvars if isinstance(var, Var)}
     for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
-        for result, var in enumerate(eqn.outvars):
-            if var not in axes:
-                continue
-            for slot, operand in enumerate(eqn.invars):
-                if isinstance(operand, Var):
-                    axis = _pulled(eqn, slot, result, axes[var], num_examples, counted.get(index, {}))
-                    axes[operand] = axis if axes.get(operand, axis) == axis else None
+        results = {result: axes[var] for result, var in enumerate(eqn.outvars) if var in axes}
+        slots = [slot for slot, operand in enumerate(eqn.invars) if isinstance(operand, Var)]
+        for slot, axis in operand_axes(eqn, slots, results, num_examples, counted.get(index, {})).items():
+            axes[eqn.invars[slot]] = meet(axes, eqn.invars[slot], axis)
     return axes
-
-
-def _pulled(eqn: JaxprEqn, slot, result, axis, num_examples, counted) -> Axis | None:
-    if axis is None:
-        return None
-    if slot == 0 and axis.dim in counted:
-        return axis._replace(dim=counted[axis.dim])
-    return pull_axis(eqn, slot, result, axis, num_examples)
