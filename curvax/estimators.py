@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from curvax.layers import path_name
+
 # Unit vectors in a pass, where the caller does not say.
 CHUNK = 16
 # Chunks of samples up to which a loop is written out.
@@ -135,3 +137,13 @@ def diag_dtype(dtype: Any) -> Any:
 def at_least_float32(x: jax.Array) -> jax.Array:
     """`x` in the dtype of a diagonal."""
     return x.astype(diag_dtype(x.dtype))
+
+
+def check_real(params: Any) -> None:
+    """Raises a ValueError that names the first leaf that is not real floating-point."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"the parameter '{path_name(path)}' is {jnp.result_type(leaf)}, and has no second derivative; leave it"
+                " out with where=..., or split a complex one into real and imaginary parts."
+            )

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax.estimators import Estimate, Options, basis, hutchinson
+from curvax.estimators import Estimate, Options, basis, check_real, hutchinson
 from curvax.exact import BUDGET, exact_diag, ggn_diag, ggn_mc_diag
 from curvax.gauss_newton import ggn_sampled
-from curvax.layers import path_name
 from curvax.micro_batches import over_micro_batches
 from curvax.objective import Objective
 from curvax.xdiag import xdiag
@@ -74,7 +73,7 @@ def hvp(objective: Callable[[Any], jax.Array], params: Any, v: Any) -> Any:
       >>> hvp(lambda w: w[0] ** 2 * w[1], jnp.array([1.0, 2.0]), jnp.array([1.0, 0.0])).tolist()
       [4.0, 2.0]
     """
-    _check_real(params)
+    check_real(params)
     return jax.jvp(jax.grad(objective), (params,), (v,))[1]
 
 
@@ -221,7 +220,7 @@ def value_grad_and_hessian_diag(
     if has_aux:
         objective, aux = _without_aux(objective, params)
     objective, params = _restrict(objective, params, where)
-    _check_real(params)
+    check_real(params)
     options = Options(key, num_samples, micro_batches, chunk_size, budget)
     estimate = _METHODS[method](objective, params, options)
     if standard_error and estimate.standard_error is None:
@@ -267,12 +266,3 @@ def _restrict(objective, params, where):
         penalty=None if penalty is None else lambda chosen: penalty(merge(chosen)),
     )
     return restricted, chosen
-
-
-def _check_real(params: Any) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(
-                f"the parameter '{path_name(path)}' is {jnp.result_type(leaf)}, and has no second derivative; leave it"
-                " out with where=..., or split a complex one into real and imaginary parts."
-            )

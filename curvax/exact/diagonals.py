@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvax.estimators import check_real
 from curvax.exact import units
 from curvax.exact.backprop import diagonals
 from curvax.exact.dataflow import Flow, analyse, between
@@ -50,7 +51,7 @@ def exact_diag(
         >>> diag.tolist()
         [6.0, 12.0]
     """
-    check_floating(params)
+    check_real(params)
     if not isinstance(objective, Objective):
         _explain_function(params).check(budget)
         return *jax.value_and_grad(objective)(params), _function_diagonal(objective, params, chunk_size)
@@ -78,9 +79,17 @@ def ggn_diag(objective: Objective, params: Any, *, chunk_size: int | None = None
 
     Raises:
         ValueError: if `objective` is not an `Objective`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from curvax import Objective
+        >>> from curvax.exact import ggn_diag
+        >>> objective = Objective(lambda w, x: x @ w, lambda out, x: out**2, jnp.array([[1.0, 2.0], [3.0, 0.0]]))
+        >>> ggn_diag(objective, jnp.zeros(2))[2].round(4).tolist()
+        [10.0, 4.0]
     """
     check_objective(objective, "ggn")
-    check_floating(params)
+    check_real(params)
     flow = analyse(trace(objective, params))
     routes, mixed = plan_gauss_newton(flow), _mixed(objective, params)
     unit_vectors = functools.partial(_gauss_newton_units, chunk_size=chunk_size)
@@ -108,21 +117,11 @@ def explain(objective: Any, params: Any) -> Explanation:
         w          (2,)   unit vectors  0       2     not an Objective: no examples to tell apart
         total                           0       2
     """
-    check_floating(params)
+    check_real(params)
     if not isinstance(objective, Objective):
         return _explain_function(params)
     flow = analyse(trace(objective, params))
     return explain_routes(flow, plan(flow), sorted(_mixed(objective, params)))
-
-
-def check_floating(params: Any) -> None:
-    """Raises a ValueError naming the first leaf that is not real floating-point."""
-    for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(
-                f"the parameter {path!r} is {jnp.result_type(leaf)}; a Hessian diagonal needs real floating-point"
-                " parameters. Leave it out of `params`, or close over it."
-            )
 
 
 def check_objective(objective: Any, method: str) -> None:

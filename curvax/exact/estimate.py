@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
 
-from curvax.estimators import add_samples, no_samples
+from curvax.estimators import add_samples, check_real, no_samples
 from curvax.exact.backprop import diagonals
 from curvax.exact.dataflow import Flow, analyse, between
-from curvax.exact.diagonals import assemble, check_floating, check_objective
+from curvax.exact.diagonals import assemble, check_objective
 from curvax.exact.factor import Source, random_source, signed_values
 from curvax.exact.penalty import mixed_arrays
 from curvax.exact.routes import plan_gauss_newton
@@ -41,9 +41,17 @@ def ggn_mc_diag(
     Raises:
         ValueError: if `objective` is not an `Objective`, or its loss couples the examples, and so has no factor for
             each.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from curvax import Objective
+        >>> from curvax.exact import ggn_mc_diag
+        >>> objective = Objective(lambda w, x: x @ w, lambda out, x: out**2, jnp.array([[1.0, 2.0], [3.0, 0.0]]))
+        >>> ggn_mc_diag(objective, jnp.zeros(2), jax.random.key(0))[2].round(4).tolist()
+        [10.0, 4.0]
     """
     check_objective(objective, "ggn_mc")
-    check_floating(params)
+    check_real(params)
     value, grad = jax.value_and_grad(objective)(params)
     flow = analyse(trace(objective, params))
     mixed = frozenset() if objective.penalty is None else mixed_arrays(objective.penalty, params)
