@@ -19,7 +19,7 @@ SIZES = {
     "cpu": (32, 128, 512, 2048, 8192),
     "paper": (32, 128, 512, 2048, 8192, 16384, 32768, 49152),
 }
-SEEDS = {"smoke": 2, "cpu": 3, "paper": 3}
+SEEDS = {"smoke": 2, "cpu": 5, "paper": 5}
 EPOCHS = {"smoke": 3, "cpu": 10, "paper": 200}
 RATE = 0.05
 ARMS = {"fixed": f"learning rate {RATE}", "root": f"{RATE} sqrt(batch / smallest), warm-up"}

@@ -19,7 +19,7 @@ FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 CONTROLS = (0.0, 0.3, 0.6, 0.9)
 BATCH = {"smoke": 512, "cpu": 8192, "paper": 8192}
 CHUNK = {"smoke": 512, "cpu": 1024, "paper": 1024}
-SEEDS = {"smoke": 2, "cpu": 3, "paper": 5}
+SEEDS = {"smoke": 2, "cpu": 5, "paper": 5}
 ARMS = {"loss": "the smallest losses left out", "chance": "as many left out at random"}
 
 

@@ -10,7 +10,7 @@ from experiments.figures.render import caption_axes, curves
 from experiments.figures.rows import by_label, column, epoch_curves
 
 SIZES = {"smoke": (64, 256), "cpu": (512, 2048), "paper": (2000, 8000)}
-SEEDS = {"smoke": 2, "cpu": 3, "paper": 5}
+SEEDS = {"smoke": 2, "cpu": 8, "paper": 8}
 EPOCHS = {"smoke": 4, "cpu": 10, "paper": 200}
 ARMS = {
     "baseline": ("baseline", {}),

@@ -14,7 +14,7 @@ from experiments.figures.rows import by_label, epoch_curves, fluctuation
 LARGE = {"smoke": 256, "cpu": 2048, "paper": 8192}
 RATIO = 16
 IMAGES = {"smoke": 512, "cpu": 8192, "paper": 50_000}
-SEEDS = {"smoke": 2, "cpu": 3, "paper": 8}
+SEEDS = {"smoke": 2, "cpu": 5, "paper": 8}
 EPOCHS = {"smoke": 4, "cpu": 10, "paper": 200}
 BASELINE, START = "baseline", "small-batch first epoch"
 MATCHED, WARMUP = "baseline, as many steps", "small-rate first epoch"
