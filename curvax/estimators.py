@@ -1,8 +1,7 @@
 """Estimates of the diagonal of a Hessian, and the mean of many.
 
-A method is a function `(objective, params, options) -> Estimate`. Those of this file take any function for an
-objective, and ask for nothing but Hessian-vector products: with all unit vectors (exact), or with random signs z, for
-which E[z * H z] = diag(H).
+A method is a function `(objective, params, options) -> Estimate`. That of this file takes any function for an
+objective, and asks for nothing but Hessian-vector products, with all unit vectors.
 """
 
 import functools
@@ -11,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from curvax.layers import path_name
 
@@ -57,20 +55,6 @@ def basis(objective: Callable[[Any], jax.Array], params: Any, options: Options) 
 
     diag = treedef.unflatten([at_least_float32(diagonal(i, x)) for i, x in enumerate(leaves)])
     return Estimate(value, grad, diag, jax.tree.map(jnp.zeros_like, diag))
-
-
-def hutchinson(objective: Callable[[Any], jax.Array], params: Any, options: Options) -> Estimate:
-    """The mean of `z * H z` over random signs (Bekas et al. 2007)."""
-    (value, grad), tangents = jax.linearize(jax.value_and_grad(objective), params)
-
-    def sample(key):
-        z = optax.tree.random_like(key, params, jax.random.rademacher)
-        _, product = tangents(z)
-        return jax.tree.map(lambda a, b: at_least_float32(a) * at_least_float32(b), z, product)
-
-    keys = jax.random.split(options.key, options.num_samples)
-    moments = add_samples(sample, keys, no_samples(params), options.chunk_size)
-    return Estimate(value, grad, moments.mean, moments.standard_error())
 
 
 class Moments(NamedTuple):

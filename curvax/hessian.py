@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax.estimators import Estimate, Options, basis, check_real, hutchinson
+from curvax.estimators import Estimate, Options, basis, check_real
 from curvax.exact import BUDGET, exact_diag, ggn_diag, ggn_mc_diag
 from curvax.gauss_newton import ggn_sampled
+from curvax.hutchinson import hutchinson
 from curvax.micro_batches import over_micro_batches
 from curvax.objective import Objective
 from curvax.xdiag import xdiag

@@ -15,17 +15,18 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from curvax.estimators import UNROLLED, Estimate, Moments, Options, at_least_float32
+from curvax.products import same_diagonal
 
 
 def xdiag(objective: Callable[[Any], jax.Array], params: Any, options: Options) -> Estimate:
     """XDiag with `options.num_samples` probes, at two Hessian-vector products each."""
     wide = jax.tree.map(at_least_float32, params)
     flat, unflatten = ravel_pytree(wide)
-    (value, grad), tangents = jax.linearize(jax.value_and_grad(objective), params)
+    value, grad, multiply = same_diagonal(objective, params)
 
     def product(vector):
         tangent = jax.tree.map(lambda v, x: v.astype(x.dtype), unflatten(vector), params)
-        return ravel_pytree(jax.tree.map(at_least_float32, tangents(tangent)[1]))[0]
+        return ravel_pytree(jax.tree.map(at_least_float32, multiply(tangent)))[0]
 
     def products(vectors):
         # As in `add_samples`: convolutions are slow in loops.

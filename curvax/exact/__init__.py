@@ -12,5 +12,16 @@ from curvax.exact.diagonals import BUDGET, exact_diag, explain, ggn_diag
 from curvax.exact.estimate import ggn_mc_diag
 from curvax.exact.explanation import Explanation, Row
 from curvax.exact.independence import couples_examples
+from curvax.exact.linearity import piecewise_linear
 
-__all__ = ["BUDGET", "Explanation", "Row", "couples_examples", "exact_diag", "explain", "ggn_diag", "ggn_mc_diag"]
+__all__ = [
+    "BUDGET",
+    "Explanation",
+    "Row",
+    "couples_examples",
+    "exact_diag",
+    "explain",
+    "ggn_diag",
+    "ggn_mc_diag",
+    "piecewise_linear",
+]

@@ -1,13 +1,14 @@
 """What the full scale would take: one step of each kind of run, here, and an estimate for an accelerator.
 
-Runs that differ only in seed or learning rate are of one kind. A step is compiled and carried out in full, in as many
-micro-batches as it needs; what XLA counts of a micro-batch's floating-point operations is then multiplied by all the
+Runs that compile the same programs are of one kind: those that differ in seed, learning rate or initial parameters, and
+those whose batches are so many micro-batches of one size. The smallest of these batches that has more than one is
+compiled and stepped; what XLA counts of a micro-batch's floating-point operations is then multiplied by all the
 micro-batches of all the runs.
 """
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -33,21 +34,23 @@ class Kind:
     Attributes:
         name: for the table.
         steps: optimizer steps in all of them.
+        micro_batches: in all these steps.
         here: seconds of one step on this machine, with its compilation.
-        flops: of one step.
-        micro_batches: of one step.
+        micro_batches_here: of that step.
+        flops: of one micro-batch.
     """
 
     name: str
     steps: int
+    micro_batches: int
     here: float
+    micro_batches_here: int
     flops: float
-    micro_batches: int = 1
 
     @property
     def hours(self) -> float:
         """Estimated, of all steps on one accelerator."""
-        return self.steps * max(self.flops / FLOPS_PER_SECOND, SHORTEST_STEP * self.micro_batches) / 3600
+        return self.micro_batches * max(self.flops / FLOPS_PER_SECOND, SHORTEST_STEP) / 3600
 
 
 def dry_run(figures: Sequence[Figure], place: Place):
@@ -56,9 +59,9 @@ def dry_run(figures: Sequence[Figure], place: Place):
     kinds = []
     with progress_bar() as bar:
         task = bar.add_task("one step of each", total=len(groups) + len(figures))
-        for (config, batch), steps in groups.items():
-            bar.update(task, description=f"{config.model}, {config.optimizer}, batch {batch}")
-            kinds.append(one_step(config, batch, steps))
+        for (config, micro), steps in groups.items():
+            bar.update(task, description=f"{config.model}, {config.optimizer}, micro-batches of {micro}")
+            kinds.append(one_step(config, micro, steps))
             bar.advance(task)
         for figure in figures:
             if figure.measurement:
@@ -68,21 +71,32 @@ def dry_run(figures: Sequence[Figure], place: Place):
     console.print(table(kinds))
 
 
-def grouped(configs: Sequence[TrainConfig]) -> dict[tuple[TrainConfig, int], int]:
-    """The steps of the runs at each batch size, by what has to be compiled; shared runs count once."""
+def grouped(configs: Sequence[TrainConfig]) -> dict[tuple[TrainConfig, int], dict[int, int]]:
+    """By what has to be compiled, configuration and size of the micro-batches: the steps at each size of a batch.
+
+    Runs that figures share count once.
+    """
     groups = {}
     for config in {config.name: config for config in configs}.values():
         images = len(runs.stepper_of(config).train) if config.train_images is None else config.train_images
         for phase in config.plan(1.0).phases:
-            kind = dataclasses.replace(config, phases=(), seed=0, learning_rate=0.01, epochs=1, warmup_epochs=0.0)
-            kind = dataclasses.replace(kind, batch_size=phase.batch_size, discard_epochs=None)
-            key = (kind, phase.batch_size)
-            groups[key] = groups.get(key, 0) + phase.epochs * (images // phase.batch_size)
+            steps = groups.setdefault((programs(config), config.micro_size(phase.batch_size)), {})
+            steps[phase.batch_size] = steps.get(phase.batch_size, 0) + phase.epochs * (images // phase.batch_size)
     return groups
 
 
-def one_step(config: TrainConfig, batch: int, steps: int) -> Kind:
+def programs(config: TrainConfig) -> TrainConfig:
+    """The same for all configurations whose steps are compiled alike, up to the probes, which are added to all."""
+    plan = {"phases": (), "epochs": 1, "batch_size": config.micro_batch_size or 1, "schedule": "constant"}
+    start = {"seed": 0, "init": "he", "learning_rate": 0.01, "warmup_epochs": 0.0}
+    return dataclasses.replace(config, **plan, **start, discard_epochs=None, probes=True)
+
+
+def one_step(config: TrainConfig, micro: int, steps: Mapping[int, int]) -> Kind:
     """Compiles a step, and carries it out."""
+    sizes = sorted(steps)
+    batch = next((size for size in sizes if size > micro), sizes[0])
+    config = dataclasses.replace(config, batch_size=batch)
     stepper = runs.stepper_of(config)
     [epoch] = config.plan(0.01).epochs(len(stepper.train))
     state = stepper.init(0)
@@ -90,11 +104,17 @@ def one_step(config: TrainConfig, batch: int, steps: int) -> Kind:
     state, metrics = stepper.step(state, order, epoch, 0)
     jax.block_until_ready(metrics)
     seconds = time.perf_counter() - start
-    micro = config.micro_size(batch)
-    name = f"{config.model}, {config.optimizer}" + (f", {config.discard_by} left out" if config.discard else "")
     # The pass forward that finds the losses to leave out is a third of a gradient.
-    count = flops(stepper, state, micro) * batch / micro * (4 / 3 if config.discard else 1)
-    return Kind(f"{name}, batch {batch}", steps, seconds, count, batch // micro)
+    count = flops(stepper, state, micro) * (4 / 3 if config.discard else 1)
+    micro_batches = sum(number * size // micro for size, number in steps.items())
+    return Kind(title(config, sizes), sum(steps.values()), micro_batches, seconds, batch // micro, count)
+
+
+def title(config: TrainConfig, sizes: Sequence[int]) -> str:
+    """Of a kind of run."""
+    out = f", {config.discard:.0%} left out by {config.discard_by}" if config.discard else ""
+    batches = f"batch {sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
+    return f"{config.model}, {config.optimizer}{out}, {batches}"
 
 
 def flops(stepper: Stepper, state, micro: int) -> float:
@@ -111,21 +131,25 @@ def one_gradient(number: int, measurement: Measurement) -> Kind:
     jax.block_until_ready(step.gradient(0, measurement.chunk))
     seconds = time.perf_counter() - start
     chunks = -(-measurement.images // measurement.chunk)
-    return Kind(f"figure {number}, chunk of {measurement.chunk}", chunks, seconds, step.cost() * measurement.chunk)
+    name, cost = f"figure {number}, chunk of {measurement.chunk}", step.cost() * measurement.chunk
+    return Kind(name, chunks, chunks, seconds, 1, cost)
 
 
 def table(kinds: Sequence[Kind]) -> Table:
     """One row per kind, and the sum."""
     caption = (
-        f"accelerator: {FLOPS_PER_SECOND / 1e12:g} TFLOP/s sustained, at least {1000 * SHORTEST_STEP:g} ms a step;"
-        " evaluation not counted"
+        f"accelerator: {FLOPS_PER_SECOND / 1e12:g} TFLOP/s sustained, at best {1000 * SHORTEST_STEP:g} ms a micro-batch;"
+        " evaluation not counted. One step here: with its compilation"
     )
     result = Table(caption=caption)
-    for column in ("runs", "steps", "micro-batches a step", "first step here (s)", "TFLOP a step", "accelerator hours"):
+    for column in ("runs", "steps", "micro-batches", "TFLOP each", "accelerator hours", "one step here"):
         result.add_column(column, justify="left" if column == "runs" else "right")
     for kind in kinds:
-        cells = (f"{kind.steps:,}", f"{kind.micro_batches}", f"{kind.here:.3g}", f"{kind.flops / 1e12:.3g}")
-        result.add_row(kind.name, *cells, f"{kind.hours:.2g}")
+        here = f"{kind.here:.3g} s" + (
+            f" ({kind.micro_batches_here} micro-batches)" if kind.micro_batches_here > 1 else ""
+        )
+        counts = (f"{kind.steps:,}", f"{kind.micro_batches:,}", f"{kind.flops / 1e12:.3g}")
+        result.add_row(kind.name, *counts, f"{kind.hours:.2g}", here)
     result.add_section()
-    result.add_row("all", *[""] * 4, f"{sum(kind.hours for kind in kinds):.3g}")
+    result.add_row("all", *[""] * 3, f"{sum(kind.hours for kind in kinds):.3g}", "")
     return result

@@ -140,8 +140,31 @@ def test_full_scale_batches_are_the_paper_s_and_split_where_they_must_be():
     groups = grouped(
         [dataclasses.replace(c, train_images=50_000) for f in command.FIGURES.values() for c in f.runs(Place("paper"))]
     )
-    assert {32, 49152, 2000, 8000, 512, 8192, 1024} <= {batch for _, batch in groups}
-    assert all(config.micro_size(batch) <= 1024 for config, batch in groups)
+    assert {32, 49152, 2000, 8000, 512, 8192, 1024} <= {batch for steps in groups.values() for batch in steps}
+    assert all(micro <= 1024 and size % micro == 0 for (_, micro), steps in groups.items() for size in steps)
+    # 200 epochs of 24 steps, and 5 seeds, at one learning rate for all and at one that grows with the batch.
+    [alexnet] = [
+        s for (config, _), s in groups.items() if 2048 in s and (config.model, config.momentum) == ("alexnet", 0)
+    ]
+    assert alexnet[2048] == 200 * 24 * 5 + 24 * 5
+
+
+@pytest.mark.parametrize("peak", [0.00005, 0.018, 0.3])
+def test_the_rate_of_the_race_has_worse_ones_on_both_sides(peak):
+    """Accuracies that fall off on both sides of a peak, within the grid, below and above it."""
+    accuracy = lambda config: 1 / (1 + abs(np.log(config.learning_rate / peak)))
+    trained = lambda config: [{"kind": "epoch", "test_accuracy": accuracy(config)}]
+    trials = median_rate.tuned(Place("cpu"), trained, "mclr", 1024)
+    rates = list(trials)
+    assert rates == sorted(rates) and set(median_rate.GRIDS["mclr"]) <= set(rates)
+    best = max(trials, key=trials.get)
+    assert rates[0] < best < rates[-1] and abs(np.log(best / peak)) < np.log(3)
+
+
+def test_the_search_for_a_rate_ends():
+    trained = lambda config: [{"kind": "epoch", "test_accuracy": config.learning_rate}]
+    trials = median_rate.tuned(Place("cpu"), trained, "mclr", 1024)
+    assert len(trials) == len(median_rate.GRIDS["mclr"]) + median_rate.EXTENSIONS["cpu"]
 
 
 def run(capfd, *arguments):

@@ -1,0 +1,23 @@
+"""A diagonal from random signs z: entry i of `z * A z` has `A_ii` for its mean, and the rest of row i for its noise."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from curvax.estimators import Estimate, Options, add_samples, at_least_float32, no_samples
+from curvax.products import same_diagonal
+
+
+def hutchinson(objective: Callable[[Any], jax.Array], params: Any, options: Options) -> Estimate:
+    """The mean of `z * A z` over random signs z (Bekas et al. 2007), with a matrix A of the Hessian's diagonal."""
+    value, grad, product = same_diagonal(objective, params)
+
+    def sample(key):
+        z = optax.tree.random_like(key, params, jax.random.rademacher)
+        return jax.tree.map(lambda a, b: at_least_float32(a) * at_least_float32(b), z, product(z))
+
+    keys = jax.random.split(options.key, options.num_samples)
+    moments = add_samples(sample, keys, no_samples(params), options.chunk_size)
+    return Estimate(value, grad, moments.mean, moments.standard_error())
