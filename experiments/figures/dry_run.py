@@ -138,8 +138,8 @@ def one_gradient(number: int, measurement: Measurement) -> Kind:
 def table(kinds: Sequence[Kind]) -> Table:
     """One row per kind, and the sum."""
     caption = (
-        f"accelerator: {FLOPS_PER_SECOND / 1e12:g} TFLOP/s sustained, at best {1000 * SHORTEST_STEP:g} ms a micro-batch;"
-        " evaluation not counted. One step here: with its compilation"
+        f"accelerator: {FLOPS_PER_SECOND / 1e12:g} TFLOP/s sustained, at least {1000 * SHORTEST_STEP:g} ms a"
+        " micro-batch; evaluation not counted. One step here: with its compilation"
     )
     result = Table(caption=caption)
     for column in ("runs", "steps", "micro-batches", "TFLOP each", "accelerator hours", "one step here"):
