@@ -104,7 +104,8 @@ def hessian_diag(
       - `"ggn"`: the exact diagonal of the Gauss-Newton matrix, which is H without the curvature of the network itself;
       - `"ggn_mc"`: the same in expectation, by one random column of the loss's Hessian per example and sample;
       - `"hutchinson"`: the mean of `z * H z` over random signs `z` (Bekas et al. 2007): unbiased, its standard error
-        falls as `1 / sqrt(num_samples)`;
+        falls as `1 / sqrt(num_samples)`. Where the trace proves that the Gauss-Newton matrix has the same diagonal, as
+        for a ReLU network, that matrix takes the place of H, at fewer operations;
       - `"xdiag"`: Hutchinson's estimate of what `k = num_samples` products leave unknown of H, each probe judged by the
         others (Epperly, Tropp and Webber 2024): `2 k` products, and memory for several copies of the parameters for
         each. Where the spectrum decays its error falls faster than Hutchinson's;

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
 
+from curvax.estimators import diag_dtype
 from curvax.exact.dataflow import Flow
 from curvax.exact.routes import Route
-from curvax.exact.trace import apply, read, wide
+from curvax.exact.trace import apply, read
 
 
 def undo_scaling(flow: Flow, route: Route, env: Mapping[Var, jax.Array], diagonal: jax.Array) -> jax.Array:
@@ -23,7 +24,7 @@ def undo_scaling(flow: Flow, route: Route, env: Mapping[Var, jax.Array], diagona
 
 def transposed(flow: Flow, route: Route, env: Mapping[Var, jax.Array]) -> Callable[[jax.Array], jax.Array]:
     """Takes a gradient of the operand to one of the parameter."""
-    dtype = wide(flow.program.params[route.bit].aval.dtype)
+    dtype = diag_dtype(flow.program.params[route.bit].aval.dtype)
     pull = jax.vjp(*_operand(flow, route, env, dtype))[1]
     return lambda gradient: pull(gradient.astype(dtype))[0]
 

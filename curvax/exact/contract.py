@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvax.estimators import diag_dtype
 from curvax.exact.layers import Layer, Lookup
-from curvax.exact.trace import wide
 from curvax.varying import varying_like
 
 # Entries of a temporary array in one step of a loop: a few megabytes, so that it stays in a processor's cache.
@@ -58,7 +58,7 @@ def contraction(
             that function: an example's gradient must then be taken back to the parameter before it is squared.
     """
     folded = jax.eval_shape(layer.fold, out)
-    folded = jax.ShapeDtypeStruct(folded.shape, wide(folded.dtype))
+    folded = jax.ShapeDtypeStruct(folded.shape, diag_dtype(folded.dtype))
     if pull is not None:
         return Pulled(layer, folded, pull)
     if isinstance(layer, Lookup):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax.estimators import check_real
+from curvax.estimators import check_real, diag_dtype
 from curvax.exact import units
 from curvax.exact.backprop import diagonals
 from curvax.exact.dataflow import Flow, analyse, between
@@ -15,7 +15,7 @@ from curvax.exact.explanation import Explanation, Row, explain_routes
 from curvax.exact.factor import source
 from curvax.exact.penalty import mixed_arrays, penalty_diagonal
 from curvax.exact.routes import Route, plan, plan_gauss_newton
-from curvax.exact.trace import leaf_paths, trace, wide
+from curvax.exact.trace import leaf_paths, trace
 from curvax.objective import Objective
 
 # In backward passes and Hessian-vector products together.
@@ -137,13 +137,18 @@ def _by_routes(objective, params, flow: Flow, routes: Sequence[Route], unit_vect
     """Value, gradient and diagonal. The forward passes written here are one: the compiler finds them equal."""
     value, grad = jax.value_and_grad(objective)(params)
     env = flow.program.environment()
-    total = {route.bit: jnp.zeros(v.aval.shape, wide(v.aval.dtype)) for route, v in _vars(flow, routes, "zero")}
+    total = zeros(flow, routes)
     total |= {route.bit: unit_vectors(flow, env, var) for route, var in _vars(flow, routes, "unit vectors")}
     for cut in dict.fromkeys(route.cut for route in routes if route.cut is not None):
         sharing = [route for route in routes if route.cut is cut]
         found = diagonals(flow, env, sharing, source(flow, env, cut, chunk_size), chunk_size)
         total |= {route.bit: diagonal for route, diagonal in zip(sharing, found, strict=True)}
     return value, grad, assemble(objective, params, flow, total, mixed, chunk_size)
+
+
+def zeros(flow: Flow, routes: Sequence[Route]) -> dict[int, jax.Array]:
+    """The diagonals of the parameters that no derivative reaches."""
+    return {route.bit: jnp.zeros(v.aval.shape, diag_dtype(v.aval.dtype)) for route, v in _vars(flow, routes, "zero")}
 
 
 def _vars(flow, routes, name):

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
 
-from curvax.estimators import add_samples, check_real, no_samples
+from curvax.estimators import add_samples, at_least_float32, check_real, no_samples
 from curvax.exact.backprop import diagonals
 from curvax.exact.dataflow import Flow, analyse, between
-from curvax.exact.diagonals import assemble, check_objective
+from curvax.exact.diagonals import assemble, check_objective, zeros
 from curvax.exact.factor import Source, random_source, signed_values
 from curvax.exact.penalty import mixed_arrays
 from curvax.exact.routes import plan_gauss_newton
-from curvax.exact.trace import trace, wide
+from curvax.exact.trace import trace
 from curvax.objective import Objective
 
 
@@ -68,10 +68,7 @@ def ggn_mc_diag(
 def _sampler(flow: Flow, key: jax.Array, num_samples: int, chunk_size) -> Callable[[jax.Array], dict[int, jax.Array]]:
     """The function from a sample's number to its estimate, summed over examples."""
     env, outputs, routes = flow.program.environment(), flow.program.outputs, plan_gauss_newton(flow)
-    params = flow.program.params
-    constant = {
-        r.bit: jnp.zeros(params[r.bit].aval.shape, wide(params[r.bit].aval.dtype)) for r in routes if r.name == "zero"
-    }
+    params, constant = flow.program.params, zeros(flow, routes)
     if len(constant) == len(routes):
         return lambda index: constant
     if flow.axes[outputs] is None:
@@ -99,4 +96,4 @@ def _whole_batch(flow: Flow, env, var: Var, one: Source) -> jax.Array:
     columns = one.at(jnp.zeros(1, int))
     pull = jax.vjp(between(flow, env, var, outputs), env[var])[1]
     plain, signed = pull(columns.values[0])[0], pull(signed_values(flow, outputs, columns)[0])[0]
-    return (plain * signed).astype(wide(plain.dtype))
+    return at_least_float32(plain * signed)

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
 
+from curvax.estimators import diag_dtype
 from curvax.exact.dataflow import Flow, between
 from curvax.exact.invariance import shift_invariant
 from curvax.exact.layers import examples_first
-from curvax.exact.trace import wide
 from curvax.varying import varying_like
 
 # Entries of a slice up to which eigenvectors are computed: their cost grows as the cube. Streamed columns are twice as
@@ -161,7 +161,7 @@ def _hessian_row(flow, env, cut) -> Callable[[jax.Array], jax.Array]:
 
     def row(index):
         direction = jnp.broadcast_to(jax.nn.one_hot(index, like.shape[1], dtype=like.dtype)[None], like.shape)
-        return slices(product(unslice(varying_like(direction, env[cut])))).astype(wide(like.dtype))
+        return slices(product(unslice(varying_like(direction, env[cut])))).astype(diag_dtype(like.dtype))
 
     return row
 

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
+from curvax.estimators import at_least_float32
 from curvax.exact import units
 from curvax.exact.primitives import BILINEAR, ELEMENTWISE
-from curvax.exact.trace import inline, wide
+from curvax.exact.trace import inline
 
 # Every entry of the result is one entry of the operand, or a constant.
 MOVES = frozenset("broadcast_in_dim dynamic_slice gather pad reshape rev slice squeeze transpose".split())
@@ -49,7 +50,7 @@ def penalty_diagonal(
     leaves, treedef = jax.tree.flatten(params)
     ones = [jnp.full_like(leaf, bit not in mixed) for bit, leaf in enumerate(leaves)]
     product = jax.jvp(jax.grad(penalty), (params,), (jax.tree.unflatten(treedef, ones),))[1]
-    diagonal = [row.astype(wide(row.dtype)) for row in jax.tree.leaves(product)]
+    diagonal = [at_least_float32(row) for row in jax.tree.leaves(product)]
     for bit in mixed:
         alone = lambda leaf, bit=bit: penalty(jax.tree.unflatten(treedef, [*leaves[:bit], leaf, *leaves[bit + 1 :]]))
         diagonal[bit] = units.second_derivatives(alone, leaves[bit], chunk_size)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
+from curvax.layers import path_name
 from curvax.objective import Objective
 
 INLINED = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
@@ -89,8 +90,7 @@ def trace(objective: Objective, params: Any) -> Program:
 
 def leaf_paths(params: Any) -> tuple[str, ...]:
     """`("dense/kernel", ...)`: how curvax names the leaves of a tree."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
+    return tuple(path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
 
 
 def inline(closed: ClosedJaxpr, *inputs: jax.Array, also: Sequence[str] = ()) -> list[jax.Array]:
@@ -130,8 +130,3 @@ def read(env: dict[Var, jax.Array], atom: Var | Literal) -> Any:
 def _callee(eqn: JaxprEqn) -> ClosedJaxpr:
     callee = next(eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params)
     return callee if isinstance(callee, ClosedJaxpr) else ClosedJaxpr(callee, ())
-
-
-def wide(dtype: Any) -> Any:
-    """The precision curvature is kept in: the array's own, and at least float32."""
-    return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)

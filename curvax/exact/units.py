@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from curvax.exact.trace import wide
+from curvax.estimators import diag_dtype
 from curvax.varying import varying_like
 
 # Directions at once, where the caller does not say.
@@ -29,7 +29,7 @@ def second_derivatives(function: Callable[[jax.Array], jax.Array], x: jax.Array,
 
 def along_units(function: Callable[[jax.Array], jax.Array], x: jax.Array, chunk_size: int | None) -> jax.Array:
     """`function` of each unit vector of the space of `x`, arranged like `x`."""
-    dtype = wide(x.dtype)
+    dtype = diag_dtype(x.dtype)
 
     def at(index):
         direction = jax.nn.one_hot(index, x.size, dtype=x.dtype).reshape(x.shape)
