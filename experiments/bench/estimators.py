@@ -80,8 +80,8 @@ def rows(say: Say, repeats: int, quick: bool, images: TrainConfig) -> Iterator[R
     for name in many_samples():
         say(name)
         for probes in PROBES[: 1 if quick else None]:
-            # Two products for each probe, and one product is what Hutchinson's sample costs.
-            cost = 2 * probes * prices["hutchinson"]
+            # Two products for each probe, and one product is what a sample of the same library's Hutchinson costs.
+            cost = 2 * probes * prices[name.replace("xdiag", "hutchinson")]
             yield _row(Point(name, probes, cost, error_of(many_samples()[name](probes), objective, params, truth)))
 
 
