@@ -36,6 +36,15 @@ class ProbeState(NamedTuple):
       loss_stride: mean of -u g, the first-order decrease of the loss per parameter, scalars; eq. 8.
       radius_quantiles: of |w / g|, `(num_quantiles,)`; eq. 17.
       inner_state: that of the wrapped transformation.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from curvax import with_probes
+      >>> tx = with_probes(optax.sgd(0.5))
+      >>> w = {"w": jnp.array([1.0, -3.0])}
+      >>> updates, state = tx.update(w, tx.init(w), w)
+      >>> {layer: float(x) for layer, x in optax.tree.get(state, "parameter_stride").items()}
+      {'w': 1.0}
     """
 
     mean_abs_gradient: PerLayer
@@ -144,6 +153,12 @@ class NoiseScale(NamedTuple):
     Attributes:
       squared_gradient: `|G|^2` of the gradient G of an infinite batch; it may come out negative.
       noise: `tr(Sigma)`, the variance of one example's gradient, summed over parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from curvax import NoiseScale
+      >>> float(NoiseScale(squared_gradient=jnp.array(0.5), noise=jnp.array(600.0)).critical_batch_size)
+      1200.0
     """
 
     squared_gradient: jax.Array

@@ -25,6 +25,13 @@ class HessianDiagState(NamedTuple):
       num_refreshes: int32, how many times the curvature has been computed.
       hessian_diag: a float32 tree like the parameters, the average so far, corrected for its bias.
       inner_state: that of the wrapped transformation.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from curvax import cblr
+      >>> state = cblr(0.1, key=0).init({"w": jnp.ones(2)})
+      >>> optax.tree.get(state, "hessian_diag"), int(optax.tree.get(state, "num_refreshes"))
+      ({'w': Array([0., 0.], dtype=float32)}, 0)
     """
 
     count: jax.typing.ArrayLike

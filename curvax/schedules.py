@@ -28,6 +28,12 @@ class Phase:
 
     Raises:
       ValueError: if one of them is not above 0.
+
+    Example:
+      >>> from curvax import BatchSchedule, Phase
+      >>> paper = BatchSchedule((Phase(1, 512, 0.005), Phase(79, 8192, 0.05)))
+      >>> [epoch.steps for epoch in paper.epochs(50_000)][:3]
+      [97, 6, 6]
     """
 
     epochs: int
