@@ -15,7 +15,7 @@ from experiments.figures.render import caption_axes, curves
 from experiments.figures.rows import by_label, epoch_curves
 
 BATCHES = {"smoke": (128, 256), "cpu": (1024, 2048), "paper": (1024, 2048, 4096, 8192, 16384)}
-SEEDS = {"smoke": 2, "cpu": 5, "paper": 5}
+SEEDS = {"smoke": 2, "cpu": 8, "paper": 5}
 # A factor of three apart; the full scale tries the points between them too.
 GRIDS = {"sgd": (0.05, 0.15, 0.45), "lars": (0.01, 0.03, 0.09), "mclr": (0.002, 0.006, 0.018)}
 # More points than this beyond a grid say that something else is wrong.
