@@ -52,8 +52,8 @@ class FigureConfig:
     figures: Annotated[tuple[Literal["all", *map(str, FIGURES)], ...], tyro.conf.Positional]
     """Their numbers in the paper, or all."""
     preset: Preset = "smoke"
-    """smoke: generated images, seconds. cpu: CIFAR-10 with fewer images and narrow networks, all figures in under an
-    hour on two cores. paper: full scale, for an accelerator."""
+    """smoke: generated images, seconds. cpu: CIFAR-10 with fewer images and narrow networks, all figures in about an
+    hour and a half on two cores. paper: full scale, for an accelerator."""
     data_dir: Path | None = None
     """Folder in which TFDS keeps, or has prepared, its data sets."""
     out: Path = Path("runs")

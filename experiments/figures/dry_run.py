@@ -62,6 +62,7 @@ def dry_run(figures: Sequence[Figure], place: Place):
         for (config, micro), steps in groups.items():
             bar.update(task, description=f"{config.model}, {config.optimizer}, micro-batches of {micro}")
             kinds.append(one_step(config, micro, steps))
+            console.print(f"{kinds[-1].name}: one step in {kinds[-1].here:.3g} s", soft_wrap=True)
             bar.advance(task)
         for figure in figures:
             if figure.measurement:
