@@ -209,7 +209,7 @@ def plot(points: list[Mapping], dataset: str, path: Path) -> None:
     caption = (
         f"AlexNet at an eighth of its width, FC layers of 512, at its initial parameters, on 128 images of {dataset}."
         f" Medians over {SEEDS} seeds. A cost is the number of samples times the measured price of one; xdiag takes two"
-        " Hessian-vector products for each probe."
+        " products for each probe."
     )
     figure.text(0.01, 0.01, textwrap.fill(caption, 140), fontsize=9, va="bottom")
     figure.tight_layout(rect=(0, 0.09, 1, 1))
