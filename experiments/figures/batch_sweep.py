@@ -8,6 +8,7 @@ warm-up, tells how much of Figure 1 is the fixed rate.
 import collections
 
 import numpy as np
+from matplotlib.ticker import LogFormatter
 
 from experiments.figures import statistics
 from experiments.figures.base import Claim, Figure, Place, Trained, describe, last_epoch
@@ -140,6 +141,8 @@ def draw_over_epochs(name: str, label: str):
         [panel] = axes
         curves(panel, by_batch(rows, name))
         panel.set_yscale("log")
+        # Within a decade the powers of ten that are usually written say nothing.
+        panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
         caption_axes(panel, "epoch", label)
 
     return draw
