@@ -6,6 +6,9 @@ over the entries whose radius is finite. As in the paper the biases' radii are m
 PyTorch's uniform values: at zero they would have no eq. 17.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import stats
@@ -21,6 +24,8 @@ SEEDS = {"smoke": 1, "cpu": 3, "paper": 3}
 NAMES = [f"conv {i + 1}" for i in range(5)] + [f"fc {i + 1}" for i in range(3)]
 BIAS_FACTOR = 10
 
+exact_diag = jax.jit(functools.partial(curvax.hessian_diag, method="exact"))
+
 
 def config(place: Place, seed: int):
     """PyTorch's initial parameters at any scale."""
@@ -35,7 +40,7 @@ def rows(place: Place, trained):
     for seed in range(SEEDS[place.preset]):
         step = first_step(config(place, seed), images)
         grads = step.gradient(0, images)
-        diag = curvax.hessian_diag(step.objective(0, images), step.params, method="exact")
+        diag = exact_diag(step.objective(0, images), step.params)
         for name, w, g, h in zip(NAMES, *(layers(tree) for tree in (step.params, grads, diag)), strict=True):
             for kind in ("kernel", "bias"):
                 radii = {
