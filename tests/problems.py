@@ -71,16 +71,20 @@ def mlp_objective(loss=cross_entropy, **kwargs):
 def dense_hessian_diag(f, params):
     """The diagonal of `jax.hessian` on the flattened parameters."""
     flat, unflatten = jax.flatten_util.ravel_pytree(params)
-    return unflatten(jnp.diag(jax.hessian(lambda v: f(unflatten(v)))(flat)))
+    return unflatten(jax.jit(lambda flat: jnp.diag(jax.hessian(lambda v: f(unflatten(v)))(flat)))(flat))
 
 
 def dense_ggn_diag(objective, params):
     """The diagonal of `mean_b J_b^T (d^2 loss_b) J_b`, from dense Jacobians."""
     flat, unflatten = jax.flatten_util.ravel_pytree(params)
-    outputs = objective.predict(params, objective.data)
-    jacobian = jax.jacobian(lambda v: objective.predict(unflatten(v), objective.data))(flat)
-    total = jax.hessian(lambda z: jnp.sum(objective.loss(z, objective.data)))(outputs)
-    batch = jnp.arange(len(outputs))
-    curvature = total[batch, :, batch, :]
-    diag = jnp.einsum("bip,bij,bjp->p", jacobian, curvature, jacobian) / len(outputs)
-    return unflatten(diag)
+
+    @jax.jit
+    def diagonal(flat):
+        outputs = objective.predict(unflatten(flat), objective.data)
+        jacobian = jax.jacobian(lambda v: objective.predict(unflatten(v), objective.data))(flat)
+        total = jax.hessian(lambda z: jnp.sum(objective.loss(z, objective.data)))(outputs)
+        batch = jnp.arange(len(outputs))
+        curvature = total[batch, :, batch, :]
+        return jnp.einsum("bip,bij,bjp->p", jacobian, curvature, jacobian) / len(outputs)
+
+    return unflatten(diagonal(flat))

@@ -167,6 +167,7 @@ def test_other_output_is_handed_through(method):
     plain, params = problems.mlp_objective(), problems.mlp_params()
     pair = curvax.Objective(lambda p, d: (problems.mlp(p, d), {"seen": d["x"].sum()}), plain.loss, plain.data)
     both = functools.partial(curvax.value_grad_and_hessian_diag, params=params, method=method, key=jax.random.key(0))
+    both = jax.jit(both, static_argnames="has_aux")
     (value, aux), grad, diag = both(pair, has_aux=True)
     chex.assert_trees_all_close((value, grad, diag), both(plain), rtol=1e-5)
     np.testing.assert_allclose(aux["seen"], plain.data["x"].sum(), rtol=1e-5)
@@ -203,9 +204,9 @@ def test_standard_error_covers_the_truth(method):
     """Of the entries, those within two standard errors should be 95 %."""
     objective, params = problems.mlp_objective(), problems.mlp_params()
     exact = (problems.dense_hessian_diag if method == "hutchinson" else problems.dense_ggn_diag)(objective, params)
-    diag, error = curvax.hessian_diag(
-        objective, params, method=method, key=jax.random.key(3), num_samples=200, micro_batches=1, standard_error=True
-    )
+    options = {"method": method, "num_samples": 200, "micro_batches": 1, "standard_error": True}
+    estimate = jax.jit(functools.partial(curvax.hessian_diag, **options))
+    diag, error = estimate(objective, params, key=jax.random.key(3))
     (d, _), (e, _), (x, _) = (jax.flatten_util.ravel_pytree(tree) for tree in (diag, error, exact))
     covered = np.abs(d - x) <= 2 * e + 1e-7
     assert 0.85 < covered.mean() <= 1
