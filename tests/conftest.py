@@ -1,6 +1,16 @@
 """Eight CPU devices and quick compilation for every test, and JAX made strict for those of the library."""
 
+import atexit
 import os
+import shutil
+import tempfile
+
+# What several tests compile, or several processes of one, is compiled once. Read when JAX is imported, here and in all
+# processes that this one starts.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="curvax-tests-")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest
