@@ -19,7 +19,7 @@ from curvax.products import same_diagonal
 
 
 def xdiag(objective: Callable[[Any], jax.Array], params: Any, options: Options) -> Estimate:
-    """XDiag with `options.num_samples` probes, at two Hessian-vector products each."""
+    """XDiag with `options.num_samples` probes, at two products each."""
     wide = jax.tree.map(at_least_float32, params)
     flat, unflatten = ravel_pytree(wide)
     value, grad, multiply = same_diagonal(objective, params)

@@ -4,7 +4,6 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
-import optax
 import problems
 import pytest
 
@@ -38,27 +37,23 @@ def network_of_two_outputs(params, data):
     return {"scores": hidden @ params["out"], "size": jnp.sum(hidden, 1)}
 
 
-def cross_entropy(outputs, data):
-    return optax.softmax_cross_entropy_with_integer_labels(outputs, data["y"])
-
-
 def loss_of_two(outputs, data):
-    return cross_entropy(outputs["scores"], data) + outputs["size"] ** 2 / 10
+    return problems.cross_entropy(outputs["scores"], data) + outputs["size"] ** 2 / 10
 
 
 def contrastive(outputs, data):
     """Every example's loss depends on all the others."""
-    return -jnp.diag(jax.nn.log_softmax(outputs @ outputs.T)) + cross_entropy(outputs, data)
+    return -jnp.diag(jax.nn.log_softmax(outputs @ outputs.T)) + problems.cross_entropy(outputs, data)
 
 
 def coupled_penalty(params):
     return jnp.sum(params["in"]) ** 2 * jnp.sum(params["out"] ** 4)
 
 
-LINEAR = {"relu": (relu_network, cross_entropy), "coupled loss": (relu_network, contrastive)}
+LINEAR = {"relu": (relu_network, problems.cross_entropy), "coupled loss": (relu_network, contrastive)}
 CURVED = {
-    "tanh": (smooth_network, cross_entropy),
-    "tied": (tied_network, cross_entropy),
+    "tanh": (smooth_network, problems.cross_entropy),
+    "tied": (tied_network, problems.cross_entropy),
     "two outputs": (network_of_two_outputs, loss_of_two),
 }
 

@@ -146,11 +146,9 @@ def table(kinds: Sequence[Kind]) -> Table:
     for column in ("runs", "steps", "micro-batches", "TFLOP each", "accelerator hours", "one step here"):
         result.add_column(column, justify="left" if column == "runs" else "right")
     for kind in kinds:
-        here = f"{kind.here:.3g} s" + (
-            f" ({kind.micro_batches_here} micro-batches)" if kind.micro_batches_here > 1 else ""
-        )
+        several = f" ({kind.micro_batches_here} micro-batches)" if kind.micro_batches_here > 1 else ""
         counts = (f"{kind.steps:,}", f"{kind.micro_batches:,}", f"{kind.flops / 1e12:.3g}")
-        result.add_row(kind.name, *counts, f"{kind.hours:.2g}", here)
+        result.add_row(kind.name, *counts, f"{kind.hours:.2g}", f"{kind.here:.3g} s{several}")
     result.add_section()
     result.add_row("all", *[""] * 3, f"{sum(kind.hours for kind in kinds):.3g}", "")
     return result

@@ -172,10 +172,10 @@ def settings(place: Place) -> str:
     """The small print."""
     example = config(place, "mclr", BATCHES[place.preset][0], 1.0, 0)
     tried = "; ".join(f"{method} {', '.join(map(str, grid(place, method)))}" for method in GRIDS)
+    beyond = ", and on while the best was at an edge" if EXTENSIONS[place.preset] else ""
     return (
         f"{describe(example)} after {example.warmup_epochs:g} epochs of warm-up; {example.epochs} epochs; tuned by one"
-        f" seed over {tried}, and on while the best was at an edge; raced by {SEEDS[place.preset]} others (mean and"
-        " range)."
+        f" seed over {tried}{beyond}; raced by {SEEDS[place.preset]} others (mean and range)."
     )
 
 
