@@ -1,0 +1,39 @@
+"""Checks of arguments, made where they are given."""
+
+import numbers
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def check_number(name: str, value: Any, interval: str, *, whole: bool = False) -> None:
+    """Refuse an argument that is no number of an interval.
+
+    Args:
+      name: of the argument, for the message.
+      value: a number of Python, NumPy or JAX. A traced one passes if it is a scalar: its value is not known yet.
+      interval: such as `"[0, 1)"` or `"(0, inf)"`; a square bracket belongs to it, a round one does not.
+      whole: whether integers are meant. Truth values are numbers nowhere, and 2.0 is no integer.
+
+    Raises:
+      ValueError: if `value` is no scalar number, is NaN, or is outside.
+
+    Example:
+      >>> from curvax.checks import check_number
+      >>> check_number("decay", 1.0, "[0, 1)")
+      Traceback (most recent call last):
+      ValueError: decay=1.0 is out of range; pass a number in [0, 1).
+    """
+    if isinstance(value, jax.core.Tracer) and value.ndim == 0:
+        return
+    # `item` makes a number of Python of every scalar, the halves included, which NumPy does not count among the reals.
+    number = value.item() if isinstance(value, np.generic | np.ndarray | jax.Array) and np.ndim(value) == 0 else value
+    wanted = f"pass a {'whole ' * whole}number in {interval}."
+    if isinstance(number, bool) or not isinstance(number, numbers.Integral if whole else numbers.Real):
+        raise ValueError(f"{name}={value!r} is no {'whole ' * whole}number; {wanted}")
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
+    if not (above and below):
+        raise ValueError(f"{name}={value} is out of range; {wanted}")
