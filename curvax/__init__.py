@@ -3,13 +3,14 @@
     update = -gamma * radius(layer) * gradient
 
 Every method here is one choice of *radius* (`radii`), one way of grouping parameters into *layers* (`layers`) and, for
-the second-order ones, one source of *curvature* (`hessian`, refreshed by `refresh`). The three are independent;
+the second-order ones, one source of *curvature* (`curvature`). The three are independent;
 `transforms` brings them together, and `optimizers` gives the usual combinations their names. After Gao & Zhong, "Study
 on the Large Batch Size Training of Neural Networks Based on the Second Order Gradient".
 """
 
+from curvax.curvature.hessian import hessian_diag, hvp, value_grad_and_hessian_diag
+from curvax.curvature.refresh import HessianDiagState, with_hessian_diag
 from curvax.exact import explain
-from curvax.hessian import hessian_diag, hvp, value_grad_and_hessian_diag
 from curvax.large_batch import discard_random_losses, discard_small_losses
 from curvax.objective import Objective
 from curvax.optimizers import cblr, lamb, lars, mclr, percent_delta
@@ -22,7 +23,6 @@ from curvax.probes import (
     noise_scale_over_devices,
     with_probes,
 )
-from curvax.refresh import HessianDiagState, with_hessian_diag
 from curvax.schedules import BatchSchedule, Phase, growing_batches, legw, small_batch_start
 from curvax.transforms import (
     discard_small_gradients,

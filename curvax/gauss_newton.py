@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax.estimators import Estimate, Options, add_samples, at_least_float32, no_samples
-from curvax.hutchinson import hutchinson
+from curvax.curvature.estimate import Estimate, Options, add_samples, at_least_float32, no_samples
+from curvax.curvature.hutchinson import hutchinson
 from curvax.micro_batches import split
 from curvax.objective import Objective
 

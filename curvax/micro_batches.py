@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax.estimators import Estimate, Options
+from curvax.curvature.estimate import Estimate, Options
 from curvax.exact import couples_examples
 from curvax.objective import Objective
 from curvax.varying import varying_like

@@ -18,8 +18,8 @@ import jax
 import optax
 
 from curvax import radii
+from curvax.curvature.refresh import with_hessian_diag
 from curvax.layers import Layers
-from curvax.refresh import with_hessian_diag
 from curvax.transforms import (
     scale_by_curvature_radius,
     scale_by_lars,

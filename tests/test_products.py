@@ -8,7 +8,7 @@ import problems
 import pytest
 
 import curvax
-from curvax.products import same_diagonal
+from curvax.curvature.products import same_diagonal
 
 
 def normal(seed, *shape):

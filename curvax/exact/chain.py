@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
 
-from curvax.estimators import diag_dtype
+from curvax.curvature.estimate import diag_dtype
 from curvax.exact.dataflow import Flow
 from curvax.exact.routes import Route
 from curvax.exact.trace import apply, read

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.estimators import diag_dtype
+from curvax.curvature.estimate import diag_dtype
 from curvax.exact.layers import Layer, Lookup
 from curvax.varying import varying_like
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax.estimators import check_real, diag_dtype
+from curvax.curvature.estimate import check_real, diag_dtype
 from curvax.exact import units
 from curvax.exact.backprop import diagonals
 from curvax.exact.dataflow import Flow, analyse, between

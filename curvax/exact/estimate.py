@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
 
-from curvax.estimators import add_samples, at_least_float32, check_real, no_samples
+from curvax.curvature.estimate import add_samples, at_least_float32, check_real, no_samples
 from curvax.exact.backprop import diagonals
 from curvax.exact.dataflow import Flow, analyse, between
 from curvax.exact.diagonals import assemble, check_objective, zeros

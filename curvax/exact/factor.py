@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
 
-from curvax.estimators import diag_dtype
+from curvax.curvature.estimate import diag_dtype
 from curvax.exact.dataflow import Flow, between
 from curvax.exact.invariance import shift_invariant
 from curvax.exact.layers import examples_first

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
-from curvax.estimators import at_least_float32
+from curvax.curvature.estimate import at_least_float32
 from curvax.exact import units
 from curvax.exact.primitives import BILINEAR, ELEMENTWISE
 from curvax.exact.trace import inline

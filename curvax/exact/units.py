@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from curvax.estimators import diag_dtype
+from curvax.curvature.estimate import diag_dtype
 from curvax.varying import varying_like
 
 # Directions at once, where the caller does not say.

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from curvax.estimators import UNROLLED, Estimate, Moments, Options, at_least_float32
-from curvax.products import same_diagonal
+from curvax.curvature.estimate import UNROLLED, Estimate, Moments, Options, at_least_float32
+from curvax.curvature.products import same_diagonal
 
 
 def xdiag(objective: Callable[[Any], jax.Array], params: Any, options: Options) -> Estimate:

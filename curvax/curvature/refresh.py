@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import hessian
-from curvax.estimators import diag_dtype
+from curvax.curvature import hessian
+from curvax.curvature.estimate import diag_dtype
 from curvax.gauss_newton import is_softmax_cross_entropy
 from curvax.varying import varying_over
 

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax.estimators import Estimate, Options, basis, check_real
+from curvax.curvature.estimate import Estimate, Options, basis, check_real
+from curvax.curvature.hutchinson import hutchinson
+from curvax.curvature.xdiag import xdiag
 from curvax.exact import BUDGET, exact_diag, ggn_diag, ggn_mc_diag
 from curvax.gauss_newton import ggn_sampled
-from curvax.hutchinson import hutchinson
 from curvax.micro_batches import over_micro_batches
 from curvax.objective import Objective
-from curvax.xdiag import xdiag
 
 
 def _exact(objective, params, options: Options) -> Estimate:

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import optax
 
-from curvax.estimators import Estimate, Options, add_samples, at_least_float32, no_samples
-from curvax.products import same_diagonal
+from curvax.curvature.estimate import Estimate, Options, add_samples, at_least_float32, no_samples
+from curvax.curvature.products import same_diagonal
 
 
 def hutchinson(objective: Callable[[Any], jax.Array], params: Any, options: Options) -> Estimate:
