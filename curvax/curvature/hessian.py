@@ -17,6 +17,7 @@ from curvax.curvature.hutchinson import hutchinson
 from curvax.curvature.xdiag import xdiag
 from curvax.exact import BUDGET, exact_diag, ggn_diag, ggn_mc_diag
 from curvax.gauss_newton import ggn_sampled
+from curvax.meshes import on_auto_axes
 from curvax.micro_batches import over_micro_batches
 from curvax.objective import Objective
 
@@ -224,7 +225,7 @@ def value_grad_and_hessian_diag(
     objective, params = _restrict(objective, params, where)
     check_real(params)
     options = Options(key, num_samples, micro_batches, chunk_size, budget)
-    estimate = _METHODS[method](objective, params, options)
+    estimate = on_auto_axes(_METHODS[method])(objective, params, options)
     if standard_error and estimate.standard_error is None:
         raise ValueError(f"a standard error takes two samples at least, {num_samples} given; raise num_samples.")
     diag = (estimate.diag, estimate.standard_error) if standard_error else estimate.diag

@@ -14,7 +14,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from curvax.exact.indices import Counted, counted_dimensions
 from curvax.exact.primitives import BILINEAR, PIECEWISE_LINEAR, Axis, differentiable, pull_axis
-from curvax.exact.trace import Program, apply, inline, read
+from curvax.exact.trace import Program, apply, derivative, inline, read
 
 # None is the axis of a variable of which one entry may reach several examples, as a parameter's does.
 Axes = Mapping[Var, Axis | None]
@@ -163,16 +163,7 @@ def _rule_jaxpr(eqn: JaxprEqn, slots: Sequence[int], *, linear_only: bool) -> tu
     """
 
     def rule(operands, tangents):
-        if linear_only:
-            operands = jax.lax.stop_gradient(operands)
-
-        def function(*varying):
-            values = list(operands)
-            for slot, value in zip(slots, varying, strict=True):
-                values[slot] = value
-            return apply(eqn, *values)
-
-        return jax.jvp(function, [operands[slot] for slot in slots], tangents)
+        return derivative(eqn, slots)(jax.lax.stop_gradient(operands) if linear_only else operands, tangents)
 
     # Abstract values rather than shapes: they know over which axes of a `shard_map` they vary.
     operands = [atom.aval for atom in eqn.invars]

@@ -7,7 +7,7 @@ differentiates.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -100,7 +100,7 @@ def inline(closed: ClosedJaxpr, *inputs: jax.Array, also: Sequence[str] = ()) ->
     for eqn in closed.jaxpr.eqns:
         values = [read(env, atom) for atom in eqn.invars]
         if eqn.primitive.name in (*INLINED, *also):
-            results = inline(_callee(eqn), *values, also=also)
+            results = inline(callee(eqn), *values, also=also)
         else:
             results = apply(eqn, *values)
         env |= zip(eqn.outvars, results, strict=True)
@@ -127,6 +127,22 @@ def read(env: dict[Var, jax.Array], atom: Var | Literal) -> Any:
     return atom.val if isinstance(atom, Literal) else env[atom]
 
 
-def _callee(eqn: JaxprEqn) -> ClosedJaxpr:
+def derivative(eqn: JaxprEqn, slots: Sequence[int]) -> Callable[..., tuple[list[jax.Array], list[jax.Array]]]:
+    """The results of one equation and their tangents, from all its operands and the tangents of those in `slots`."""
+
+    def function(operands, tangents):
+        def results(*varying):
+            values = list(operands)
+            for slot, value in zip(slots, varying, strict=True):
+                values[slot] = value
+            return apply(eqn, *values)
+
+        return jax.jvp(results, [operands[slot] for slot in slots], tangents)
+
+    return function
+
+
+def callee(eqn: JaxprEqn) -> ClosedJaxpr:
+    """The body of a call."""
     callee = next(eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params)
     return callee if isinstance(callee, ClosedJaxpr) else ClosedJaxpr(callee, ())
