@@ -1,0 +1,54 @@
+"""Random keys, in each of the forms that JAX has had."""
+
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+#: A seed, a `jax.random.key`, or a legacy `jax.random.PRNGKey`.
+Key = jax.typing.ArrayLike
+
+
+def as_key(key: Key) -> jax.Array:
+    """The typed key that is meant.
+
+    Args:
+      key: an integer of Python, NumPy or JAX, traced or not; a scalar `jax.random.key`; or a `jax.random.PRNGKey`, a
+        vector of uint32.
+
+    Returns:
+      A scalar typed key.
+
+    Raises:
+      ValueError: if it is none of these.
+
+    Example:
+      >>> import jax
+      >>> from curvax.keys import as_key
+      >>> bool(as_key(3) == as_key(jax.random.PRNGKey(3)))
+      True
+    """
+    check_key(key)
+    if isinstance(key, numbers.Integral):
+        return jax.random.key(key)
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key) if key.ndim else jax.random.key(key)
+
+
+def check_key(key: Any) -> None:
+    """Raises a ValueError if this is no key, without computing anything."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    if dtype is None:
+        right = isinstance(key, int) and not isinstance(key, bool) and -(2**63) <= key < 2**63
+    elif shape == ():
+        right = jnp.issubdtype(dtype, jax.dtypes.prng_key) or jnp.issubdtype(dtype, np.integer)
+    else:
+        # The lengths of JAX's generators, threefry and rbg.
+        right = dtype == np.uint32 and shape in ((2,), (4,))
+    if right:
+        return
+    said = repr(key) if dtype is None else f"an array {dtype}{list(shape)}"
+    raise ValueError(f"key={said} is no random key; pass a seed such as key=0, or one jax.random.key(seed).")
