@@ -8,9 +8,10 @@ the second-order ones, one source of *curvature* (`curvature`). The three are in
 on the Large Batch Size Training of Neural Networks Based on the Second Order Gradient".
 """
 
-from curvax.curvature.hessian import hessian_diag, hvp, value_grad_and_hessian_diag
+from curvax.curvature.estimate import Estimate
+from curvax.curvature.hessian import explain, hessian_diag, hvp, value_grad_and_hessian_diag
+from curvax.curvature.methods import Auto, Basis, Exact, GaussNewton, Hutchinson, XDiag
 from curvax.curvature.refresh import HessianDiagState, with_hessian_diag
-from curvax.exact import explain
 from curvax.large_batch import discard_random_losses, discard_small_losses
 from curvax.objective import Objective
 from curvax.optimizers import cblr, lamb, lars, mclr, percent_delta
@@ -36,12 +37,19 @@ from curvax.transforms import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Auto",
+    "Basis",
     "BatchSchedule",
+    "Estimate",
+    "Exact",
+    "GaussNewton",
     "HessianDiagState",
+    "Hutchinson",
     "NoiseScale",
     "Objective",
     "Phase",
     "ProbeState",
+    "XDiag",
     "cblr",
     "discard_random_losses",
     "discard_small_gradients",

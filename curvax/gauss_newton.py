@@ -39,7 +39,7 @@ def ggn_sampled(objective: Objective, params: Any, options: Options) -> Estimate
 def _squared_gradients(objective: Objective, params, data) -> tuple[jax.Array, Any, Callable[[jax.Array], Any]]:
     """A micro-batch's mean loss, its gradient, and a function from a key to the squared gradient for drawn labels."""
     outputs, pullback = jax.vjp(lambda p: objective.predict(p, data), params)
-    total, slopes = jax.value_and_grad(lambda z: jnp.sum(objective.loss(z, data)))(outputs)
+    total, slopes = jax.value_and_grad(lambda z: jnp.sum(objective.example_losses(z, data)))(outputs)
     size = outputs.shape[0]
 
     def square(key):
@@ -58,7 +58,7 @@ def _drawn_slopes(objective: Objective, outputs, data, key):
     """
     direction_key, label_key = jax.random.split(key)
     direction = jax.random.normal(direction_key, outputs.shape, outputs.dtype)
-    slope = jax.grad(lambda z: jnp.sum(objective.loss(z, data)))
+    slope = jax.grad(lambda z: jnp.sum(objective.example_losses(z, data)))
     actual = jax.jvp(slope, (outputs,), (direction,))[1]
     p = jax.nn.softmax(outputs, axis=-1)
     expected = p * (direction - jnp.sum(p * direction, axis=-1, keepdims=True))
@@ -69,8 +69,7 @@ def _drawn_slopes(objective: Objective, outputs, data, key):
 
 
 def _add_penalty(estimate: Estimate, penalty, params, options: Options) -> Estimate:
-    options = options._replace(key=jax.random.fold_in(options.key, 0), num_samples=1)
-    extra = hutchinson(penalty, params, options)
+    extra = hutchinson(penalty, params, jax.random.fold_in(options.key, 0), chunk_size=options.chunk_size)
     value, grad, diag = jax.tree.map(jnp.add, estimate[:3], extra[:3])
     return Estimate(value, grad, diag, estimate.standard_error)
 
@@ -107,7 +106,7 @@ def is_softmax_cross_entropy(objective: Callable[[Any], jax.Array], params: Any)
         return False
     with jax.ensure_compile_time_eval():
         try:
-            return _behaves_like_cross_entropy(objective.loss, outputs, data)
+            return _behaves_like_cross_entropy(objective.example_losses, outputs, data)
         except jax.errors.JAXTypeError as error:
             raise ValueError(
                 "the loss of the Objective cannot be examined, because it closes over arrays that are being traced;"

@@ -18,7 +18,8 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, reshard, use_abstract_mesh
 
-from curvax.curvature.estimate import Estimate, Options
+from curvax.curvature.estimate import Estimate
+from curvax.keys import Key, as_key
 from curvax.objective import Objective
 from curvax.placements import auto, evaluate, undivided
 
@@ -26,16 +27,16 @@ Specs = Sequence[PartitionSpec]
 
 
 def on_auto_axes(method: Callable[..., Estimate]) -> Callable[..., Estimate]:
-    """`method(objective, params, options)` with Explicit axes turned to Auto; its results are divided as `params`."""
+    """`method(objective, params, key)` with Explicit axes turned to Auto; its results are divided as `params`."""
 
     @functools.wraps(method)
-    def on_any_axes(objective, params, options: Options) -> Estimate:
+    def on_any_axes(objective, params, key: Key | None) -> Estimate:
         mesh = _explicit_mesh((params, objective.data if isinstance(objective, Objective) else ()))
         if mesh is None:
-            return method(objective, params, options)
+            return method(objective, params, key)
         with use_abstract_mesh(auto(mesh)):
-            options = options._replace(key=undivided(options.key))
-            estimate = method(_on_auto_axes(objective, params, mesh), undivided(params), options)
+            key = None if key is None else undivided(as_key(key))
+            estimate = method(_on_auto_axes(objective, params, mesh), undivided(params), key)
         like_params = lambda tree: jax.tree.map(lambda x, p: reshard(x, NamedSharding(mesh, _spec(p))), tree, params)
         error = None if estimate.standard_error is None else like_params(estimate.standard_error)
         value = reshard(estimate.value, NamedSharding(mesh, PartitionSpec()))

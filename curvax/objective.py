@@ -24,17 +24,20 @@ class Objective:
     `loss` and `penalty` are compared by identity: define them once, outside the training loop, or each call retraces.
 
     Attributes:
-      predict: `predict(params, data) -> outputs`, an array `(B, ...)`. Example `b` of the outputs should depend on
-        example `b` of `data` alone.
-      loss: `loss(outputs, data) -> (B,)`, one loss per example.
-      data: a pytree of arrays whose first axis counts the `B` examples.
+      predict: `predict(params, data) -> outputs`, any pytree of arrays `(B, ...)`. Example `b` of the outputs should
+        depend on example `b` of `data` alone. With `has_aux` it returns `(outputs, aux)`.
+      loss: `loss(outputs, data) -> (B, ...)`, the losses of `B` examples: one each, or several, such as one for each
+        token, whose mean is the example's.
+      data: a pytree of arrays whose first axis counts the `B` examples. Random keys, scalars and numbers of Python are
+        the same for all examples, and so is what `predict` and `loss` close over.
       penalty: `penalty(params) -> scalar`, added to the mean loss; optional.
+      has_aux: whether `predict` returns a pair, of which the second is other output, as for `jax.grad`.
 
     Returns:
-      Called with `params`: the scalar `L(params)`.
+      Called with `params`: the scalar `L(params)`; with `has_aux` the pair `(L(params), aux)`.
 
     Raises:
-      ValueError: if `loss` does not return one value per example, a vector `(B,)`.
+      ValueError: if `loss` does not return an array whose first axis counts examples.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -48,21 +51,28 @@ class Objective:
       2.5
     """
 
-    predict: Callable[[Any, Any], jax.Array] = dataclasses.field(metadata={"static": True})
-    loss: Callable[[jax.Array, Any], jax.Array] = dataclasses.field(metadata={"static": True})
+    predict: Callable[[Any, Any], Any] = dataclasses.field(metadata={"static": True})
+    loss: Callable[[Any, Any], jax.Array] = dataclasses.field(metadata={"static": True})
     data: Any
     penalty: Callable[[Any], jax.Array] | None = dataclasses.field(default=None, metadata={"static": True})
+    has_aux: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    def __call__(self, params: Any) -> jax.Array:
-        value = jnp.mean(self.losses(params))
-        return value if self.penalty is None else value + self.penalty(params)
+    def __call__(self, params: Any) -> Any:
+        outputs = self.predict(params, self.data)
+        outputs, aux = outputs if self.has_aux else (outputs, None)
+        value = jnp.mean(self.example_losses(outputs, self.data))
+        value = value if self.penalty is None else value + self.penalty(params)
+        return (value, aux) if self.has_aux else value
 
-    def losses(self, params: Any) -> jax.Array:
+    def example_losses(self, outputs: Any, data: Any) -> jax.Array:
         """The loss of each example, `(B,)`, without the penalty."""
-        losses = self.loss(self.predict(params, self.data), self.data)
-        if losses.ndim != 1:
+        losses = self.loss(outputs, data)
+        shape = getattr(losses, "shape", None)
+        if not shape:
+            returned = type(losses).__name__ if shape is None else "a scalar, an array of shape ()"
             raise ValueError(
-                f"loss(outputs, data) returned an array of shape {losses.shape}; it must return one loss per example,"
-                " a vector (B,). Sum or average over all axes but the first; Objective takes the mean over examples."
+                f"loss(outputs, data) returned {returned}; it must return one loss per example, a vector (B,), or an"
+                " array (B, ...) of which each example takes the mean. Objective takes the mean over examples: leave"
+                " the last mean out of the loss."
             )
-        return losses
+        return losses if len(shape) == 1 else jnp.mean(losses, axis=tuple(range(1, len(shape))))

@@ -11,7 +11,7 @@
 gamma of eq. 10 and 21 is the learning rate. It does not carry over from one rule to another: each needs its own search.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ import optax
 
 from curvax import radii
 from curvax.curvature.refresh import with_hessian_diag
+from curvax.keys import Key
 from curvax.layers import Layers
 from curvax.transforms import (
     scale_by_curvature_radius,
@@ -42,12 +43,14 @@ def cblr(
     slope_term: bool = False,
     norm_ratio: bool = True,
     layers: Layers = "kernel",
-    method: str | None = None,
+    method: Any = None,
     every: jax.typing.ArrayLike = 10,
     hessian_decay: jax.typing.ArrayLike = 0.5,
-    key: jax.typing.ArrayLike = 0,
+    key: Key = 0,
+    where: Any = None,
+    has_aux: bool = False,
     axis_name: radii.AxisName = None,
-    method_options: Mapping[str, Any] | None = None,
+    param_axis_name: radii.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Curvature-based learning rates: diagonal Newton, damped, at the step length of LARS.
 
@@ -69,14 +72,16 @@ def cblr(
       slope_term: whether to keep the factor `(1 + g^2)^(3/2)` of eq. 9, which depends on the scale of the loss.
       norm_ratio: whether to follow the radius with `scale_by_lars`.
       layers: the layers of the norm ratio. The mean curvature of the damping is each array's own.
-      method: how curvature is computed, see `hessian_diag`; `None` for `"ggn_sampled"` where the objective is an
-        `Objective` with a softmax cross-entropy loss, and `"hutchinson"` elsewhere.
+      method: how curvature is computed, as in `hessian_diag`: a string, or a method such as
+        `curvax.Hutchinson(num_samples=4)`; `None` for the estimate that the objective allows (`curvax.Auto`).
       every: number of steps between two computations of the curvature.
       hessian_decay: decay rate of the average of curvature over its refreshes.
       key: a seed or a `jax.random.key` for the stochastic methods.
-      axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
-      method_options: further arguments of `with_hessian_diag`, such as `{"num_samples": 2}`; a mapping, so that
-        `optax.inject_hyperparams` leaves them alone.
+      where: the parameters whose curvature is computed, as in `hessian_diag`; the others have radius 1 before the norm
+        ratio, and so the step of LARS.
+      has_aux: whether the objective (or the `predict` of an `Objective`) returns other output too.
+      axis_name: mesh axes (of `shard_map` or `pmap`) that split examples, over which curvature is averaged.
+      param_axis_name: mesh axes that split parameters.
 
     Returns:
       A transformation whose `update` takes `params` and either `obj_fn=` (an `Objective` or a function `params ->
@@ -96,8 +101,8 @@ def cblr(
       >>> bool(loss(w) < 1e-2 * loss(jnp.array([[2.0, 3.0]])))
       True
     """
-    radius = scale_by_curvature_radius(damping, max_radius, slope_term=slope_term, axis_name=axis_name)
-    length = scale_by_lars(layers=layers, axis_name=axis_name) if norm_ratio else optax.identity()
+    radius = scale_by_curvature_radius(damping, max_radius, slope_term=slope_term, axis_name=param_axis_name)
+    length = scale_by_lars(layers=layers, axis_name=param_axis_name) if norm_ratio else optax.identity()
     return with_hessian_diag(
         optax.chain(
             radius,
@@ -110,7 +115,10 @@ def cblr(
         every=every,
         decay=hessian_decay,
         key=key,
-        **(method_options or {}),
+        where=where,
+        has_aux=has_aux,
+        axis_name=axis_name,
+        param_axis_name=param_axis_name,
     )
 
 

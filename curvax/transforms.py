@@ -268,6 +268,9 @@ def _scale_by_radius(
                 "the radius of curvature depends on the Hessian diagonal; pass hessian_diag=... to update, or wrap the"
                 " optimizer in curvax.with_hessian_diag and pass obj_fn=... ."
             )
+        everything = updates
+        if needs_curvature:
+            updates = with_curvature(updates, hessian_diag)
         leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
         g = [leaf for _, leaf in leaves]
         w = leaves_like("params", params, updates) if needs_params else g
@@ -276,7 +279,8 @@ def _scale_by_radius(
             _check_real(leaves)
             h = leaves_like("hessian_diag", hessian_diag, updates)
         scaled = _scaled(rule, group(leaves, layers), radii.Leaves(w, g, h))
-        return treedef.unflatten(scaled), state
+        scaled = treedef.unflatten(scaled)
+        return jax.tree.map(lambda new, g: g if is_hole(new) else new, scaled, everything, is_leaf=is_hole), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -306,11 +310,25 @@ def statistics_dtype(dtypes: Sequence[Any]) -> Any:
         return functools.reduce(jnp.promote_types, dtypes, jnp.float32)
 
 
+def is_hole(node: Any) -> bool:
+    """Whether a place of a tree holds no array: it was masked, or never had one."""
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def with_curvature(updates: Any, hessian_diag: Any) -> Any:
+    """The updates, with holes where `hessian_diag` has holes: what `where` of `with_hessian_diag` left out.
+
+    Where the structures differ otherwise they stay as they are, for the error that names the leaf.
+    """
+    keep = lambda g, h: optax.MaskedNode() if is_hole(h) else g
+    try:
+        return jax.tree.map(keep, updates, hessian_diag, is_leaf=is_hole)
+    except ValueError:
+        return updates
+
+
 def leaves_like(name: str, tree: Any, updates: Any) -> list[jax.Array]:
     """The leaves of `tree` where `updates` has leaves: inside `masked` and `partition` it may have fewer."""
-
-    def is_hole(node):
-        return node is None or isinstance(node, optax.MaskedNode)
 
     def match(path, g, node):
         if is_hole(g):

@@ -55,7 +55,7 @@ def cblr(config, learning_rate, key, axis_name):
         # Of the updates that are given `obj_fn`, which the training loop chooses.
         every=1,
         key=key,
-        method_options={"axis_name": axis_name},
+        axis_name=axis_name,
     )
 
 

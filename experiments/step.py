@@ -172,10 +172,8 @@ class Stepper:
     def _update(self, state, sums, train, order, first, learning_rate, batch_size, refresh):
         tx = methods.make(self.config, learning_rate, stream(state.key, "probes"), self.ways.axis_name)
         grads = jax.tree.map(lambda g: g / batch_size, sums.grads)
-        if refresh:
-            curvature = {"obj_fn": self._objective(state, train, order, first, batch_size)}
-        else:
-            curvature = {"hessian_diag": optax.tree.get(state.opt_state, "hessian_diag")}
+        # Without the loss, the curvature that is stored is used again.
+        curvature = {"obj_fn": self._objective(state, train, order, first, batch_size)} if refresh else {}
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **curvature)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": sums.loss / batch_size, "accuracy": sums.correct / batch_size}

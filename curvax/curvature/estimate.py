@@ -1,10 +1,5 @@
-"""Estimates of the diagonal of a Hessian, and the mean of many.
+"""What a method returns: an estimate of the diagonal of a Hessian, and the mean of many."""
 
-A method is a function `(objective, params, options) -> Estimate`. That of this file takes any function for an
-objective, and asks for nothing but Hessian-vector products, with all unit vectors.
-"""
-
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,48 +8,42 @@ import jax.numpy as jnp
 
 from curvax.layers import path_name
 
-# Unit vectors in a pass, where the caller does not say.
-CHUNK = 16
 # Chunks of samples up to which a loop is written out.
 UNROLLED = 8
 
 
 class Estimate(NamedTuple):
-    """What a method returns: the loss, its gradient, the diagonal of its Hessian and the standard error of that."""
+    """The diagonal of the Hessian of a loss, and what comes with it at no further cost.
+
+    Attributes:
+      value: the loss, penalty included.
+      grad: its gradient, a tree like the parameters.
+      diag: the diagonal of its Hessian, a tree like the parameters, float32 (float64 for float64 parameters).
+      standard_error: of each entry of `diag`; zeros where that is exact, `None` where one sample cannot tell.
+      aux: the other output of an objective with `has_aux`, else `None`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from curvax import value_grad_and_hessian_diag
+      >>> estimate = value_grad_and_hessian_diag(lambda w: jnp.sum(w**3), jnp.array([1.0, 2.0]))
+      >>> float(estimate.value), estimate.grad.tolist(), estimate.diag.tolist()
+      (9.0, [3.0, 12.0], [6.0, 12.0])
+    """
 
     value: jax.Array
     grad: Any
     diag: Any
-    standard_error: Any
+    standard_error: Any = None
+    aux: Any = None
 
 
 class Options(NamedTuple):
-    """The arguments of `hessian_diag` which methods share; None where each method has a default of its own."""
+    """The arguments which the functions of `gauss_newton` and `micro_batches` share."""
 
-    key: jax.Array | None
-    num_samples: int
-    micro_batches: int | None
-    chunk_size: int | None
-    budget: int | None
-
-
-def basis(objective: Callable[[Any], jax.Array], params: Any, options: Options) -> Estimate:
-    """`e_i . H e_i` for every unit vector, `options.chunk_size` of them in a pass."""
-    (value, grad), tangents = jax.linearize(jax.value_and_grad(objective), params)
-    leaves, treedef = jax.tree.flatten(params)
-
-    def entry(leaf: int, index):
-        unit = [jnp.zeros_like(x) for x in leaves]
-        unit[leaf] = unit[leaf].ravel().at[index].set(1).reshape(leaves[leaf].shape)
-        _, product = tangents(treedef.unflatten(unit))
-        return jax.tree.leaves(product)[leaf].ravel()[index]
-
-    def diagonal(leaf: int, x):
-        entries = functools.partial(entry, leaf)
-        return jax.lax.map(entries, jnp.arange(x.size), batch_size=options.chunk_size or CHUNK).reshape(x.shape)
-
-    diag = treedef.unflatten([at_least_float32(diagonal(i, x)) for i, x in enumerate(leaves)])
-    return Estimate(value, grad, diag, jax.tree.map(jnp.zeros_like, diag))
+    key: jax.Array | None = None
+    num_samples: int = 1
+    micro_batches: int | None = None
+    chunk_size: int | None = None
 
 
 class Moments(NamedTuple):

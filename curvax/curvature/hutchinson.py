@@ -6,11 +6,18 @@ from typing import Any
 import jax
 import optax
 
-from curvax.curvature.estimate import Estimate, Options, add_samples, at_least_float32, no_samples
+from curvax.curvature.estimate import Estimate, add_samples, at_least_float32, no_samples
 from curvax.curvature.products import same_diagonal
 
 
-def hutchinson(objective: Callable[[Any], jax.Array], params: Any, options: Options) -> Estimate:
+def hutchinson(
+    objective: Callable[[Any], jax.Array],
+    params: Any,
+    key: jax.Array,
+    *,
+    num_samples: int = 1,
+    chunk_size: int | None = None,
+) -> Estimate:
     """The mean of `z * A z` over random signs z (Bekas et al. 2007), with a matrix A of the Hessian's diagonal."""
     value, grad, product = same_diagonal(objective, params)
 
@@ -18,6 +25,5 @@ def hutchinson(objective: Callable[[Any], jax.Array], params: Any, options: Opti
         z = optax.tree.random_like(key, params, jax.random.rademacher)
         return jax.tree.map(lambda a, b: at_least_float32(a) * at_least_float32(b), z, product(z))
 
-    keys = jax.random.split(options.key, options.num_samples)
-    moments = add_samples(sample, keys, no_samples(params), options.chunk_size)
+    moments = add_samples(sample, jax.random.split(key, num_samples), no_samples(params), chunk_size)
     return Estimate(value, grad, moments.mean, moments.standard_error())

@@ -21,10 +21,19 @@ Product = Callable[[Any], Any]
 
 def same_diagonal(objective: Callable[[Any], jax.Array], params: Any) -> tuple[jax.Array, Any, Product]:
     """The loss, its gradient, and the cheapest product whose matrix is proved to have the Hessian's diagonal."""
-    if not (isinstance(objective, Objective) and piecewise_linear(objective, params)):
+    if product_matrix(objective, params)[0] == "Hessian":
         return _hessian(objective, params)
     parts = _gauss_newton(objective, params)
     return parts if objective.penalty is None else _sum(parts, _hessian(objective.penalty, params))
+
+
+def product_matrix(objective: Callable[[Any], jax.Array], params: Any) -> tuple[str, str]:
+    """Which matrix that is, "Gauss-Newton" or "Hessian", and why."""
+    if not isinstance(objective, Objective):
+        return "Hessian", "not an Objective: no network to tell from the loss"
+    if not piecewise_linear(objective, params):
+        return "Hessian", "the outputs are not proved to be piecewise linear in every array"
+    return "Gauss-Newton", "the outputs are piecewise linear in every array, so that the diagonals are the same"
 
 
 def _hessian(function: Callable[[Any], jax.Array], params: Any) -> tuple[jax.Array, Any, Product]:
@@ -36,7 +45,7 @@ def _gauss_newton(objective: Objective, params: Any) -> tuple[jax.Array, Any, Pr
     """`v -> J^T H J v` of the mean loss, by one pass forward, through the loss, and one back."""
     outputs, forward = jax.linearize(lambda params: objective.predict(params, objective.data), params)
     backward = jax.linear_transpose(forward, params)
-    value, slope, bend = _hessian(lambda outputs: jnp.mean(objective.loss(outputs, objective.data)), outputs)
+    value, slope, bend = _hessian(lambda outputs: jnp.mean(objective.example_losses(outputs, objective.data)), outputs)
     return value, backward(slope)[0], lambda vector: backward(bend(forward(vector)))[0]
 
 

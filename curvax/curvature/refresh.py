@@ -1,4 +1,4 @@
-"""When curvature is computed, how it is averaged, and to whom it is handed on.
+"""When curvature is computed, how it is averaged, and how the scalers get it.
 
 Curvature is dearer than a gradient and drifts slowly, so it is refreshed every few steps and averaged in between. This
 wrapper is the only place that owns it: the scalers inside read `hessian_diag` from the extra arguments of `update`,
@@ -11,43 +11,67 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax.curvature import hessian
+from curvax.checks import check_number
 from curvax.curvature.estimate import diag_dtype
-from curvax.gauss_newton import is_softmax_cross_entropy
+from curvax.curvature.hessian import check_method_key, scalar_objective, select
+from curvax.curvature.line_search import bound, tolerant
+from curvax.curvature.methods import Auto, as_method
+from curvax.keys import Key, as_key
+from curvax.layers import path_name
+from curvax.meshes import on_auto_axes
 from curvax.varying import varying_over
+
+AxisNames = str | tuple[str, ...] | None
+
+#: What `HessianDiagState.method` counts.
+METHODS = ("none", "exact", "basis", "ggn", "ggn_mc", "hutchinson", "xdiag", "other")
 
 
 class HessianDiagState(NamedTuple):
     """State of `with_hessian_diag`.
 
     Attributes:
-      count: int32, the number of steps seen; under `MultiSteps`, of real ones.
-      num_refreshes: int32, how many times the curvature has been computed.
-      hessian_diag: a float32 tree like the parameters, the average so far, corrected for its bias.
+      count: int32, the number of steps seen whose gradient was finite; under `MultiSteps`, of real ones.
+      next_refresh: int32, the count from which on a refresh is due.
+      num_refreshes: int32, how many times the curvature has been computed and averaged.
+      num_skipped: int32, how many times it was computed and discarded, because it or the gradient was not finite.
+      method: int32, the method of the last refresh, as an index into `METHODS`; `method_name` reads it.
+      hessian_diag: a float32 tree like the parameters, the average so far, corrected for its bias; zeros at first.
       inner_state: that of the wrapped transformation.
 
     Example:
       >>> import jax.numpy as jnp, optax
       >>> from curvax import cblr
       >>> state = cblr(0.1, key=0).init({"w": jnp.ones(2)})
-      >>> optax.tree.get(state, "hessian_diag"), int(optax.tree.get(state, "num_refreshes"))
-      ({'w': Array([0., 0.], dtype=float32)}, 0)
+      >>> optax.tree.get(state, "hessian_diag"), int(state.num_refreshes), state.method_name
+      ({'w': Array([0., 0.], dtype=float32)}, 0, 'none')
     """
 
     count: jax.typing.ArrayLike
+    next_refresh: jax.typing.ArrayLike
     num_refreshes: jax.typing.ArrayLike
+    num_skipped: jax.typing.ArrayLike
+    method: jax.typing.ArrayLike
     hessian_diag: optax.Updates
     inner_state: optax.OptState
+
+    @property
+    def method_name(self) -> str:
+        """The method that was taken for the last refresh, such as "hutchinson"; "none" before the first."""
+        return METHODS[int(self.method)]
 
 
 def with_hessian_diag(
     inner: optax.GradientTransformation | optax.MultiSteps,
-    method: str | None = None,
+    method: Any = None,
     *,
     every: jax.typing.ArrayLike = 1,
     decay: jax.typing.ArrayLike = 0.0,
-    key: jax.typing.ArrayLike | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    key: Key | None = None,
+    where: Any = None,
+    has_aux: bool = False,
+    axis_name: AxisNames = None,
+    param_axis_name: AxisNames = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Give a transformation the diagonal of the Hessian as the extra argument `hessian_diag`.
@@ -56,27 +80,37 @@ def with_hessian_diag(
       `H_n = decay * H_(n-1) + (1 - decay) * diag(d^2 L)` at the n-th refresh, over `1 - decay^n` to correct the bias;
       the average keeps the sign. Eq. 9 of Gao & Zhong takes the diagonal anew in each step: `every=1, decay=0`.
 
+      A refresh in which any entry is not finite is discarded as a whole and counted, and the next is due after `every`
+      steps as always. A step whose gradient is not finite leaves no trace, so that a guard inside may skip it: the
+      refresh, if one was due, is still due in the next step. Before the first good refresh zeros are handed on, for
+      which `scale_by_curvature_radius` has radius 1.
+
     Args:
       inner: what uses the curvature, such as a chain with `scale_by_curvature_radius`. `optax.MultiSteps(inner, k)` is
-        accepted too, and refreshed at the first of the k mini-steps of a real step, from the `obj_fn` of that one.
-      method: see `hessian_diag`; `None` for `"ggn_sampled"` where the objective allows it, and `"hutchinson"`
-      elsewhere.
+        accepted too, and refreshed at most once in a real step, from the `obj_fn` of its first mini-step.
+      method: as in `hessian_diag`; `None` for the estimate that the objective allows (`Auto`).
       every: number of steps between two refreshes; the first step has one.
       decay: decay rate of the average, in [0, 1).
       key: a seed or a `jax.random.key`, required by the stochastic methods. Refresh n draws from its n-th successor
         (`fold_in`), so that a run which resumes from its state draws the same numbers.
+      where: the parameters whose curvature is computed, as in `hessian_diag`. The others have `optax.MaskedNode()` in
+        its place, which `scale_by_curvature_radius` passes by, with radius 1.
+      has_aux: whether the objective (or the `predict` of an `Objective`) returns other output too.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split examples: the curvature is their mean, and each device
         draws numbers of its own.
-      **options: further arguments of `hessian_diag`: `num_samples`, `where`, `micro_batches`, `chunk_size`,
-        `budget`, `has_aux`.
+      param_axis_name: mesh axes that split parameters; all devices decide as one whether a refresh is good.
+      **options: of the method that a string or `None` stands for, such as `num_samples=4`.
 
     Returns:
       A transformation whose `update` takes `obj_fn=` (or optax's `value_fn=`), the loss whose gradient is passed, as an
-      `Objective` or a function `params -> scalar`. Where the caller passes `hessian_diag=`, that is handed on instead
-      and nothing is computed or averaged.
+      `Objective` or a function `params -> scalar`. Without it the step uses the average that is stored, and a refresh
+      that is due waits for the next step that has it. Where the caller passes `hessian_diag=`, that is handed on
+      instead and nothing is computed or averaged.
 
     Raises:
-      ValueError: if the method is unknown or its key is missing; from `update`, without any of the three.
+      ValueError: if the method, its options, its key, `every` or `decay` are wrong; from `update`, without `params`, or
+        with neither the loss nor `hessian_diag` before anything is stored, or where `optax.masked` or `optax.partition`
+        around it hides parameters that the loss needs.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -88,69 +122,133 @@ def with_hessian_diag(
       >>> updates.tolist()
       [3.0, -2.0]
     """
-    if key is None and (method is None or method in hessian.STOCHASTIC):
-        raise ValueError(f"method={method!r} draws random numbers; pass key=0 or another seed.")
-    multi_steps = isinstance(inner, optax.MultiSteps)
-    inner = inner if multi_steps else optax.with_extra_args_support(inner)
+    method = as_method(method, options)
+    check_method_key(method, key)
+    check_number("every", every, "[1, inf)", whole=True)
+    check_number("decay", decay, "[0, 1)")
+    every = every if isinstance(every, jax.core.Tracer) else int(every)
+    # `MultiSteps.gradient_transformation()` drops the extra arguments; the `update` of both is that of one object.
+    owner = getattr(inner.update, "__self__", None)
+    multi_steps = isinstance(owner, optax.MultiSteps)
+    inner = owner if multi_steps else optax.with_extra_args_support(inner)
 
     def init_fn(params):
-        chosen = hessian.select(params, options.get("where"))
-        average = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=diag_dtype(x.dtype)), chosen)
-        return HessianDiagState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), average, inner.init(params))
+        zeros = (jnp.zeros([], jnp.int32) for _ in range(5))
+        average = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=diag_dtype(jnp.result_type(x))), select(params, where))
+        return HessianDiagState(*zeros, average, inner.init(params))
 
-    def refresh(objective, params, num_refreshes, average):
-        draw = None if key is None else jax.random.fold_in(_as_key(key), num_refreshes)
-        fresh = _mean_over_devices(objective, params, method, draw, axis_name, options)
-        number = optax.safe_increment(num_refreshes)
-        share = (1 - decay) / (1 - decay ** number.astype(jnp.float32))
-        average = jax.tree.map(lambda h, new: h + (share * (new - h)).astype(h.dtype), average, fresh)
-        return number, average
+    def compute(objective, params, key):
+        if axis_name is not None:
+            # A gradient of replicated parameters is summed over the mesh by `shard_map` itself. Parameters that are
+            # marked as different on each device keep every device's curvature apart until the mean.
+            params = jax.tree.map(lambda x: varying_over(x, axis_name), params)
+            key = None if key is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        objective, chosen = scalar_objective(objective, params, where, has_aux)
+        taken = method.choose(objective, chosen) if isinstance(method, Auto) else method
+        diag = on_auto_axes(taken.estimate)(objective, chosen, key).diag
+        diag = diag if axis_name is None else jax.lax.pmean(diag, axis_name)
+        return diag, jnp.int32(METHODS.index(getattr(taken, "name", "other")))
 
-    def refresh_if_due(objective, params, state):
-        due = state.count % every == 0
-        if multi_steps:
-            due = due & (state.inner_state.mini_step == 0)
-        held = (state.num_refreshes, state.hessian_diag)
+    def refresh(objective, params, usable, state):
+        draw = None if key is None else jax.random.fold_in(as_key(key), state.num_refreshes)
+        fresh, taken = compute(objective, params, draw)
+        good = usable & _all_finite(fresh, param_axis_name)
+        number = optax.safe_increment(state.num_refreshes)
+        # Without overflow, however large `every` is.
+        later = state.count + jnp.minimum(every, jnp.iinfo(jnp.int32).max - state.count).astype(jnp.int32)
+        return state._replace(
+            next_refresh=jnp.where(usable, later, state.next_refresh),
+            num_refreshes=jnp.where(good, number, state.num_refreshes),
+            num_skipped=jnp.where(good, state.num_skipped, optax.safe_increment(state.num_skipped)),
+            method=jnp.where(good, taken, state.method),
+            hessian_diag=_averaged(state.hessian_diag, fresh, number, decay, good),
+        )
+
+    def refresh_if_due(objective, params, usable, state):
+        due = state.count >= state.next_refresh
         # XLA on CPU runs convolutions inside a branch many times slower, so that none is made without need.
-        if isinstance(every, int) and every == 1 and not multi_steps:
-            return refresh(objective, params, *held)
-        return jax.lax.cond(due, lambda: refresh(objective, params, *held), lambda: held)
+        if not isinstance(every, jax.core.Tracer) and every == 1 and not multi_steps:
+            return refresh(objective, params, usable, state)
+        if not isinstance(due, jax.core.Tracer):
+            return refresh(objective, params, usable, state) if due else state
+        return jax.lax.cond(due, lambda: refresh(objective, params, usable, state), lambda: state)
 
     def update_fn(updates, state, params=None, *, hessian_diag=None, obj_fn=None, value_fn=None, **extra_args):
-        count, num_refreshes, average, inner_state = state
         if params is None:
             raise ValueError("curvature depends on the parameters; call update(updates, state, params, obj_fn=...).")
-        objective = value_fn if obj_fn is None else obj_fn
-        if hessian_diag is None:
-            if objective is None:
-                raise ValueError(
-                    "curvature needs the loss: pass obj_fn=..., an Objective or a function params -> scalar, to update;"
-                    " or hessian_diag=..., if you have it."
-                )
-            num_refreshes, average = refresh_if_due(objective, params, state)
-            hessian_diag = average
-        given = {"hessian_diag": hessian_diag, "obj_fn": obj_fn, "value_fn": value_fn, **extra_args}
+        own, inner_state = state._replace(inner_state=()), state.inner_state
+        usable = _all_finite(updates, axis_name, param_axis_name)
+        objective = obj_fn if obj_fn is not None or value_fn is None else bound(value_fn, extra_args)
+        if hessian_diag is not None:
+            kept = own
+        elif objective is None:
+            _check_stored(own)
+            kept = own
+        else:
+            _check_whole(params)
+            kept = refresh_if_due(objective, params, usable, own)
+        given = {"hessian_diag": kept.hessian_diag if hessian_diag is None else hessian_diag, "obj_fn": obj_fn}
         given = {name: value for name, value in given.items() if value is not None}
-        updates, inner_state = inner.update(updates, inner_state, params, **given)
-        count = inner_state.gradient_step if multi_steps else optax.safe_increment(count)
-        return updates, HessianDiagState(count, num_refreshes, average, inner_state)
+        if value_fn is not None:
+            given["value_fn"] = tolerant(value_fn, given)
+        updates, new_inner = inner.update(updates, inner_state, params, **given, **extra_args)
+        if multi_steps:
+            # A mini-step that `should_skip_update_fn` left out.
+            moved = (new_inner.mini_step != inner_state.mini_step) | (
+                new_inner.gradient_step != inner_state.gradient_step
+            )
+            kept = jax.tree.map(lambda new, old: jnp.where(moved, new, old), kept, own)
+            count = new_inner.gradient_step
+        else:
+            count = jnp.where(usable, optax.safe_increment(state.count), state.count)
+        return updates, kept._replace(count=count, inner_state=new_inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _mean_over_devices(objective, params, method, key, axis_name, options):
-    if method is None:
-        method = "ggn_sampled" if is_softmax_cross_entropy(objective, params) else "hutchinson"
-    if axis_name is None:
-        return hessian.value_grad_and_hessian_diag(objective, params, method=method, key=key, **options)[2]
-    # A gradient of replicated parameters is summed over the mesh by shard_map itself. Parameters that are marked as
-    # different on each device keep every device's curvature apart until the mean.
-    params = jax.tree.map(lambda x: varying_over(x, axis_name), params)
-    key = None if key is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-    diag = hessian.value_grad_and_hessian_diag(objective, params, method=method, key=key, **options)[2]
-    return jax.lax.pmean(diag, axis_name)
+@jax.jit
+def _averaged(average: Any, fresh: Any, number: jax.Array, decay: jax.Array, good: jax.Array) -> Any:
+    """The average after the `number`-th refresh, if that was good."""
+    decay = jnp.asarray(decay, jnp.float32)
+    share = jnp.where(number == 1, 1, (1 - decay) / (1 - decay ** number.astype(jnp.float32)))
+
+    def mean(old, new):
+        part = share.astype(old.dtype)
+        # At share 1 the new one to the bit, however far it is from the old one.
+        mixed = jnp.where(part == 1, new, (1 - part) * old + part * new)
+        return jnp.where(good, mixed, old)
+
+    return jax.tree.map(mean, average, fresh)
 
 
-def _as_key(seed):
-    is_key = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
-    return seed if is_key else jax.random.key(seed)
+def _all_finite(tree: Any, *axis_names: AxisNames) -> jax.Array:
+    """Whether every number is finite, on all devices along these axes."""
+    finite = jnp.array(True)
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            finite = finite & jnp.all(jnp.isfinite(leaf))
+    for name in axis_names:
+        if name is not None:
+            finite = jax.lax.pmin(finite.astype(jnp.int32), name) > 0
+    return finite
+
+
+def _check_stored(state: HessianDiagState) -> None:
+    tried = state.num_refreshes + state.num_skipped
+    if not isinstance(tried, jax.core.Tracer) and tried == 0:
+        raise ValueError(
+            "curvature needs the loss: pass obj_fn=..., an Objective or a function params -> scalar, to update; or"
+            " hessian_diag=..., if you have it. Nothing is stored yet that could be used in its place."
+        )
+
+
+def _check_whole(params: Any) -> None:
+    is_hole = lambda x: isinstance(x, optax.MaskedNode)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_hole):
+        if is_hole(leaf):
+            raise ValueError(
+                f"the parameter '{path_name(path)}' is hidden by optax.masked or optax.partition, so that the loss"
+                " cannot be evaluated here; put with_hessian_diag outermost:"
+                " curvax.with_hessian_diag(optax.partition({'a': curvax.cblr(0.1), 'b': ...}, labels), key=0), which"
+                " gives its curvature to the cblr inside; where=... says for which parameters."
+            )

@@ -14,12 +14,19 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from curvax.curvature.estimate import UNROLLED, Estimate, Moments, Options, at_least_float32
+from curvax.curvature.estimate import UNROLLED, Estimate, Moments, at_least_float32
 from curvax.curvature.products import same_diagonal
 
 
-def xdiag(objective: Callable[[Any], jax.Array], params: Any, options: Options) -> Estimate:
-    """XDiag with `options.num_samples` probes, at two products each."""
+def xdiag(
+    objective: Callable[[Any], jax.Array],
+    params: Any,
+    key: jax.Array,
+    *,
+    num_samples: int,
+    chunk_size: int | None = None,
+) -> Estimate:
+    """XDiag with `num_samples` probes, at two products each."""
     wide = jax.tree.map(at_least_float32, params)
     flat, unflatten = ravel_pytree(wide)
     value, grad, multiply = same_diagonal(objective, params)
@@ -32,12 +39,12 @@ def xdiag(objective: Callable[[Any], jax.Array], params: Any, options: Options) 
         # As in `add_samples`: convolutions are slow in loops.
         if vectors.shape[1] <= UNROLLED:
             return jnp.stack([product(vector) for vector in vectors.T], 1)
-        return jax.lax.map(product, vectors.T, batch_size=options.chunk_size or 1).T
+        return jax.lax.map(product, vectors.T, batch_size=chunk_size or 1).T
 
-    signs = jax.random.rademacher(options.key, (flat.size, options.num_samples), flat.dtype)
+    signs = jax.random.rademacher(key, (flat.size, num_samples), flat.dtype)
     estimates = _leave_one_out(signs, products)
     mean = jnp.mean(estimates, 1)
-    moments = Moments(options.num_samples, mean, jnp.sum((estimates - mean[:, None]) ** 2, 1))
+    moments = Moments(num_samples, mean, jnp.sum((estimates - mean[:, None]) ** 2, 1))
     error = moments.standard_error()
     return Estimate(value, grad, unflatten(mean), None if error is None else unflatten(error))
 

@@ -8,9 +8,9 @@ variable depends on the parameters and on the examples; `routes` draws from that
 Whatever is not proved goes to `units`, one unit vector at a time: slower, never wrong.
 """
 
-from curvax.exact.diagonals import BUDGET, exact_diag, explain, ggn_diag
+from curvax.exact.diagonals import BUDGET, exact_diag, explain, explain_ggn, ggn_diag
 from curvax.exact.estimate import ggn_mc_diag
-from curvax.exact.explanation import Explanation, Row
+from curvax.exact.explanation import Explanation, Row, explain_products
 from curvax.exact.independence import couples_examples
 from curvax.exact.linearity import piecewise_linear
 
@@ -21,6 +21,8 @@ __all__ = [
     "couples_examples",
     "exact_diag",
     "explain",
+    "explain_ggn",
+    "explain_products",
     "ggn_diag",
     "ggn_mc_diag",
     "piecewise_linear",

@@ -124,6 +124,14 @@ def explain(objective: Any, params: Any) -> Explanation:
     return explain_routes(flow, plan(flow), sorted(_mixed(objective, params)))
 
 
+def explain_ggn(objective: Objective, params: Any) -> Explanation:
+    """What `ggn_diag` would do with each parameter, why, and at what cost."""
+    check_objective(objective, "ggn")
+    check_real(params)
+    flow = analyse(trace(objective, params))
+    return explain_routes(flow, plan_gauss_newton(flow), sorted(_mixed(objective, params)))
+
+
 def check_objective(objective: Any, method: str) -> None:
     """Raises a ValueError if there is no loss to tell from the network."""
     if not isinstance(objective, Objective):

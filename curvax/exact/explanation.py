@@ -1,12 +1,17 @@
 """What an exact diagonal will cost, parameter by parameter, before anything is computed."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from curvax.exact.dataflow import Flow
 from curvax.exact.factor import plan_columns
 from curvax.exact.routes import Route
+from curvax.exact.trace import leaf_paths
 
 CURES = (
     "raise `budget`, restrict the diagonal to other parameters, write the layer so that a cheaper route can be proved"
@@ -40,9 +45,11 @@ class Explanation:
 
     Attributes:
         rows: one for each parameter, and one for each array whose penalty needs unit vectors.
+        method: which method was chosen, where the caller left the choice.
     """
 
     rows: tuple[Row, ...]
+    method: str = ""
 
     @property
     def passes(self) -> int:
@@ -71,7 +78,29 @@ class Explanation:
         table += [(r.path, str(r.shape), r.route, str(r.passes), str(r.products), r.reason) for r in self.rows]
         table += [("total", "", "", str(self.passes), str(self.products), "")]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
+        return "\n".join([self.method, *lines] if self.method else lines)
+
+
+def explain_products(
+    params: Any, counts: Sequence[int], route: str, reason: str, *, passes: bool = False
+) -> Explanation:
+    """The table of a method that treats all parameters alike.
+
+    Args:
+        params: a pytree of arrays or of their shapes.
+        counts: Hessian-vector products for each parameter; of those that all share, the first has to pay.
+        route: what the products are.
+        reason: why.
+        passes: whether they are backward passes instead.
+
+    Returns:
+        The explanation.
+    """
+    rows = []
+    for path, x, count in itertools.zip_longest(leaf_paths(params), jax.tree.leaves(params), counts, fillvalue=0):
+        rows.append(Row(path, jnp.shape(x), route, reason, *((count, 0) if passes else (0, count))))
+    return Explanation(tuple(rows))
 
 
 def explain_routes(flow: Flow, routes: Sequence[Route], penalised: Sequence[int]) -> Explanation:

@@ -29,7 +29,7 @@ def couples_examples(objective: Objective, params: Any) -> bool:
 
 
 def _losses(objective, params, data):
-    return objective.loss(objective.predict(params, data), data)
+    return objective.example_losses(objective.predict(params, data), data)
 
 
 def _example_axes(jaxpr: Jaxpr, consts, num_examples: int) -> dict[Var, Axis | None]:

@@ -75,7 +75,7 @@ def trace(objective: Objective, params: Any) -> Program:
 
     def run(params, data):
         outputs = objective.predict(params, data)
-        return outputs, objective.loss(outputs, data)
+        return outputs, objective.example_losses(outputs, data)
 
     closed = jax.make_jaxpr(run)(params, objective.data)
     if len(closed.out_avals) != 2 or closed.out_avals[1].ndim != 1:

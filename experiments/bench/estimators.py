@@ -40,7 +40,7 @@ STYLES = {
     "matfree hutchinson": ("#e69f00", "v", "--"),
     "xdiag": ("#009e73", "D", "-"),
     "matfree xdiag": ("#56b4e9", "^", "--"),
-    "ggn_sampled": ("#d55e00", "P", "-."),
+    "ggn_mc_of_batches": ("#d55e00", "P", "-."),
     "ggn_mc": ("#cc79a7", "*", "-"),
     "exact": ("#000000", "X", "-"),
 }
@@ -109,7 +109,8 @@ def alexnet_problem(images: TrainConfig, quick: bool) -> tuple[curvax.Objective,
 
 def one_sample() -> dict[str, Callable]:
     """Estimators of which samples are averaged: `(objective, params, key) -> diagonal`."""
-    ours = {name: functools.partial(_ours, method=name) for name in ("hutchinson", "ggn_sampled", "ggn_mc")}
+    methods = {"hutchinson": "hutchinson", "ggn_mc_of_batches": curvax.GaussNewton(1, "batch"), "ggn_mc": "ggn_mc"}
+    ours = {name: functools.partial(_ours, method=method) for name, method in methods.items()}
     matfree = _matfree()
     sampled = {} if matfree is None else {"matfree hutchinson": _matfree_hutchinson}
     return {**ours, "optax.contrib hutchinson": _optax_hutchinson, **sampled}
