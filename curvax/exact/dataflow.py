@@ -13,7 +13,7 @@ import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from curvax.exact.indices import Counted, counted_dimensions
-from curvax.exact.primitives import BILINEAR, PIECEWISE_LINEAR, Axis, differentiable, pull_axis
+from curvax.exact.primitives import BILINEAR, Axis, differentiable, is_complex, piecewise_linear, pull_axis
 from curvax.exact.trace import Program, apply, derivative, inline, read
 
 # None is the axis of a variable of which one entry may reach several examples, as a parameter's does.
@@ -53,6 +53,8 @@ def analyse(program: Program) -> Flow:
     seeds = {program.losses: Axis(0)} if isinstance(program.losses, Var) else {}
     counted = counted_dimensions(program.jaxpr, program.consts)
     axes, rules = backward(program.jaxpr, seeds, program.num_examples, counted=counted)
+    if program.num_examples == 1:
+        axes |= dict.fromkeys(_shared_by_a_single_example(program, axes))
     links = [_link(eqn, axes, rules.get(index)) for index, eqn in enumerate(program.jaxpr.eqns)]
     depends = {var: 1 << bit for bit, var in enumerate(program.params) if var in axes}
     curved = dict.fromkeys(depends, 0)
@@ -64,6 +66,16 @@ def analyse(program: Program) -> Flow:
         depends |= dict.fromkeys(results, _union(masks))
         curved |= dict.fromkeys(results, bend)
     return Flow(program, axes, links, depends, curved)
+
+
+def _shared_by_a_single_example(program: Program, axes: Axes) -> list[Var]:
+    """What is made of parameters alone: any of its axes may be called that of one example, but more would share it."""
+    made = set(program.params)
+    for eqn in program.jaxpr.eqns:
+        variables = [atom for atom in eqn.invars if isinstance(atom, Var)]
+        if variables and made.issuperset(variables):
+            made.update(eqn.outvars)
+    return [var for var in made if var in axes and var is not program.outputs and var is not program.losses]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +205,7 @@ def _link(eqn, axes, rule: CustomRule | None) -> tuple[Slots, Results]:
 def _bend(eqn, slots, masks, rule: CustomRule | None) -> int:
     """The parameters in which the equation itself adds curvature."""
     name = eqn.primitive.name
-    if name in PIECEWISE_LINEAR or (rule is not None and not rule.curved):
+    if piecewise_linear(eqn) or (rule is not None and not rule.curved):
         return 0
     if name in BILINEAR:
         return masks[0] & masks[1] if len(masks) == 2 else 0
@@ -210,7 +222,7 @@ def _union(masks: Sequence[int]) -> int:
 
 
 def cuts(flow: Flow, bit: int) -> Iterator[Var]:
-    """The variables that every derivative from parameter `bit` to the losses passes through, in order.
+    """The real variables that every derivative from parameter `bit` to the losses passes through, in order.
 
     Just after such a variable is computed, nothing computed before it is needed again.
     """
@@ -221,7 +233,7 @@ def cuts(flow: Flow, bit: int) -> Iterator[Var]:
     horizon = last_use.get(program.params[bit], 0)
     for index, _, _, results in flow.equations:
         reached = [var for var in results if flow.depends[var] >> bit & 1]
-        if len(reached) == 1 and horizon <= index:
+        if len(reached) == 1 and horizon <= index and not is_complex(reached[0]):
             yield reached[0]
         horizon = max([horizon, *(last_use[var] for var in reached)])
 

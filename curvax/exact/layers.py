@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from curvax.exact.primitives import ELEMENTWISE, Axis, free_dims, pull_axis
+from curvax.exact.primitives import ELEMENTWISE, Axis, free_dims, is_complex, pull_axis
 from curvax.exact.trace import apply
 from curvax.exact.windows import convolution_lines, offsets
 
@@ -62,14 +62,24 @@ class Lookup:
     num_rows: int
 
 
-def supported(eqn: JaxprEqn, slot: int) -> bool:
-    """Whether `build_layer` knows the operation."""
+def supported(eqn: JaxprEqn, slot: int, axis: Axis, num_examples: int) -> bool:
+    """Whether `build_layer` knows the operation, with these axes; a complex layer has no real columns.
+
+    Args:
+        eqn: the operation.
+        slot: the operand that depends on the parameter.
+        axis: the example axis of the result.
+        num_examples: B.
+    """
     name = eqn.primitive.name
-    if name == "conv_general_dilated":
-        return slot == 1 and eqn.params["batch_group_count"] == 1
-    if name == "gather":
-        return slot == 0 and _takes_rows(eqn)
-    return name in ELEMENTWISE or name in ("dot_general", "broadcast_in_dim")
+    if is_complex(eqn.invars[slot]) or is_complex(eqn.outvars[0]):
+        return False
+    if name in ("dot_general", "conv_general_dilated", "gather"):
+        kernel = {"dot_general": slot, "conv_general_dilated": 1, "gather": 0}[name]
+        simple = {"conv_general_dilated": _convolves_each, "gather": _takes_rows}.get(name, lambda eqn: True)
+        pulled = [pull_axis(eqn, i, 0, axis, num_examples) for i in (slot, 1 - slot)]
+        return slot == kernel and simple(eqn) and pulled[0] is None and pulled[1] is not None
+    return (name in ELEMENTWISE or name == "broadcast_in_dim") and _extent(eqn, slot, axis.dim) == 1
 
 
 def build_layer(eqn: JaxprEqn, slot: int, values: Sequence[jax.Array], axis: Axis, num_examples: int) -> Layer | Lookup:
@@ -111,7 +121,7 @@ def _dense(eqn, slot, values, axis, num_examples) -> Layer:
 def _elementwise(eqn, slot, values, axis, num_examples) -> Layer:
     """A bias, a scale, a mask, a broadcast: whatever the operation is, its derivative is one factor per entry."""
     operand, out = values[slot], eqn.outvars[0].aval
-    dims = eqn.params.get("broadcast_dimensions", range(out.ndim) if operand.ndim else ())
+    dims = _dims_in_result(eqn, slot)
     own = [d for i, d in enumerate(dims) if d != axis.dim and operand.shape[i] == out.shape[d]]
     positions = [d for d in range(out.ndim) if d != axis.dim and d not in own]
 
@@ -124,6 +134,21 @@ def _elementwise(eqn, slot, values, axis, num_examples) -> Layer:
     _, factor = jax.jvp(result, (operand,), (jnp.ones_like(operand),))
     x = fold(factor)
     return Layer(x, [(np.arange(x.shape[1]),) * 2], fold, lambda matrix: matrix.reshape(operand.shape))
+
+
+def _dims_in_result(eqn, slot) -> Sequence[int]:
+    ndim = eqn.invars[slot].aval.ndim
+    return eqn.params.get("broadcast_dimensions", range(ndim))
+
+
+def _extent(eqn, slot, dim) -> int:
+    """The size of an operand along a dimension of the result."""
+    sizes = dict(zip(_dims_in_result(eqn, slot), eqn.invars[slot].aval.shape, strict=True))
+    return sizes.get(dim, 1)
+
+
+def _convolves_each(eqn) -> bool:
+    return eqn.params["batch_group_count"] == 1
 
 
 def _convolution(eqn, slot, values, axis, num_examples) -> Layer:
@@ -164,7 +189,8 @@ def _takes_rows(eqn) -> bool:
     numbers, table = eqn.params["dimension_numbers"], eqn.invars[0].aval
     rows = numbers.start_index_map
     sizes = tuple(1 if d in rows else size for d, size in enumerate(table.shape))
-    return len(rows) == 1 and numbers.collapsed_slice_dims == rows and eqn.params["slice_sizes"] == sizes
+    by_rows = len(rows) == 1 and numbers.collapsed_slice_dims == rows and not numbers.operand_batching_dims
+    return by_rows and eqn.params["slice_sizes"] == sizes
 
 
 def _lookup(eqn, slot, values, axis, num_examples) -> Lookup:

@@ -10,30 +10,37 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax.extend.core import JaxprEqn, Var
+from jax.extend.core import JaxprEqn, Literal, Var
+
+Atom = Var | Literal
 
 # Second derivatives vanish almost everywhere, in all operands jointly. Where one does not, at a tie or a kink, JAX
-# differentiates the branch taken, and so do we.
+# differentiates the branch taken, and so do we. Of a complex number that is said of its two parts.
 PIECEWISE_LINEAR = frozenset(
-    "abs add add_any broadcast_in_dim clamp concatenate convert_element_type copy copy_p cummax cummin cumsum"
-    " dynamic_slice dynamic_update_slice gather max mesh_cast min neg pad pcast pvary reduce_max reduce_min"
-    " reduce_precision reduce_sum reduce_window_max reduce_window_min reduce_window_sum reshape reshard rev select_n"
-    " sharding_constraint slice sort split squeeze sub top_k transpose".split()
+    "abs add add_any broadcast_in_dim clamp complex concatenate conj convert_element_type copy cummax cummin cumsum"
+    " dynamic_slice dynamic_update_slice fft gather imag max min name neg pad pvary real reduce_max reduce_min"
+    " reduce_precision reduce_sum reduce_window_max reduce_window_min reduce_window_sum rem reshape reshard rev scatter"
+    " scatter-add scatter-sub select_n sharding_constraint slice sort split squeeze sub top_k transpose".split()
 )
 BILINEAR = frozenset({"mul", "dot_general", "conv_general_dilated"})
 # Derivative zero almost everywhere, or by decree.
 CONSTANT = frozenset("ceil floor round sign stop_gradient".split())
+# Piecewise linear in real numbers alone: the modulus of a complex one is a square root.
+PIECEWISE_LINEAR_IF_REAL = frozenset({"abs"})
 
 ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos"
-    " cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p"
-    " logistic lt max mesh_cast min mul ne neg nextafter not or pcast polygamma pow pvary reduce_precision rem"
-    " reshard round rsqrt select_n sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh xor".split()
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp complex conj"
+    " convert_element_type copy cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma"
+    " igammac imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max min mul name ne neg nextafter"
+    " not or polygamma pow pvary real reduce_precision regularized_incomplete_beta rem reshard round rsqrt select_n"
+    " sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta".split()
 )
+# As above, from JAX 0.12 on.
+NEWER = frozenset({"log2", "one_minus_square"})
 REDUCTIONS = frozenset("argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum".split())
 CUMULATIVE = frozenset("cumlogsumexp cummax cummin cumprod cumsum".split())
 WINDOWS = frozenset({"reduce_window_max", "reduce_window_min", "reduce_window_sum"})
-RESHAPES = frozenset({"reshape", "squeeze"})
+SCATTERS = frozenset({"scatter", "scatter-add", "scatter-sub"})
 
 
 class Axis(NamedTuple):
@@ -47,7 +54,22 @@ class Axis(NamedTuple):
 def differentiable(eqn: JaxprEqn, slot: int) -> bool:
     """Whether a derivative can pass through operand `slot` of an equation."""
     atom = eqn.invars[slot]
-    return isinstance(atom, Var) and jnp.issubdtype(atom.aval.dtype, jnp.inexact) and eqn.primitive.name not in CONSTANT
+    if not isinstance(atom, Var) or eqn.primitive.name in CONSTANT:
+        return False
+    return jnp.issubdtype(getattr(atom.aval, "dtype", bool), jnp.inexact)
+
+
+def is_complex(atom: Atom) -> bool:
+    """Whether a variable or literal is complex: it has no real cotangent, which is what columns are."""
+    return jnp.issubdtype(getattr(atom.aval, "dtype", bool), jnp.complexfloating)
+
+
+def piecewise_linear(eqn: JaxprEqn) -> bool:
+    """Whether the second derivatives of an operation vanish almost everywhere, in all its operands jointly."""
+    name = eqn.primitive.name
+    if name in PIECEWISE_LINEAR_IF_REAL and any(map(is_complex, eqn.invars)):
+        return False
+    return name in PIECEWISE_LINEAR
 
 
 def pull_axis(eqn: JaxprEqn, slot: int, result: int, axis: Axis, num_examples: int) -> Axis | None:
@@ -64,9 +86,11 @@ def pull_axis(eqn: JaxprEqn, slot: int, result: int, axis: Axis, num_examples: i
         The operand's example axis, or None where one of its entries may reach several examples.
     """
     name, operand, out = eqn.primitive.name, eqn.invars[slot].aval, eqn.outvars[result].aval
-    if name in RESHAPES:
-        return _axis_of_stride(operand.shape, _stride_of_axis(out.shape, axis), num_examples)
-    rule = _elementwise if name in ELEMENTWISE else _DIMENSION_RULES.get(name)
+    if name == "reshape":
+        if eqn.params["dimensions"] is not None:
+            return None
+        return _axis_of_stride(operand.shape, _stride_of_axis(out.shape, axis), axis, num_examples)
+    rule = _elementwise if name in ELEMENTWISE | NEWER else _DIMENSION_RULES.get(name)
     dim = None if rule is None else rule(eqn, slot, axis.dim)
     # Every rule carries whole dimensions: a slice, a window or an expanded singleton is caught by its size here.
     if dim is None or operand.shape[dim] != out.shape[axis.dim]:
@@ -79,14 +103,19 @@ def _stride_of_axis(shape: tuple[int, ...], axis: Axis) -> int:
     return axis.inner * math.prod(shape[axis.dim + 1 :])
 
 
-def _axis_of_stride(shape: tuple[int, ...], stride: int, num_examples: int) -> Axis | None:
-    below = 1
-    for dim in reversed(range(len(shape))):
-        above = below * shape[dim]
-        if stride % below == 0 and above and above % (stride * num_examples) == 0:
-            return Axis(dim, outer=above // (stride * num_examples), inner=stride // below)
-        below = above
-    return None
+def _axis_of_stride(shape: tuple[int, ...], stride: int, like: Axis, num_examples: int) -> Axis | None:
+    """The dimension within which an index steps from example to example.
+
+    There is one at most, but for a single example, which is everywhere: then a dimension of its own is preferred.
+    """
+    found, above = [], math.prod(shape)
+    for dim, size in enumerate(shape):
+        below = above // size if size else 0
+        if below and stride % below == 0 and above % (stride * num_examples) == 0:
+            found.append(Axis(dim, outer=above // (stride * num_examples), inner=stride // below))
+        above = below
+    own = [axis for axis in found if axis[1:] == like[1:]]
+    return (own or found or [None])[0]
 
 
 def _elementwise(eqn, slot, dim):
@@ -96,6 +125,14 @@ def _elementwise(eqn, slot, dim):
 def _broadcast(eqn, slot, dim):
     dims = eqn.params["broadcast_dimensions"]
     return dims.index(dim) if slot == 0 and dim in dims else None
+
+
+def _squeeze(eqn, slot, dim):
+    return [d for d in range(eqn.invars[slot].aval.ndim) if d not in eqn.params["dimensions"]][dim]
+
+
+def _fft(eqn, slot, dim):
+    return dim if dim < eqn.outvars[0].aval.ndim - len(eqn.params["fft_lengths"]) else None
 
 
 def _transpose(eqn, slot, dim):
@@ -173,8 +210,26 @@ def _gather(eqn, slot, dim):
     return None
 
 
+def _scatter(eqn, slot, dim):
+    """The result is the operand with some windows changed: those of one index, or, by batches, one index for each."""
+    numbers, ndim = eqn.params["dimension_numbers"], eqn.outvars[0].aval.ndim
+    if slot == 0:
+        return dim
+    batched = dim in numbers.operand_batching_dims
+    index_dim = numbers.scatter_indices_batching_dims[numbers.operand_batching_dims.index(dim)] if batched else None
+    if slot == 1:
+        return index_dim
+    if batched:
+        return [d for d in range(eqn.invars[2].aval.ndim) if d not in numbers.update_window_dims][index_dim]
+    absent = numbers.inserted_window_dims + numbers.operand_batching_dims
+    kept = [d for d in range(ndim) if d not in absent]
+    return numbers.update_window_dims[kept.index(dim)] if dim in kept else None
+
+
 _DIMENSION_RULES: dict[str, Callable[[JaxprEqn, int, int], int | None]] = {
     "broadcast_in_dim": _broadcast,
+    "squeeze": _squeeze,
+    "fft": _fft,
     "transpose": _transpose,
     "concatenate": _dimension,
     "sort": _dimension,
@@ -188,6 +243,7 @@ _DIMENSION_RULES: dict[str, Callable[[JaxprEqn, int, int], int | None]] = {
     "dot_general": _dot,
     "conv_general_dilated": _conv,
     "gather": _gather,
+    **dict.fromkeys(SCATTERS, _scatter),
     **dict.fromkeys(REDUCTIONS, _reduction),
     **dict.fromkeys(CUMULATIVE, _cumulative),
     **dict.fromkeys(WINDOWS, _window),

@@ -130,7 +130,8 @@ def _entry(flow: Flow, bit: int) -> Entry | Route:
     if len(doors) > 1:
         return Route(path, bit, "unit vectors", f"enters {len(doors)} operations: {', '.join(names)}")
     (index, slot), eqn = doors[0], flow.program.jaxpr.eqns[doors[0][0]]
-    if flow.curved[eqn.outvars[0]] >> bit & 1 or not supported(eqn, slot):
+    result, num_examples = eqn.outvars[0], flow.program.num_examples
+    if not supported(eqn, slot, flow.axes.get(result), num_examples) or flow.curved[result] >> bit & 1:
         return Route(path, bit, "unit vectors", f"enters through {names[0]}, whose structure is not known")
     return Entry(index, slot, tuple(chain), _is_monomial(flow, bit, chain, eqn.invars[slot]))
 
