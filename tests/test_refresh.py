@@ -23,6 +23,7 @@ def seen_curvature():
 
 
 def quadratic(curvature):
+    curvature = jnp.asarray(curvature, jnp.float32)
     return lambda w: jnp.sum(curvature * w**2) / 2
 
 
@@ -50,6 +51,104 @@ def test_curvature_is_refreshed_every_k_steps():
     seen, state = run(with_hessian_diag(seen_curvature(), "basis", every=3), np.arange(1.0, 9.0))
     np.testing.assert_allclose(seen, [1, 1, 1, 4, 4, 4, 7, 7])
     assert int(state.num_refreshes) == 3
+
+
+def test_without_an_average_the_fresh_diagonal_comes_back_to_the_bit():
+    curvatures = [1e8, 1.0, 1e-3, -3.3e-20, 7e30, 0.1]
+    seen, _ = run(with_hessian_diag(seen_curvature(), "basis"), curvatures)
+    fresh = [curvax.hessian_diag(quadratic(c), jnp.ones(2), "basis")[0] for c in curvatures]
+    np.testing.assert_array_equal(seen, np.asarray(fresh))
+
+
+def test_an_average_forgets_what_was_far_away():
+    seen, _ = run(with_hessian_diag(seen_curvature(), "basis", decay=0.5), [1e8] + 60 * [1e-3])
+    # Of 1e8 there is 2^-60 left, of its share in the sum of weights.
+    np.testing.assert_allclose(seen[-1], 1e-3 + 1e8 * 2.0**-61, rtol=1e-5)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("bad", [[NAN, NAN], [NAN, 1.0], [1.0, INF], [-INF, 2.0]])
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_curvature_that_is_not_finite_is_counted_and_forgotten(every, decay, bad):
+    """As if the refresh had not been: the average is that of the other two, with the weights of two."""
+    tx = with_hessian_diag(seen_curvature(), "basis", every=every, decay=decay)
+    steps = [c for c in (2.0, bad, 5.0) for _ in range(every)]
+    seen, state = run(tx, steps)
+    expected = np.average([2.0, 5.0], weights=[decay, 1.0])
+    np.testing.assert_allclose(seen, every * [2.0] + every * [2.0] + every * [expected], rtol=1e-6)
+    assert (int(state.num_refreshes), int(state.num_skipped), int(state.count)) == (2, 1, 3 * every)
+    without, _ = run(tx, [c for c in (2.0, 5.0) for _ in range(every)])
+    np.testing.assert_array_equal(without[-1], seen[-1])
+
+
+def test_one_bad_leaf_discards_the_whole_refresh():
+    tx = with_hessian_diag(seen_curvature(), "basis")
+    w = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    loss = lambda a, b: lambda w: (a * jnp.sum(w["a"] ** 2) + b * jnp.sum(w["b"] ** 2)) / 2
+    _, state = tx.update(w, tx.init(w), w, obj_fn=loss(1.0, 2.0))
+    seen, state = tx.update(w, state, w, obj_fn=loss(3.0, NAN))
+    chex.assert_trees_all_equal(seen, {"a": jnp.ones(2), "b": jnp.full(3, 2.0)})
+    assert int(state.num_skipped) == 1
+
+
+def test_before_the_first_good_refresh_there_are_zeros_and_radius_one():
+    tx = with_hessian_diag(scale_by_curvature_radius(0.1, slope_term=False), "basis", every=2)
+    seen, state = run(tx, [NAN, 4.0, 4.0])
+    np.testing.assert_allclose(seen, [1, 1, 1 / (4 + 0.4)], rtol=1e-6)
+    assert int(state.num_refreshes) == 1
+    seen, _ = run(with_hessian_diag(seen_curvature(), "basis", every=2), [NAN, 4.0])
+    np.testing.assert_array_equal(seen, [0, 0])
+
+
+def skips_large(updates, gradient_step, params):
+    del gradient_step, params
+    return jnp.any(jnp.abs(updates) > 100), ()
+
+
+GUARDS = {
+    "apply_if_finite around": lambda tx: optax.apply_if_finite(tx(seen_curvature()), 5),
+    "MultiSteps around": lambda tx: optax.MultiSteps(tx(seen_curvature()), 1, should_skip_update_fn=skips_large),
+    "conditionally_mask around": lambda tx: optax.conditionally_mask(tx(seen_curvature()), lambda step: step != 1),
+    "apply_if_finite inside": lambda tx: tx(optax.apply_if_finite(seen_curvature(), 5)),
+    "skip_not_finite inside": lambda tx: tx(
+        optax.MultiSteps(seen_curvature(), 1, should_skip_update_fn=optax.skip_not_finite)
+    ),
+    "MultiSteps inside": lambda tx: tx(optax.MultiSteps(seen_curvature(), 1, should_skip_update_fn=skips_large)),
+}
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_step_that_a_guard_skips_leaves_no_trace(guard, every):
+    """The second of the steps has a gradient that the guard refuses, and a curvature that nobody should remember."""
+    tx = GUARDS[guard](functools.partial(with_hessian_diag, method="basis", every=every, decay=0.5))
+    bad = 1e9 if "MultiSteps" in guard or "mask" in guard else NAN
+    update = jax.jit(lambda g, state, w, c: tx.update(g, state, w, obj_fn=lambda w: jnp.sum(c * w**2) / 2))
+
+    def steps(curvatures):
+        w = jnp.ones(2)
+        state, seen = tx.init(w), []
+        for c in curvatures:
+            u, state = update(jnp.full(2, c), state, w, jnp.full(2, 7.0 if np.isnan(c) else c))
+            seen.append(u[0])
+        names = ("count", "next_refresh", "num_refreshes", "hessian_diag")
+        is_own = lambda x: isinstance(x, curvax.HessianDiagState)
+        (own,) = filter(is_own, jax.tree.leaves(state, is_leaf=is_own))
+        return np.asarray(seen), [getattr(own, name) for name in names]
+
+    if "mask" in guard:
+        # This guard goes by the number of the step.
+        seen, state = steps([1.0, bad, 2.0, 3.0])
+        np.testing.assert_allclose(seen[[0, 2]], [1, (0.5 + 2) / 1.5] if every == 1 else [1, 1], rtol=1e-6)
+        assert int(state[0]) == 3
+        return
+    seen, state = steps([1.0, bad, 2.0, 3.0])
+    without, expected = steps([1.0, 2.0, 3.0])
+    np.testing.assert_array_equal(np.delete(seen, 1), without)
+    chex.assert_trees_all_equal(state, expected)
 
 
 def test_between_refreshes_nothing_is_computed():
@@ -115,20 +214,42 @@ def test_multi_steps_over_micro_batches_equal_the_whole_batch():
     np.testing.assert_allclose(-update, targets.mean(0), rtol=1e-6)
 
 
+def test_multi_steps_are_recognised_as_a_transformation():
+    """`gradient_transformation()` drops the extra arguments, so that the scaler inside would see no curvature."""
+    multi_steps = optax.MultiSteps(scale_by_curvature_radius(slope_term=False), 2)
+    direct, by_name = (
+        run(with_hessian_diag(inner, "basis"), [4.0, 5.0])[0]
+        for inner in (multi_steps, multi_steps.gradient_transformation())
+    )
+    np.testing.assert_array_equal(direct, by_name)
+    np.testing.assert_allclose(direct[1], 1 / 4, rtol=1e-6)
+
+
+def test_without_the_loss_what_is_stored_is_used_and_a_refresh_waits():
+    tx, w = with_hessian_diag(seen_curvature(), "basis", every=2), jnp.ones(2)
+    state, seen = tx.init(w), []
+    for c in (3.0, None, None, 5.0, 6.0, 7.0):
+        u, state = tx.update(w, state, w, **({} if c is None else {"obj_fn": quadratic(c)}))
+        seen.append(u[0])
+    np.testing.assert_allclose(seen, [3, 3, 3, 5, 5, 7])
+    # Under jit nobody can tell whether something is stored.
+    zeros, _ = jax.jit(lambda w: tx.update(w, tx.init(w), w))(w)
+    np.testing.assert_array_equal(zeros, 0)
+
+
 def test_a_seed_is_a_key_and_refreshes_draw_anew():
-    params, objective = problems.mlp_params(), problems.mlp_objective()
+    w, loss = jnp.ones(40), lambda w: jnp.sum(w) ** 2
 
     def draws(key):
         tx = with_hessian_diag(seen_curvature(), "hutchinson", key=key)
-        update = jax.jit(tx.update)
-        first, state = update(params, tx.init(params), params, obj_fn=objective)
-        second, _ = update(params, state, params, obj_fn=objective)
-        return first, second
+        first, state = tx.update(w, tx.init(w), w, obj_fn=loss)
+        return first, tx.update(w, state, w, obj_fn=loss)[0]
 
-    chex.assert_trees_all_equal(draws(3), draws(jax.random.key(3)))
     first, second = draws(3)
-    assert not np.allclose(first[0]["kernel"], second[0]["kernel"])
-    assert not np.allclose(first[0]["kernel"], draws(4)[0][0]["kernel"])
+    for key in (jax.random.key(3), jax.random.PRNGKey(3), np.int64(3)):
+        chex.assert_trees_all_equal(draws(key), (first, second))
+    assert not np.allclose(first, second)
+    assert not np.allclose(first, draws(4)[0])
 
 
 def test_frozen_parameters_have_no_curvature_in_the_state():
@@ -157,26 +278,35 @@ def test_errors_say_what_to_pass():
         with_hessian_diag(seen_curvature(), "hutchinson")
     with pytest.raises(ValueError, match="pass key=0"):
         with_hessian_diag(seen_curvature())
-    tx = with_hessian_diag(seen_curvature(), "basis")
+    with pytest.raises(ValueError, match="'newton' is unknown"):
+        with_hessian_diag(seen_curvature(), "newton")
+    with pytest.raises(ValueError, match=r"'exact' takes no num_samples"):
+        with_hessian_diag(seen_curvature(), "exact", num_samples=3)
+    for every in (0, -1, 2.5, True, float("nan"), np.float32(3)):
+        with pytest.raises(ValueError, match="every="):
+            with_hessian_diag(seen_curvature(), "basis", every=every)
+    for decay in (1.0, -0.1, float("nan"), "0.5"):
+        with pytest.raises(ValueError, match="decay="):
+            with_hessian_diag(seen_curvature(), "basis", decay=decay)
+    tx = with_hessian_diag(seen_curvature(), "basis", every=np.int64(3), decay=np.float64(0.5))
     with pytest.raises(ValueError, match=r"obj_fn=.*hessian_diag="):
         tx.update(w, tx.init(w), w)
     with pytest.raises(ValueError, match=r"update\(updates, state, params"):
         tx.update(w, tx.init(w), obj_fn=quadratic(1.0))
 
 
-def test_the_default_method_is_a_gauss_newton_estimate_where_the_objective_allows_it():
-    """A Gauss-Newton diagonal is never negative; Hutchinson's of the same network is, somewhere."""
-    params = problems.mlp_params()
+def test_the_state_names_the_method_that_was_taken():
+    params = problems.mlp_params(sizes=(6, 4))
 
-    def least(objective):
-        tx = with_hessian_diag(seen_curvature(), key=0)
-        diag, _ = jax.jit(lambda: tx.update(params, tx.init(params), params, obj_fn=objective))()
-        return min(float(jnp.min(x)) for x in jax.tree.leaves(diag))
+    def taken(objective, method=None):
+        tx = with_hessian_diag(seen_curvature(), method, key=0)
+        assert tx.init(params).method_name == "none"
+        return jax.jit(lambda: tx.update(params, tx.init(params), params, obj_fn=objective))()[1].method_name
 
     objective = problems.mlp_objective()
-    assert least(objective) >= 0
-    assert least(problems.mlp_objective(problems.squared_error)) < 0
-    assert least(lambda params: objective(params)) < 0
+    assert taken(objective) == curvax.Auto().choose(objective, params).name == "ggn_mc"
+    assert taken(lambda params: objective(params)) == "hutchinson"
+    assert taken(objective, curvax.GaussNewton()) == "ggn"
 
 
 def test_state_is_readable_by_name():

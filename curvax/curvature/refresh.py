@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from curvax.checks import check_number
+from curvax.curvature.eager import once
 from curvax.curvature.estimate import diag_dtype
 from curvax.curvature.hessian import check_method_key, scalar_objective, select
 from curvax.curvature.line_search import bound, tolerant
@@ -151,7 +152,7 @@ def with_hessian_diag(
 
     def refresh(objective, params, usable, state):
         draw = None if key is None else jax.random.fold_in(as_key(key), state.num_refreshes)
-        fresh, taken = compute(objective, params, draw)
+        fresh, taken = once(compute, method, where, has_aux, objective, params, draw)
         good = usable & _all_finite(fresh, param_axis_name)
         number = optax.safe_increment(state.num_refreshes)
         # Without overflow, however large `every` is.

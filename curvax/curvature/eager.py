@@ -1,0 +1,142 @@
+"""Curvature outside of `jit`, compiled once.
+
+The loops inside a method are compiled, and outside of `jit` they would be so in every step: seconds in place of
+milliseconds. A compiled program may serve another step if the loss is the same computation on other arrays. The
+identity of a Python function does not tell: a lambda is made anew in every step, and a function that stays may read
+other variables. So the loss is traced in every step, with its gradient and a product with its Hessian, which between
+them show all that a second derivative can see; and a program is found by what the trace says.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+
+from curvax.curvature.hessian import scalar_objective, select
+from curvax.objective import Objective
+
+#: The programs that are kept, those used last.
+CAPACITY = 16
+# Where the rules of `custom_jvp` and `custom_vjp` stand. Two derivatives of the loss have read them.
+RULES = frozenset({"jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees"})
+# Entries up to which a constant is compared by value.
+SMALL = 16
+
+_programs: collections.OrderedDict[Hashable, Callable] = collections.OrderedDict()
+
+
+def once(compute: Callable, method: Any, where: Any, has_aux: bool, objective: Any, params: Any, key: Any) -> Any:
+    """`compute(objective, params, key)`, of arrays that are known by a program that is compiled once.
+
+    Args:
+      compute: a function that follows from `method`, `where` and `has_aux`, and from nothing else.
+      method: a method, hashable or not.
+      where: the leaves whose curvature is wanted, as in `hessian_diag`.
+      has_aux: whether the objective returns other output too.
+      objective: an `Objective`, or a function `params -> scalar`.
+      params: a tree of arrays.
+      key: a typed key, or None.
+
+    Returns:
+      What `compute` returns.
+    """
+    data = objective.data if isinstance(objective, Objective) else ()
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, data, key))):
+        return compute(objective, params, key)
+    try:
+        said, arrays, function = _read(objective, params, data, where, has_aux)
+    except Exception:
+        # What cannot be traced, or not differentiated twice, may still be computed, or else says why not.
+        return compute(objective, params, key)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)):
+        return compute(objective, params, key)
+    name = (_value(method), jax.tree.structure(select(params, where)), has_aux, said)
+    if name not in _programs:
+        _programs[name] = jax.jit(lambda arrays, params, key: compute(function(arrays), params, key))
+        if len(_programs) > CAPACITY:
+            _programs.popitem(last=False)
+    _programs.move_to_end(name)
+    return _programs[name](arrays, params, key)
+
+
+def _read(objective, params, data, where, has_aux) -> tuple[Hashable, Any, Callable[[Any], Any]]:
+    """What the loss computes, the arrays that it computes it from, and the loss as a function of these."""
+
+    def derivatives(params, data):
+        this = dataclasses.replace(objective, data=data) if isinstance(objective, Objective) else objective
+        alone, chosen = scalar_objective(this, params, where, has_aux)
+        outputs = alone.predict(chosen, data) if isinstance(alone, Objective) else ()
+        return outputs, jax.jvp(jax.grad(alone), (chosen,), (chosen,))
+
+    twice, out = jax.make_jaxpr(derivatives, return_shape=True)(params, data)
+    said = (jax.tree.structure((params, data)), jax.tree.structure(out), _jaxpr(twice.jaxpr))
+    if isinstance(objective, Objective):
+        # Its functions may be called on parts of the batch: they stay as they are, with all that they close over.
+        return (*said, *map(Same, twice.consts)), data, lambda data: dataclasses.replace(objective, data=data)
+    closed, out = jax.make_jaxpr(lambda params: objective(params), return_shape=True)(params)
+    known = {id(x) for x in closed.consts}
+    # Of a derivative rule alone.
+    others = [Same(x) for x in twice.consts if id(x) not in known]
+    treedef, jaxpr = jax.tree.structure(out), closed.jaxpr
+
+    def function(consts):
+        call = jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))
+        return lambda params: treedef.unflatten(call(*jax.tree.leaves(params)))
+
+    return (*said, treedef, _jaxpr(jaxpr), *others), closed.consts, function
+
+
+class Same:
+    """A value that is equal to itself alone."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _jaxpr(jaxpr: Jaxpr) -> Hashable:
+    """All that a jaxpr computes: equal for jaxprs that differ in the names of their variables alone."""
+    names: dict[Any, int] = {}
+    name = lambda var: (names.setdefault(var, len(names)), var.aval)
+    read = lambda atom: (_value(atom.val), atom.aval) if isinstance(atom, Literal) else name(atom)
+    inputs = tuple(map(name, (*jaxpr.constvars, *jaxpr.invars)))
+    equations = tuple(
+        (eqn.primitive, tuple(map(read, eqn.invars)), tuple(map(name, eqn.outvars)), _parameters(eqn), eqn.ctx)
+        for eqn in jaxpr.eqns
+    )
+    return inputs, equations, tuple(map(read, jaxpr.outvars))
+
+
+def _parameters(eqn: JaxprEqn) -> Hashable:
+    left_out = RULES if eqn.primitive.name.startswith("custom_") else ()
+    return tuple((name, _value(value)) for name, value in sorted(eqn.params.items()) if name not in left_out)
+
+
+def _value(x: Any) -> Hashable:
+    """What is equal for equal values; where equality would have to be believed, for identical ones."""
+    if isinstance(x, ClosedJaxpr):
+        return _jaxpr(x.jaxpr), tuple(map(Same, x.consts))
+    if isinstance(x, Jaxpr):
+        return _jaxpr(x)
+    if isinstance(x, tuple | list):
+        return type(x), tuple(map(_value, x))
+    if isinstance(x, np.ndarray | np.generic | jax.Array) and x.size <= SMALL and x.dtype.kind != "V":
+        x = np.asarray(x)
+        return str(x.dtype), x.shape, x.tobytes()
+    if isinstance(x, int | float | complex):
+        # Which of 1, 1.0 and True, of 0.0 and -0.0; and nan is one value.
+        return type(x), repr(x)
+    try:
+        hash(x)
+    except TypeError:
+        return Same(x)
+    return x
