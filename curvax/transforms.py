@@ -25,17 +25,17 @@ def scale_by_curvature_radius(
     damping: jax.typing.ArrayLike = 0.0,
     max_radius: jax.typing.ArrayLike | None = None,
     *,
-    slope_term: bool = True,
+    slope_term: bool = False,
     layers: Layers = "array",
     axis_name: radii.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale each parameter's update by the radius of curvature of the loss along it.
 
     Formula:
-      `R_i = (1 + g_i^2)^(3/2) / (|h_i| + damping * mean|h|)`, Gao & Zhong, eq. 9-11, with the mean over the layer; with
-      no arguments exactly eq. 9. `h` is the Hessian diagonal, and its absolute value is taken here, so that averages of
-      `h` over time keep their sign. Without the slope term it is damped diagonal Newton, and does not depend on the
-      scale of the loss; with it, it does.
+      `R_i = 1 / (|h_i| + damping * mean|h|)`, with the mean over the layer: damped diagonal Newton, which does not
+      depend on the scale of the loss. With the slope term `(1 + g_i^2)^(3/2)` as a factor it does, and is exactly eq.
+      9-11 of Gao & Zhong; where slopes are steep that step overshoots by orders of magnitude. `h` is the Hessian
+      diagonal, and its absolute value is taken here, so that averages of `h` over time keep their sign.
 
     Args:
       damping: dimensionless, as a fraction of the layer's mean absolute curvature.
@@ -47,7 +47,8 @@ def scale_by_curvature_radius(
 
     Returns:
       A transformation whose `update` takes `params` and `hessian_diag`: a real tree with the structure of `params`,
-      read only where `updates` has leaves. A radius of 0 or inf becomes 1 if there is no `max_radius`.
+      read only where `updates` has leaves. A radius of 0 or inf becomes 1 if there is no `max_radius`; so is the radius
+      where `hessian_diag` has `optax.MaskedNode()` or `None` in place of a leaf.
 
     Raises:
       ValueError: from `update`, without `params` or `hessian_diag`, or where a parameter is complex or the shape of its
@@ -56,7 +57,7 @@ def scale_by_curvature_radius(
     Example:
       >>> import jax.numpy as jnp
       >>> from curvax import scale_by_curvature_radius
-      >>> tx = scale_by_curvature_radius()
+      >>> tx = scale_by_curvature_radius(slope_term=True)
       >>> w, g, h = jnp.array([1.0, 1.0]), jnp.array([0.0, 0.75]), jnp.array([2.0, -4.0])
       >>> updates, _ = tx.update(g, tx.init(w), w, hessian_diag=h)
       >>> print(updates.round(4))

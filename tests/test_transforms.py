@@ -250,8 +250,20 @@ def test_errors_say_what_to_pass():
         update(curvax.scale_by_curvature_radius(), w, w)
     with pytest.raises(ValueError, match=r"hessian_diag has \(3,\) at 'a'.*\(2,\)"):
         update(curvax.scale_by_curvature_radius(), {"a": w}, {"a": w}, hessian_diag={"a": jnp.ones(3)})
-    with pytest.raises(ValueError, match=r"MaskedNode.*at 'a'"):
-        update(curvax.scale_by_curvature_radius(), {"a": w}, {"a": w}, hessian_diag={"a": optax.MaskedNode()})
+    with pytest.raises(ValueError, match=r"None at 'a'.*\(2,\)"):
+        curvax.scale_by_lars().update({"a": w}, optax.EmptyState(), {"a": None})
+
+
+@pytest.mark.parametrize("hole", [None, optax.MaskedNode()])
+def test_parameters_without_curvature_have_radius_one(hole):
+    w, g, h = (problems.random_tree(i) for i in range(3))
+    newton = curvax.scale_by_curvature_radius(0.1)
+    some = update(
+        newton, g, w, hessian_diag={**h, "norm": dict.fromkeys(h["norm"], hole), "dense": {**h["dense"], "bias": hole}}
+    )
+    whole = update(newton, g, w, hessian_diag=h)
+    expected = {**whole, "norm": g["norm"], "dense": {**whole["dense"], "bias": g["dense"]["bias"]}}
+    chex.assert_trees_all_equal(some, expected)
 
 
 def test_masked_and_partition_hand_down_the_whole_tree_of_curvature():
