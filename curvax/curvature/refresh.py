@@ -190,6 +190,7 @@ def with_hessian_diag(
             kept = refresh_if_due(objective, params, usable, own)
         given = {"hessian_diag": kept.hessian_diag if hessian_diag is None else hessian_diag, "obj_fn": obj_fn}
         given = {name: value for name, value in given.items() if value is not None}
+        value_fn = value_fn if value_fn is not None or has_aux else obj_fn
         if value_fn is not None:
             given["value_fn"] = tolerant(value_fn, given)
         updates, new_inner = inner.update(updates, inner_state, params, **given, **extra_args)
