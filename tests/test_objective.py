@@ -40,5 +40,5 @@ def test_a_loss_that_is_averaged_already_is_refused():
     objective = Objective(
         problems.mlp, lambda z, data: jnp.mean(problems.cross_entropy(z, data)), problems.classification()
     )
-    with pytest.raises(ValueError, match=r"shape \(\).*one loss per example"):
+    with pytest.raises(ValueError, match=r"scalar.*one loss per example, a vector \(B,\)"):
         objective(problems.mlp_params())

@@ -54,7 +54,6 @@ LINEAR = {"relu": (relu_network, problems.cross_entropy), "coupled loss": (relu_
 CURVED = {
     "tanh": (smooth_network, problems.cross_entropy),
     "tied": (tied_network, problems.cross_entropy),
-    "two outputs": (network_of_two_outputs, loss_of_two),
 }
 
 

@@ -37,15 +37,6 @@ class Estimate(NamedTuple):
     aux: Any = None
 
 
-class Options(NamedTuple):
-    """The arguments which the functions of `gauss_newton` and `micro_batches` share."""
-
-    key: jax.Array | None = None
-    num_samples: int = 1
-    micro_batches: int | None = None
-    chunk_size: int | None = None
-
-
 class Moments(NamedTuple):
     """The samples seen so far, by Welford's recurrence: their number, mean, and squared deviations from it."""
 

@@ -23,14 +23,16 @@ import jax.numpy as jnp
 
 from curvax.checks import check_number
 from curvax.curvature.basis import basis
-from curvax.curvature.estimate import Estimate, Options, check_real
+from curvax.curvature.estimate import Estimate, check_real
+from curvax.curvature.gauss_newton import explain_sampling, plan_sampling, sampled_gauss_newton
 from curvax.curvature.hutchinson import hutchinson
+from curvax.curvature.micro_batches import mean_over_micro_batches
 from curvax.curvature.products import product_matrix
 from curvax.curvature.xdiag import xdiag
-from curvax.exact import BUDGET, Explanation, exact_diag, explain, explain_ggn, explain_products, ggn_diag, ggn_mc_diag
-from curvax.gauss_newton import ggn_sampled, is_softmax_cross_entropy
+from curvax.exact import BUDGET, Explanation, exact_diag, explain, explain_ggn, explain_products, ggn_diag
+from curvax.exact.diagonals import check_objective
 from curvax.keys import Key, as_key
-from curvax.micro_batches import over_micro_batches
+from curvax.objective import Objective
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -79,9 +81,16 @@ class Method(abc.ABC):
           ValueError: as `hessian_diag`.
         """
         check_real(params)
-        options = Options(as_key(key) if self.stochastic else None, micro_batches=self.micro_batches)
-        whole = lambda objective, params, options: self._estimate(objective, params, options.key)
-        return over_micro_batches(whole)(objective, params, options)
+        key = as_key(key) if self.stochastic else None
+        if (self.micro_batches or 1) == 1:
+            return self._estimate(objective, params, key)
+        if not isinstance(objective, Objective):
+            raise ValueError(
+                "micro_batches splits a batch, which a plain function does not show; pass a curvax.Objective, or leave"
+                " micro_batches out."
+            )
+        part = lambda part, key: self._estimate(part, params, key)
+        return mean_over_micro_batches(part, objective, params, key, self.micro_batches)
 
     @abc.abstractmethod
     def _estimate(self, objective: Any, params: Any, key: jax.Array | None) -> Estimate:
@@ -164,14 +173,17 @@ class GaussNewton(Method):
       `mean_b J_b^T H_b J_b` with `J_b` the Jacobian of example b's outputs and `H_b` the Hessian of its loss in them:
       exactly, one backward pass for each column of a factor of `H_b`; or in expectation, one for each sample, which is
       a random sum `v_b` of these columns. `squares` says of what the square is taken: of each example's `J_b^T v_b`, so
-      that only the columns are noise; or of the mean over a micro-batch, where the examples are noise too, which needs
-      no proof of where a parameter meets the examples.
+      that only the columns are noise; or of the sum over a micro-batch, where the examples are noise too, which needs
+      no proof of where a parameter meets the examples. The columns follow from the traced loss, whatever that is;
+      where they do not, a product with the matrix and random signs, `z * G z`, takes the place of the square.
 
     Args:
       num_samples: how many samples are averaged; `None` for the exact diagonal.
-      squares: `"example"` or `"batch"`; `None` for the former, which needs fewer samples.
+      squares: `"example"` or `"batch"`; `None` for the former where every parameter is followed to the examples, else
+        the latter.
       chunk_size: how many columns, or samples, share a pass.
-      micro_batches: into how many parts the batch is split; for squares of batches 4 by default, whose variance falls.
+      micro_batches: into how many parts the batch is split; for squares of batches 4 by default, since their variance
+        falls, if the examples are proved to be independent.
 
     Example:
       >>> import jax.numpy as jnp
@@ -202,25 +214,21 @@ class GaussNewton(Method):
         return self.num_samples is not None
 
     def estimate(self, objective, params, key=None):
-        if self.squares != "batch":
+        if self.num_samples is None:
             return super().estimate(objective, params, key)
-        # These split the batch themselves.
         check_real(params)
-        return ggn_sampled(
-            objective, params, Options(as_key(key), self.num_samples, self.micro_batches, self.chunk_size)
-        )
+        check_objective(objective, "ggn_mc")
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return sampled_gauss_newton(objective, params, as_key(key), **fields)
 
     def _estimate(self, objective, params, key):
-        if self.num_samples is None:
-            return _without_error(ggn_diag(objective, params, chunk_size=self.chunk_size))
-        drawn = {"num_samples": self.num_samples, "chunk_size": self.chunk_size}
-        return Estimate(*ggn_mc_diag(objective, params, key, **drawn))
+        return _without_error(ggn_diag(objective, params, chunk_size=self.chunk_size))
 
     def explain(self, objective, params):
         if self.num_samples is None:
             return explain_ggn(objective, params)
-        squares = "of each example's gradient" if self.squares != "batch" else "of the gradients of micro-batches"
-        return explain_products(params, [self.num_samples], "random column", f"squares {squares}", passes=True)
+        check_objective(objective, "ggn_mc")
+        return explain_sampling(objective, params, self.num_samples, self.squares)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -295,8 +303,10 @@ class Auto(Method):
     """What `method=None` stands for: the estimate that the objective allows, by the fewest passes.
 
     Formula:
-      `GaussNewton(num_samples=1, squares="batch")` for an `Objective` with a softmax cross-entropy, `Hutchinson`
-      elsewhere. What is chosen, and why, can be read from `explain` and from the state of `with_hessian_diag`.
+      `GaussNewton(num_samples=1)` for an `Objective` of which the trace proves random columns (see
+      `curvax.exact.atoms`; a softmax or functions of single outputs, weighted or not, or few outputs for an example),
+      `Hutchinson` elsewhere. What is chosen, and why, can be read from `explain` and from the state of
+      `with_hessian_diag`.
 
     Args:
       num_samples: how many samples are averaged.
@@ -318,8 +328,8 @@ class Auto(Method):
     def choose(self, objective: Any, params: Any) -> Method:
         """The method that is taken for this objective."""
         options = {"chunk_size": self.chunk_size, "micro_batches": self.micro_batches}
-        if is_softmax_cross_entropy(objective, params):
-            return GaussNewton(self.num_samples, "batch", **options)
+        if isinstance(objective, Objective) and plan_sampling(objective, params).form != "product":
+            return GaussNewton(self.num_samples, **options)
         return Hutchinson(self.num_samples, **options)
 
     def estimate(self, objective, params, key=None):

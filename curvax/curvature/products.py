@@ -22,9 +22,9 @@ Product = Callable[[Any], Any]
 def same_diagonal(objective: Callable[[Any], jax.Array], params: Any) -> tuple[jax.Array, Any, Product]:
     """The loss, its gradient, and the cheapest product whose matrix is proved to have the Hessian's diagonal."""
     if product_matrix(objective, params)[0] == "Hessian":
-        return _hessian(objective, params)
-    parts = _gauss_newton(objective, params)
-    return parts if objective.penalty is None else _sum(parts, _hessian(objective.penalty, params))
+        return hessian_product(objective, params)
+    parts = gauss_newton_product(objective, params)
+    return parts if objective.penalty is None else _sum(parts, hessian_product(objective.penalty, params))
 
 
 def product_matrix(objective: Callable[[Any], jax.Array], params: Any) -> tuple[str, str]:
@@ -36,17 +36,20 @@ def product_matrix(objective: Callable[[Any], jax.Array], params: Any) -> tuple[
     return "Gauss-Newton", "the outputs are piecewise linear in every array, so that the diagonals are the same"
 
 
-def _hessian(function: Callable[[Any], jax.Array], params: Any) -> tuple[jax.Array, Any, Product]:
+def hessian_product(function: Callable[[Any], jax.Array], params: Any) -> tuple[jax.Array, Any, Product]:
+    """The value of a function, its gradient, and `v -> H v`."""
     (value, grad), tangents = jax.linearize(jax.value_and_grad(function), params)
     return value, grad, lambda vector: tangents(vector)[1]
 
 
-def _gauss_newton(objective: Objective, params: Any) -> tuple[jax.Array, Any, Product]:
-    """`v -> J^T H J v` of the mean loss, by one pass forward, through the loss, and one back."""
+def gauss_newton_product(objective: Objective, params: Any) -> tuple[jax.Array, Any, Product]:
+    """The mean loss, its gradient, and `v -> J^T H J v`, by one pass forward, through the loss, and one back."""
     outputs, forward = jax.linearize(lambda params: objective.predict(params, objective.data), params)
     backward = jax.linear_transpose(forward, params)
-    value, slope, bend = _hessian(lambda outputs: jnp.mean(objective.example_losses(outputs, objective.data)), outputs)
-    return value, backward(slope)[0], lambda vector: backward(bend(forward(vector)))[0]
+    value, slope, curvature = hessian_product(
+        lambda outputs: jnp.mean(objective.example_losses(outputs, objective.data)), outputs
+    )
+    return value, backward(slope)[0], lambda vector: backward(curvature(forward(vector)))[0]
 
 
 def _sum(one: tuple[jax.Array, Any, Product], other: tuple[jax.Array, Any, Product]) -> tuple[jax.Array, Any, Product]:

@@ -1,4 +1,4 @@
-"""From the columns at a cut to the diagonals of the parameters before it."""
+"""From columns to the diagonals of the parameters before them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.extend.core import Var
 
 from curvax.exact.chain import transposed, undo_scaling
+from curvax.exact.columns import Source
 from curvax.exact.contract import Contraction, contraction
 from curvax.exact.dataflow import Flow
-from curvax.exact.factor import Source
 from curvax.exact.layers import build_layer
 from curvax.exact.routes import Route
 from curvax.exact.sweep import sweep
@@ -23,13 +23,13 @@ ROWS = 128
 def diagonals(
     flow: Flow, env: Mapping[Var, jax.Array], routes: Sequence[Route], source: Source, chunk_size: int | None
 ) -> list[jax.Array]:
-    """The diagonals, summed over examples, of parameters that share a cut.
+    """The diagonals, summed over examples, of parameters that share columns.
 
     Args:
         flow: the program and what is known of it.
         env: the value of every variable.
-        routes: of the parameters; they have the same cut.
-        source: the columns at the cut.
+        routes: of the parameters.
+        source: the columns.
         chunk_size: columns swept back at once.
 
     Returns:
@@ -37,7 +37,7 @@ def diagonals(
     """
     results = [flow.program.jaxpr.eqns[route.entry.index].outvars[0] for route in routes]
     contractions = [_contraction(flow, env, route, source) for route in routes]
-    pullback = sweep(flow, env, routes[0].cut, results)
+    pullback = sweep(flow, env, source.variables, results)
 
     def step(totals, indices):
         columns = source.at(indices)

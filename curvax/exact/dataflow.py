@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from curvax.exact.indices import Counted, counted_dimensions
@@ -31,6 +32,7 @@ class Flow:
         axes: the example axis of each variable from which a derivative reaches the losses; None where one entry may
             reach several examples.
         links: for each equation, the operands and results that a derivative passes between.
+        rules: what each `custom_jvp` does, by its place among the equations.
         depends: for each variable, the parameters it depends on, as the bits of an integer.
         curved: for each variable, the parameters in which it is not known to be piecewise linear.
     """
@@ -38,6 +40,7 @@ class Flow:
     program: Program
     axes: Axes
     links: Sequence[tuple[Slots, Results]]
+    rules: Mapping[int, "CustomRule"]
     depends: Mapping[Var, int]
     curved: Mapping[Var, int]
 
@@ -60,12 +63,12 @@ def analyse(program: Program) -> Flow:
     curved = dict.fromkeys(depends, 0)
     for index, (eqn, (slots, results)) in enumerate(zip(program.jaxpr.eqns, links, strict=True)):
         masks = [depends.get(eqn.invars[slot], 0) for slot in slots]
-        bend = _bend(eqn, slots, masks, rules.get(index))
+        bend = added_curvature(eqn, slots, masks, rules.get(index))
         for slot in slots:
             bend |= curved.get(eqn.invars[slot], 0)
         depends |= dict.fromkeys(results, _union(masks))
         curved |= dict.fromkeys(results, bend)
-    return Flow(program, axes, links, depends, curved)
+    return Flow(program, axes, links, rules, depends, curved)
 
 
 def _shared_by_a_single_example(program: Program, axes: Axes) -> list[Var]:
@@ -111,7 +114,7 @@ def backward(
             operands = rules[index].axes
         else:
             counts = (counted or {}).get(index, {})
-            operands = operand_axes(eqn, _differentiable_slots(eqn), results, num_examples, counts)
+            operands = operand_axes(eqn, differentiable_slots(eqn), results, num_examples, counts)
         for slot, axis in operands.items():
             axes[eqn.invars[slot]] = meet(axes, eqn.invars[slot], axis)
     return axes, rules
@@ -135,7 +138,7 @@ def operand_axes(
     return axes
 
 
-def _differentiable_slots(eqn: JaxprEqn) -> list[int]:
+def differentiable_slots(eqn: JaxprEqn) -> list[int]:
     return [slot for slot in range(len(eqn.invars)) if differentiable(eqn, slot)]
 
 
@@ -151,10 +154,10 @@ def _custom_rule(eqn: JaxprEqn, results: Mapping[int, Axis | None], num_examples
     values, the function is piecewise linear as far as JAX can tell. A rule may call its own function (softmax does),
     and so on for ever; but a Hessian takes two derivatives, and the second needs the inner rule's tangents alone.
     """
-    slots = _differentiable_slots(eqn)
+    slots = differentiable_slots(eqn)
     if not order:
         return CustomRule(dict.fromkeys(slots), curved=True)
-    jaxpr, primals, tangents = _rule_jaxpr(eqn, slots, linear_only=order == 1)
+    jaxpr, primals, tangents = rule_jaxpr(eqn, slots, linear_only=order == 1)
     values, out_tangents = jaxpr.outvars[: len(eqn.outvars)], jaxpr.outvars[len(eqn.outvars) :]
     if not all(_calls_itself(jaxpr, eqn, value) for value in values):
         return CustomRule(dict.fromkeys(slots), curved=True)
@@ -168,7 +171,7 @@ def _custom_rule(eqn: JaxprEqn, results: Mapping[int, Axis | None], num_examples
     return CustomRule(operand_axes, curved=any(var in axes for var in primals))
 
 
-def _rule_jaxpr(eqn: JaxprEqn, slots: Sequence[int], *, linear_only: bool) -> tuple[Jaxpr, list[Var], list[Var]]:
+def rule_jaxpr(eqn: JaxprEqn, slots: Sequence[int], *, linear_only: bool) -> tuple[Jaxpr, list[Var], list[Var]]:
     """The rule, values then tangents, as a function of its primals and tangents, and which inputs are which.
 
     With `linear_only` derivatives are stopped at the primals, which then are constants.
@@ -198,12 +201,12 @@ def _calls_itself(jaxpr: Jaxpr, eqn: JaxprEqn, value: Var) -> bool:
 
 def _link(eqn, axes, rule: CustomRule | None) -> tuple[Slots, Results]:
     results = tuple(var for var in eqn.outvars if var in axes)
-    slots = _differentiable_slots(eqn) if results else []
+    slots = differentiable_slots(eqn) if results else []
     return tuple(slot for slot in slots if rule is None or slot in rule.axes), results
 
 
-def _bend(eqn, slots, masks, rule: CustomRule | None) -> int:
-    """The parameters in which the equation itself adds curvature."""
+def added_curvature(eqn: JaxprEqn, slots: Sequence[int], masks: Sequence[int], rule: CustomRule | None) -> int:
+    """The parameters in which the equation itself is not known to be piecewise linear, as the bits of an integer."""
     name = eqn.primitive.name
     if piecewise_linear(eqn) or (rule is not None and not rule.curved):
         return 0
@@ -238,16 +241,25 @@ def cuts(flow: Flow, bit: int) -> Iterator[Var]:
         horizon = max([horizon, *(last_use[var] for var in reached)])
 
 
-def between(flow: Flow, env: Mapping[Var, jax.Array], start: Var, stop: Var) -> Callable[[jax.Array], jax.Array]:
-    """`stop` as a function of `start`, everything that does not depend on it held fixed."""
+def between(
+    flow: Flow, env: Mapping[Var, jax.Array], starts: Sequence[Var], stops: Sequence[Var]
+) -> Callable[..., list[jax.Array]]:
+    """`stops` as a function of `starts`, everything that does not depend on them held fixed."""
 
-    def function(value):
-        varying = {start: value}
+    def function(*values):
+        varying = dict(zip(starts, values, strict=True))
         for _, eqn, slots, results in flow.equations:
             if any(eqn.invars[slot] in varying for slot in slots):
                 values = [varying[v] if isinstance(v, Var) and v in varying else read(env, v) for v in eqn.invars]
                 out = dict(zip(eqn.outvars, apply(eqn, *values), strict=True))
-                varying |= {var: out[var] for var in results}
-        return varying[stop]
+                # A start may itself be computed from another one: it stays what it is given.
+                varying |= {var: out[var] for var in results if var not in starts}
+        return [varying[var] if var in varying else read(env, var) for var in stops]
 
     return function
+
+
+def total_loss(flow: Flow, env: Mapping[Var, jax.Array], starts: Sequence[Var]) -> Callable[..., jax.Array]:
+    """The sum of the losses as a function of `starts`."""
+    losses = between(flow, env, starts, [flow.program.losses])
+    return lambda *values: jnp.sum(losses(*values)[0])

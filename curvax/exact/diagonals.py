@@ -1,20 +1,21 @@
 """Exact Hessian diagonals, Gauss-Newton diagonals, and what they will cost."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Var
 
 from curvax.curvature.estimate import check_real, diag_dtype
-from curvax.exact import units
+from curvax.exact import columns, factor, units
 from curvax.exact.backprop import diagonals
-from curvax.exact.dataflow import Flow, analyse, between
+from curvax.exact.columns import Source, evaluate_atoms
+from curvax.exact.dataflow import Flow, analyse, between, total_loss
 from curvax.exact.explanation import Explanation, Row, explain_routes
-from curvax.exact.factor import source
 from curvax.exact.penalty import mixed_arrays, penalty_diagonal
-from curvax.exact.routes import Route, plan, plan_gauss_newton
+from curvax.exact.routes import Route, plan, plan_gauss_newton, variable
 from curvax.exact.trace import leaf_paths, trace
 from curvax.objective import Objective
 
@@ -147,11 +148,20 @@ def _by_routes(objective, params, flow: Flow, routes: Sequence[Route], unit_vect
     env = flow.program.environment()
     total = zeros(flow, routes)
     total |= {route.bit: unit_vectors(flow, env, var) for route, var in _vars(flow, routes, "unit vectors")}
-    for cut in dict.fromkeys(route.cut for route in routes if route.cut is not None):
-        sharing = [route for route in routes if route.cut is cut]
-        found = diagonals(flow, env, sharing, source(flow, env, cut, chunk_size), chunk_size)
-        total |= {route.bit: diagonal for route, diagonal in zip(sharing, found, strict=True)}
+    for source in sources(flow, env, routes, chunk_size):
+        sharing = [route for route in routes if source.variables[0] in map(variable, route.origins)]
+        found = diagonals(flow, env, sharing, source, chunk_size)
+        for route, diagonal in zip(sharing, found, strict=True):
+            total[route.bit] = total[route.bit] + diagonal if route.bit in total else diagonal
     return value, grad, assemble(objective, params, flow, total, mixed, chunk_size)
+
+
+def sources(flow: Flow, env, routes: Sequence[Route], chunk_size: int | None) -> Iterator[Source]:
+    """All columns that some routes need, origin by origin."""
+    origins = list(dict.fromkeys(place for route in routes for place in route.origins))
+    curved = evaluate_atoms(flow, env, [place for place in origins if not isinstance(place, Var)])
+    yield from (columns.source(flow, atom) for atom in curved)
+    yield from (factor.source(flow, env, cut, chunk_size) for cut in origins if isinstance(cut, Var))
 
 
 def zeros(flow: Flow, routes: Sequence[Route]) -> dict[int, jax.Array]:
@@ -177,16 +187,15 @@ def _mixed(objective: Objective, params: Any) -> frozenset[int]:
 
 
 def _hessian_units(flow, env, var, *, chunk_size) -> jax.Array:
-    losses = between(flow, env, var, flow.program.losses)
-    return units.second_derivatives(lambda value: jnp.sum(losses(value)), env[var], chunk_size)
+    return units.second_derivatives(total_loss(flow, env, [var]), env[var], chunk_size)
 
 
 def _gauss_newton_units(flow, env, var, *, chunk_size) -> jax.Array:
     outputs = flow.program.outputs
-    losses = between(flow, env, outputs, flow.program.losses)
-    push = units.pushforward(between(flow, env, var, outputs), env[var])
-    bend = lambda direction: units.second_derivative(lambda u: jnp.sum(losses(u)), env[outputs], push(direction))
-    return units.along_units(bend, env[var], chunk_size)
+    values, loss = [env[output] for output in outputs], total_loss(flow, env, outputs)
+    push = units.pushforward(between(flow, env, [var], outputs), env[var])
+    curvature = lambda direction: units.second_derivative(lambda u: loss(*u), values, push(direction))
+    return units.along_units(curvature, env[var], chunk_size)
 
 
 def _explain_function(params) -> Explanation:

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.exact.dataflow import Flow
-from curvax.exact.factor import plan_columns
-from curvax.exact.routes import Route
+from curvax.exact.routes import Route, cost
 from curvax.exact.trace import leaf_paths
 
 CURES = (
@@ -108,12 +107,11 @@ def explain_routes(flow: Flow, routes: Sequence[Route], penalised: Sequence[int]
     rows, paid = [], set()
     for route in routes:
         shape = flow.program.params[route.bit].aval.shape
-        passes = products = 0
+        fresh = [place for place in route.origins if place not in paid]
+        paid.update(fresh)
+        passes, products = (sum(column) for column in zip((0, 0), *(cost(flow, place) for place in fresh), strict=True))
         if route.name == "unit vectors":
             products = flow.program.params[route.bit].aval.size
-        elif route.cut is not None and route.cut not in paid:
-            passes, products, _ = plan_columns(flow, route.cut)
-            paid.add(route.cut)
         rows.append(Row(route.path, shape, route.name, route.reason, passes, products))
     for bit in penalised:
         aval, path = flow.program.params[bit].aval, f"penalty of {flow.program.paths[bit]}"

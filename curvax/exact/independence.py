@@ -1,40 +1,88 @@
-"""Whether an example's loss is a function of that example alone, so that a batch may be split.
+"""Whether a batch may be split: which arrays of the data are divided, and that each part then computes its own losses.
 
 The routes follow derivatives, and call whatever has none a constant: a `stop_gradient` of the batch's mean, say. Here
-such constants count, for they change when the batch does. So every operand is followed, through every call.
+such constants count, for they change when the batch does. So every operand is followed, through every call. And since a
+part is computed by the user's functions anew, the program that they are for a part is traced too and compared with that
+for the batch: operation by operation the same, in shapes that differ along the axis of the examples alone.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import Jaxpr, Var
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from curvax.exact.dataflow import meet, operand_axes
-from curvax.exact.indices import counted_dimensions
+from curvax.exact.indices import FOLDED, Counted, counted_dimensions
 from curvax.exact.primitives import Axis
-from curvax.exact.trace import inline
+from curvax.exact.trace import inline, leaf_paths
 from curvax.objective import Objective
 
 CALLS = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+RANDOM = frozenset("random_bits threefry2x32 rng_bit_generator rng_uniform".split())
+
+Axes = Mapping[Var, Axis | None]
 
 
-def couples_examples(objective: Objective, params: Any) -> bool:
-    """Whether some entry of the data is not proved to reach the loss of its own example alone."""
+def example_axes(objective: Objective, params: Any, parts: int) -> list[Axis | None] | str:
+    """Along which axis each array of the data is divided when the batch is split into equal parts.
+
+    Args:
+        objective: network, loss and data.
+        params: a pytree of arrays.
+        parts: how many; they divide the number of examples.
+
+    Returns:
+        For each leaf of the data the axis of the examples, or None where every part has it whole; or a text that says
+        why the batch cannot be split.
+    """
     leaves, treedef = jax.tree.flatten((params, objective.data))
-    closed = jax.make_jaxpr(lambda *leaves: _losses(objective, *treedef.unflatten(leaves)))(*leaves)
-    flat = jax.make_jaxpr(lambda *leaves: inline(closed, *leaves, also=CALLS))(*leaves)
-    jaxpr, num_params = flat.jaxpr, len(jax.tree.leaves(params))
-    axes = _example_axes(jaxpr, flat.consts, jaxpr.outvars[0].aval.shape[0])
-    return any(axes.get(var, Axis(0)) != Axis(0) for var in jaxpr.invars[num_params:])
+    program = _flat(objective, treedef, leaves)
+    jaxpr, num_params = program.jaxpr, len(jax.tree.leaves(params))
+    num_examples = jaxpr.outvars[0].aval.shape[0]
+    counted = counted_dimensions(jaxpr, program.consts)
+    axes = _axes(jaxpr, counted, num_examples)
+    found = [axes.get(var) for var in jaxpr.invars]
+    if any(axis is not None for axis in found[:num_params]):
+        return "a parameter has an entry for each example"
+    if any(axes.get(var) is not None for var in jaxpr.constvars):
+        return "the objective closes over an array with an entry for each example; pass it in data"
+    reason = _position(jaxpr, axes, counted)
+    if reason:
+        return reason
+    part = [_shortened(leaf, axis, parts) for leaf, axis in zip(leaves, found, strict=True)]
+    try:
+        alike = _alike(program, _flat(objective, treedef, part), axes, parts)
+    except Exception:  # Whatever the user's code raises, on shapes that it was not written for.
+        alike = False
+    if not alike:
+        paths = leaf_paths(objective.data)
+        whole = [path for path, axis in zip(paths, found[num_params:], strict=True) if axis is None]
+        seen = ", ".join(map(repr, whole)) or "the loss"
+        return f"examples are not proved to be independent of each other (each loss may read all of {seen})"
+    return found[num_params:]
 
 
-def _losses(objective, params, data):
-    return objective.example_losses(objective.predict(params, data), data)
+def _flat(objective: Objective, treedef, leaves: Sequence[Any]) -> ClosedJaxpr:
+    def losses(*leaves):
+        params, data = treedef.unflatten(leaves)
+        return objective.example_losses(objective.predict(params, data), data)
+
+    closed = jax.make_jaxpr(losses)(*leaves)
+    return jax.make_jaxpr(lambda *leaves: inline(closed, *leaves, also=CALLS))(*leaves)
 
 
-def _example_axes(jaxpr: Jaxpr, consts, num_examples: int) -> dict[Var, Axis | None]:
+def _shortened(leaf: Any, axis: Axis | None, parts: int) -> jax.ShapeDtypeStruct:
+    shape = list(jnp.shape(leaf))
+    if axis is not None:
+        shape[axis.dim] //= parts
+    return jax.typeof(leaf).update(shape=tuple(shape))
+
+
+def _axes(jaxpr: Jaxpr, counted: Counted, num_examples: int) -> dict[Var, Axis | None]:
     """For every variable from which a loss is computed, the axis along which each slice reaches one loss alone."""
-    counted = counted_dimensions(jaxpr, consts)
     axes = {var: Axis(0) for var in jaxpr.outvars if isinstance(var, Var)}
     for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
         results = {result: axes[var] for result, var in enumerate(eqn.outvars) if var in axes}
@@ -42,3 +90,65 @@ def _example_axes(jaxpr: Jaxpr, consts, num_examples: int) -> dict[Var, Axis | N
         for slot, axis in operand_axes(eqn, slots, results, num_examples, counted.get(index, {})).items():
             axes[eqn.invars[slot]] = meet(axes, eqn.invars[slot], axis)
     return axes
+
+
+def _position(jaxpr: Jaxpr, axes: Axes, counted: Counted) -> str | None:
+    """Why a loss depends on its example's place in the batch, which a split changes; None if it does not."""
+    places: set[Var] = set()
+    for index, eqn in enumerate(jaxpr.eqns):
+        name, read = eqn.primitive.name, [atom for atom in eqn.invars if isinstance(atom, Var) and atom in places]
+        results = [var for var in eqn.outvars if axes.get(var) is not None]
+        if name in RANDOM and results:
+            return "random numbers are drawn for each example; other parts would draw others"
+        if name == "iota" and results and eqn.params["dimension"] == axes[results[0]].dim:
+            places.update(results)
+        # `logits[jnp.arange(B), labels]` is each example's own row, wherever it stands.
+        if not read or (name == "gather" and eqn.invars[0] not in places and len(counted.get(index, {})) == 1):
+            continue
+        folded = name in FOLDED and all(not jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)
+        if results and not (folded and len(read) == 1):
+            return "a loss depends on its example's place in the batch"
+        places.update(results)
+    return None
+
+
+def _alike(batch: ClosedJaxpr, part: ClosedJaxpr, axes: Axes, parts: int) -> bool:
+    """Whether the program of a part is that of the batch, in shapes that are shorter where the examples are."""
+    if len(batch.jaxpr.eqns) != len(part.jaxpr.eqns) or not _same_literals(batch.jaxpr, part.jaxpr):
+        return False
+    pairs = zip(_variables(batch.jaxpr), _variables(part.jaxpr), strict=True)
+    return all(theirs.aval.shape == _shape(ours, axes, parts) for ours, theirs in pairs if ours in axes)
+
+
+def _variables(jaxpr: Jaxpr) -> list[Var]:
+    return [*jaxpr.constvars, *jaxpr.invars, *(var for eqn in jaxpr.eqns for var in eqn.outvars)]
+
+
+def _shape(var: Var, axes: Axes, parts: int) -> tuple[int, ...]:
+    shape, axis = list(var.aval.shape), axes[var]
+    if axis is not None:
+        shape[axis.dim] //= parts
+    return tuple(shape)
+
+
+def _same_literals(one: Jaxpr, other: Jaxpr) -> bool:
+    def numbers(eqn: JaxprEqn) -> list[Any]:
+        return [atom.val for atom in eqn.invars if isinstance(atom, Literal)]
+
+    for ours, theirs in zip(equations(one), equations(other), strict=False):
+        if ours.primitive is not theirs.primitive or len(numbers(ours)) != len(numbers(theirs)):
+            return False
+        if not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(numbers(ours), numbers(theirs), strict=True)):
+            return False
+    return True
+
+
+def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """All equations, those of loops and branches included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple) else (value,):
+                inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+                if isinstance(inner, Jaxpr):
+                    yield from equations(inner)

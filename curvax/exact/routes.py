@@ -4,8 +4,8 @@ Let `u` be a variable that every derivative from a parameter passes through (a c
 If `u` is piecewise linear in the parameter, the Hessian is `J^T H J`, with `H` the Hessian of what lies beyond, one
 block for each example; if moreover the parameter meets the examples in a single linear operation, `J^T v` is for each
 example a cotangent contracted with that operation's operand, and the diagonal costs a few backward passes. With `u` the
-network's outputs this is the Gauss-Newton route; with an earlier `u` the loss has merely become longer. Where either
-proof fails, unit vectors remain.
+network's outputs this is the Gauss-Newton route, where the structure of the loss (`atoms`) gives the columns of `H`;
+with an earlier `u` the loss has merely become longer. Where either proof fails, unit vectors remain.
 """
 
 import dataclasses
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 from jax.extend.core import Var
 
+from curvax.exact.atoms import Atom, find_atoms
+from curvax.exact.columns import num_columns, origin
 from curvax.exact.dataflow import Flow, cuts
 from curvax.exact.factor import plan_columns
 from curvax.exact.layers import supported
@@ -41,6 +43,10 @@ class Entry:
     monomial: bool
 
 
+# Where columns start: at an atom of the loss, or at a cut, whose Hessian has no known structure.
+Origin = Atom | Var
+
+
 @dataclasses.dataclass(frozen=True)
 class Route:
     """How one parameter's diagonal is computed.
@@ -50,7 +56,7 @@ class Route:
         bit: its position among the parameters.
         name: "gauss-newton", "tail", "unit vectors" or "zero".
         reason: why this route and no cheaper one.
-        cut: where the columns start; None for unit vectors.
+        origins: where the columns start; none for unit vectors.
         entry: where they end; None for unit vectors.
     """
 
@@ -58,57 +64,112 @@ class Route:
     bit: int
     name: str
     reason: str
-    cut: Var | None = None
+    origins: tuple[Origin, ...] = ()
     entry: Entry | None = None
 
 
 def plan(flow: Flow) -> list[Route]:
     """A route to the Hessian diagonal of every parameter."""
-    routes = [_hessian_route(flow, bit) for bit in range(len(flow.program.paths))]
+    origins = loss_origins(flow)
+    routes = [_hessian_route(flow, bit, origins) for bit in range(len(flow.program.paths))]
     return [_cheaper(flow, route, routes) for route in routes]
 
 
 def plan_gauss_newton(flow: Flow) -> list[Route]:
     """A route to the diagonal of `J^T H J` at the outputs: a product by definition, so nothing need be linear."""
-    return [_gauss_newton_route(flow, bit) for bit in range(len(flow.program.paths))]
+    origins = loss_origins(flow)
+    return [_gauss_newton_route(flow, bit, origins) for bit in range(len(flow.program.paths))]
 
 
-def _hessian_route(flow: Flow, bit: int) -> Route:
+def loss_origins(flow: Flow) -> tuple[Origin, ...] | str:
+    """Where the columns of the loss's Hessian start: its atoms, or the outputs; a text where there are no columns."""
+    atoms = find_atoms(flow)
+    if isinstance(atoms, tuple):
+        # A softmax of one class is a constant.
+        return tuple(atom for atom in atoms if num_columns(flow, atom))
+    if len(flow.program.outputs) == 1:
+        return tuple(flow.program.outputs)
+    return f"{atoms}, and the outputs are not one array"
+
+
+def variable(place: Origin) -> Var:
+    """Of which an origin's columns are cotangents."""
+    return place if isinstance(place, Var) else origin(place)
+
+
+def cost(flow: Flow, place: Origin) -> tuple[int, int]:
+    """Backward passes and Hessian-vector products for the columns of an origin."""
+    return plan_columns(flow, place)[:2] if isinstance(place, Var) else (num_columns(flow, place), 0)
+
+
+def _price(flow: Flow, origins: Sequence[Origin]) -> int:
+    """In backward passes; a Hessian-vector product is worth about two."""
+    costs = [cost(flow, place) for place in origins]
+    return sum(columns + 2 * products for columns, products in costs)
+
+
+def _reached(flow: Flow, bit: int, origins: Sequence[Origin]) -> tuple[Origin, ...]:
+    return tuple(place for place in origins if flow.depends.get(variable(place), 0) >> bit & 1)
+
+
+def _proved(flow: Flow, bit: int, var: Var) -> bool:
+    """Whether a variable is piecewise linear in a parameter, and tells the examples apart."""
+    return not flow.curved[var] >> bit & 1 and flow.axes.get(var) is not None
+
+
+def _hessian_route(flow: Flow, bit: int, origins: Sequence[Origin] | str) -> Route:
     path, entry = flow.program.paths[bit], _entry(flow, bit)
     if not isinstance(entry, Entry):
         return entry
-    found = list(cuts(flow, bit))
-    if flow.program.outputs in found:
-        found = found[: found.index(flow.program.outputs) + 1]
-    proved = [cut for cut in found if not flow.curved[cut] >> bit & 1 and flow.axes[cut] is not None]
-    if not proved:
+    candidates = _tails(flow, bit)
+    if not isinstance(origins, str):
+        reached = _reached(flow, bit, origins)
+        linear = all(not flow.curved[var] >> bit & 1 for var in flow.program.outputs if var in flow.curved)
+        if linear and not reached:
+            return Route(path, bit, "zero", "the loss is piecewise linear in it")
+        if linear and all(_proved(flow, bit, variable(place)) for place in reached):
+            reason = "piecewise linear up to the outputs"
+            candidates.insert(0, Route(path, bit, "gauss-newton", reason, reached, entry))
+    if not candidates:
         return Route(path, bit, "unit vectors", _curved_reason(flow, bit))
+    return min(candidates, key=lambda route: _price(flow, route.origins))
+
+
+def _tails(flow: Flow, bit: int) -> list[Route]:
+    """The route of the smallest cut before the outputs, the latest of these, if any is proved."""
+    found, outputs = list(cuts(flow, bit)), set(flow.program.outputs)
+    before = next((place for place, cut in enumerate(found) if cut in outputs), len(found))
+    proved = [cut for cut in found[:before] if _proved(flow, bit, cut)]
+    if not proved:
+        return []
     cut = min(reversed(proved), key=lambda cut: cut.aval.size)
-    if flow.program.outputs in proved:
-        cut = min(flow.program.outputs, cut, key=lambda cut: plan_columns(flow, cut).price)
-    if cut is flow.program.outputs:
-        return Route(path, bit, "gauss-newton", "piecewise linear up to the outputs", cut, entry)
-    return Route(path, bit, "tail", f"piecewise linear up to {_describe(flow, cut)}", cut, entry)
+    reason = f"piecewise linear up to {_describe(flow, cut)}"
+    return [Route(flow.program.paths[bit], bit, "tail", reason, (cut,), _entry(flow, bit))]
 
 
-def _gauss_newton_route(flow: Flow, bit: int) -> Route:
-    path, outputs, entry = flow.program.paths[bit], flow.program.outputs, _entry(flow, bit)
+def _gauss_newton_route(flow: Flow, bit: int, origins: Sequence[Origin] | str) -> Route:
+    path, entry = flow.program.paths[bit], _entry(flow, bit)
     if not isinstance(entry, Entry):
         return entry
-    if flow.axes.get(outputs) is None:
+    if isinstance(origins, str):
+        return Route(path, bit, "unit vectors", origins)
+    reached = _reached(flow, bit, origins)
+    if not reached:
+        return Route(path, bit, "zero", "the loss is piecewise linear in the outputs that it reaches")
+    if any(flow.axes.get(variable(place)) is None for place in reached):
         return Route(path, bit, "unit vectors", "the loss does not tell the examples apart")
-    return Route(path, bit, "gauss-newton", "a product by definition", outputs, entry)
+    return Route(path, bit, "gauss-newton", "a product by definition", reached, entry)
 
 
 def _cheaper(flow: Flow, route: Route, routes: Sequence[Route]) -> Route:
-    """Unit vectors instead, where all the parameters that share a cut are fewer than its columns."""
-    if route.cut is None:
+    """Unit vectors instead, where all the parameters that share columns are fewer than these."""
+    if not route.origins:
         return route
-    size = sum(flow.program.params[other.bit].aval.size for other in routes if other.cut is route.cut)
-    columns = plan_columns(flow, route.cut).columns
+    size = sum(flow.program.params[other.bit].aval.size for other in routes if other.origins == route.origins)
+    columns = sum(cost(flow, place)[0] for place in route.origins)
     if size >= columns:
         return route
-    reason = f"cheaper: {size} parameters share a cut of {columns} columns"
+    reason = f"cheaper: {size} parameters share {columns} columns"
     return Route(route.path, route.bit, "unit vectors", reason)
 
 

@@ -5,7 +5,7 @@ has been evaluated already. So the sweep is done by hand, one equation at a time
 depends on the operands alone (a mask, a transposed kernel) is computed once, for all columns.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,44 +15,50 @@ from curvax.exact.dataflow import Flow
 from curvax.exact.pullbacks import special_pullback
 from curvax.exact.trace import apply, read
 
-Pullback = Callable[[jax.Array], list[jax.Array]]
 Step = tuple[JaxprEqn, Sequence[int], Sequence[Var]]
 
 
-def sweep(flow: Flow, env: Mapping[Var, jax.Array], cut: Var, targets: Sequence[Var]) -> Pullback:
-    """The function that takes a cotangent of `cut` back to every variable in `targets`.
+def sweep(
+    flow: Flow,
+    env: Mapping[Var, jax.Array],
+    sources: Sequence[Var],
+    targets: Sequence[Var],
+    skipped: Container[int] = (),
+) -> Callable[[Sequence[jax.Array]], list[jax.Array]]:
+    """The function that takes cotangents of `sources` back to every variable in `targets`.
 
     Args:
         flow: the program and its derivatives' paths.
         env: the value of every variable.
-        cut: where the cotangents come from.
-        targets: where they are wanted; all of them lead to `cut`.
+        sources: where the cotangents come from.
+        targets: where they are wanted; a target that leads to no source has cotangent zero.
+        skipped: equations that are left out, by their place: paths through them do not count.
 
     Returns:
-        A linear function from a cotangent of `cut` to those of the targets; vmap it over columns.
+        A linear function from cotangents of the sources to those of the targets; vmap it over columns.
     """
-    steps = _steps_between(flow, targets, cut)
+    steps = _steps_between(flow, targets, sources, skipped)
     pulls = [(eqn, slots, results, _pull(eqn, slots, results, env)) for eqn, slots, results in reversed(steps)]
 
-    def pullback(cotangent):
-        cotangents = {cut: cotangent}
+    def pullback(given):
+        cotangents = dict(zip(sources, given, strict=True))
         for eqn, slots, results, pull in pulls:
-            given = [cotangents.get(var, jnp.zeros(var.aval.shape, var.aval.dtype)) for var in results]
-            for slot, value in zip(slots, pull(given), strict=True):
+            wanted = [cotangents[var] if var in cotangents else jnp.zeros_like(env[var]) for var in results]
+            for slot, value in zip(slots, pull(wanted), strict=True):
                 var = eqn.invars[slot]
                 cotangents[var] = cotangents[var] + value if var in cotangents else value
-        return [cotangents[var] for var in targets]
+        return [cotangents[var] if var in cotangents else jnp.zeros_like(env[var]) for var in targets]
 
     return pullback
 
 
-def _steps_between(flow: Flow, targets: Sequence[Var], cut: Var) -> list[Step]:
-    """The equations on a path from a target to the cut, each with the operands and results on it."""
-    downstream, upstream = set(targets), {cut}
+def _steps_between(flow: Flow, targets: Sequence[Var], sources: Sequence[Var], skipped: Container[int]) -> list[Step]:
+    """The equations on a path from a target to a source, each with the operands and results on it."""
+    downstream, upstream = set(targets), set(sources)
     forward, steps = [], []
-    for _, eqn, slots, results in flow.equations:
+    for index, eqn, slots, results in flow.equations:
         slots = [slot for slot in slots if eqn.invars[slot] in downstream]
-        if slots:
+        if slots and index not in skipped:
             downstream.update(results)
             forward.append((eqn, slots, results))
     for eqn, slots, results in reversed(forward):

@@ -25,7 +25,8 @@ class Program:
     """`losses(predict(params, data), data)` as a flat jaxpr.
 
     Attributes:
-        jaxpr: its inputs are the parameter leaves, then the data leaves; its outputs are `outputs` and `losses`.
+        jaxpr: its inputs are the parameter leaves, then the data leaves; its results are those leaves of the outputs
+            that are floating-point, and `losses`.
         consts: the values of `jaxpr.constvars`.
         paths: one readable path for each parameter leaf.
         inputs: the values of the inputs.
@@ -41,12 +42,19 @@ class Program:
         return self.jaxpr.invars[: len(self.paths)]
 
     @property
-    def outputs(self) -> Var | Literal:
-        return self.jaxpr.outvars[0]
+    def outputs(self) -> list[Var]:
+        """The outputs of the network that are computed, each once: a constant has no derivative."""
+        return list(dict.fromkeys(v for v in self.jaxpr.outvars[:-1] if isinstance(v, Var)))
+
+    @property
+    def begin_of_loss(self) -> int:
+        """The place of the first equation after those that make the outputs: the loss is traced after the network."""
+        outputs = set(self.outputs)
+        return max((i + 1 for i, eqn in enumerate(self.jaxpr.eqns) if outputs & set(eqn.outvars)), default=0)
 
     @property
     def losses(self) -> Var | Literal:
-        return self.jaxpr.outvars[1]
+        return self.jaxpr.outvars[-1]
 
     @property
     def num_examples(self) -> int:
@@ -70,20 +78,50 @@ def trace(objective: Objective, params: Any) -> Program:
         The program.
 
     Raises:
-        ValueError: if the outputs are not one array, or the losses not one value per example.
+        ValueError: if the losses are not one value per example.
     """
 
     def run(params, data):
         outputs = objective.predict(params, data)
-        return outputs, objective.example_losses(outputs, data)
+        return [x for x in jax.tree.leaves(outputs) if is_floating(x)], objective.example_losses(outputs, data)
 
-    closed = jax.make_jaxpr(run)(params, objective.data)
-    if len(closed.out_avals) != 2 or closed.out_avals[1].ndim != 1:
-        raise ValueError(
-            f"predict(params, data) must return one array and loss(outputs, data) one loss per example, a vector (B,);"
-            f" together they returned arrays of shapes {[aval.shape for aval in closed.out_avals]}."
-        )
-    inputs = tuple(jnp.asarray(x) for x in jax.tree.leaves((params, objective.data)))
+    return _program(run, params, objective.data)
+
+
+def trace_loss(objective: Objective, outputs: Any) -> Program:
+    """Traces the loss alone, as a function of the outputs, which take the place of the parameters.
+
+    Args:
+        objective: network, loss and data.
+        outputs: what the network returned, any pytree.
+
+    Returns:
+        The program. Its parameters, and its outputs, are those leaves of `outputs` that are floating-point.
+
+    Raises:
+        ValueError: if the losses are not one value per example.
+    """
+    leaves, treedef = jax.tree.flatten(outputs)
+    floating = [i for i, leaf in enumerate(leaves) if is_floating(leaf)]
+
+    def run(varying, others):
+        fixed, data = others
+        merged = dict(zip(floating, varying, strict=True)) | fixed
+        outputs = treedef.unflatten([merged[i] for i in range(len(leaves))])
+        return varying, objective.example_losses(outputs, data)
+
+    fixed = {i: leaf for i, leaf in enumerate(leaves) if i not in floating}
+    return _program(run, [leaves[i] for i in floating], (fixed, objective.data))
+
+
+def is_floating(x: Any) -> bool:
+    """Whether an array has real numbers, which can be differentiated."""
+    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
+
+
+def _program(run: Callable, params: Any, data: Any) -> Program:
+    closed = jax.make_jaxpr(run)(params, data)
+    inputs = tuple(jnp.asarray(x) for x in jax.tree.leaves((params, data)))
     flat = jax.make_jaxpr(lambda *inputs: inline(closed, *inputs))(*inputs)
     return Program(flat.jaxpr, flat.consts, leaf_paths(params), inputs)
 

@@ -1,9 +1,11 @@
 """Unit vectors: exact for any function, at one second derivative per parameter."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from curvax.curvature.estimate import diag_dtype
@@ -40,24 +42,26 @@ def along_units(function: Callable[[jax.Array], jax.Array], x: jax.Array, chunk_
     return jax.lax.map(at, jnp.arange(x.size), batch_size=chunk_size or CHUNK).reshape(x.shape)
 
 
-def second_derivative(function: Callable[[jax.Array], jax.Array], x: jax.Array, direction: jax.Array) -> jax.Array:
-    """The second derivative of a scalar function along a direction.
+def second_derivative(function: Callable[[Any], jax.Array], x: Any, direction: Any) -> jax.Array:
+    """The second derivative of a scalar function of a pytree along a direction.
 
     Forwards twice, so that of the gradient nothing is formed but its one entry.
     """
     if _only_in_reverse(function, x):
-        return jnp.sum(jax.jvp(jax.grad(function), (x,), (direction,))[1] * direction)
+        product = jax.jvp(jax.grad(function), (x,), (direction,))[1]
+        return optax.tree.vdot(product, direction)
     slope = lambda x: jax.jvp(function, (x,), (direction,))[1]
     return jax.jvp(slope, (x,), (direction,))[1]
 
 
-def pushforward(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """The Jacobian of `function` at `x`, times a direction."""
+def pushforward(function: Callable[[jax.Array], Any], x: jax.Array) -> Callable[[jax.Array], Any]:
+    """The Jacobian of `function`, which returns a pytree, at `x`, times a direction."""
     if not _only_in_reverse(function, x):
         return lambda direction: jax.jvp(function, (x,), (direction,))[1]
     out, pull = jax.vjp(function, x)
     # Pulling back is linear: its own transpose pushes forward.
-    return lambda direction: jax.vjp(lambda v: pull(v)[0], jnp.zeros_like(out))[1](direction)[0]
+    zeros = jax.tree.map(jnp.zeros_like, out)
+    return lambda direction: jax.vjp(lambda v: pull(v)[0], zeros)[1](direction)[0]
 
 
 def _only_in_reverse(function, x) -> bool:

@@ -1,0 +1,223 @@
+"""What a loss is curved by, read off its trace.
+
+Most losses are piecewise linear in the outputs but for a few operations of a known curvature:
+
+    a softmax:              log(sum(exp(z))), with the Hessian diag(p) - p p^T, p the softmax of z;
+    separate functions:     f_i(z_i) of single entries, with a diagonal Hessian,
+
+where z is piecewise linear in the outputs and the loss piecewise linear in what comes out. Then the Hessian of the loss
+is the sum over these *atoms* of that of each, times the derivative of the loss in its result, of either sign. Whatever
+is folded into the loss before or after (labels, masks, smoothing, temperatures, weights, means over tokens, sums over
+tasks) needs no rule of its own: it is in z, or in the derivative. Where anything else is curved, nothing is claimed.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.extend.core import JaxprEqn, Literal, Var
+
+from curvax.exact.dataflow import Flow, added_curvature, differentiable_slots, rule_jaxpr
+from curvax.exact.primitives import ELEMENTWISE
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """`log(sum(exp(logits)))`.
+
+    Attributes:
+        logits: what is exponentiated.
+        exps: what is summed: the exponentials, zero where they are masked.
+        total: their sum.
+        axes: over which dimensions.
+    """
+
+    logits: Var
+    exps: Var
+    total: Var
+    axes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Separate:
+    """Functions of the single entries of a variable.
+
+    Attributes:
+        operand: the variable.
+        equations: what computes the functions, by place.
+        results: their values, as far as the rest of the loss reads them.
+    """
+
+    operand: Var
+    equations: tuple[int, ...]
+    results: tuple[Var, ...]
+
+
+Atom = Softmax | Separate
+
+
+class State(NamedTuple):
+    """Where a variable stands.
+
+    Attributes:
+        curved: whether it is not piecewise linear in the outputs, but in them and the results of atoms.
+        source: the first variable of which each of its entries is a function of the same entry; None where there is
+            none. A variable that is not curved has at least itself.
+    """
+
+    curved: bool
+    source: Var | None
+
+
+# What may stand between an exponential, its sum and the logarithm: entry for entry the same numbers.
+SAME_NUMBERS = frozenset(
+    "abs broadcast_in_dim convert_element_type copy copy_p mesh_cast pcast pvary reduce_precision reshape reshard"
+    " sharding_constraint squeeze".split()
+)
+
+
+def find_atoms(flow: Flow) -> tuple[Atom, ...] | str:
+    """The atoms of a loss.
+
+    Args:
+        flow: a program and what is known of it; its outputs are where the loss begins.
+
+    Returns:
+        The atoms, of which there are none where the loss is piecewise linear in the outputs; or a text that says which
+        operation stood in the way.
+    """
+    begin = flow.program.begin_of_loss
+    softmaxes, inside = _softmaxes(flow, begin)
+    states = {var: State(False, var) for var in flow.program.outputs}
+    separate: dict[Var, list[int]] = {}
+    for index, eqn, slots, results in flow.equations[begin:]:
+        operands = [eqn.invars[slot] for slot in slots if eqn.invars[slot] in states]
+        if index in inside or not (operands or index in softmaxes):
+            continue
+        state = _after_softmax(softmaxes[index], states) if index in softmaxes else _state(flow, index, states)
+        if state is None:
+            return f"curved by {eqn.primitive.name}, of which the trace proves no structure"
+        if state.curved and state.source is not None:
+            separate.setdefault(state.source, []).append(index)
+        states |= {var: state._replace(source=state.source if state.curved else state.source or var) for var in results}
+    groups = [Separate(var, tuple(places), _read_outside(flow, places)) for var, places in separate.items()]
+    return (*(softmaxes[index] for index in sorted(softmaxes)), *groups)
+
+
+def _after_softmax(softmax: Softmax, states: Mapping[Var, State]) -> State | None:
+    known = softmax.logits in states and not states[softmax.logits].curved
+    return State(True, None) if known else None
+
+
+def _state(flow: Flow, index: int, states: Mapping[Var, State]) -> State | None:
+    """What the results of an equation are, from what its operands are; None where nothing is known of them.
+
+    A source of None, of results that are not curved, stands for the results themselves.
+    """
+    eqn = flow.program.jaxpr.eqns[index]
+    slots = [slot for slot in flow.links[index][0] if eqn.invars[slot] in states]
+    operands = [states[eqn.invars[slot]] for slot in slots]
+    bends = bool(added_curvature(eqn, slots, [1] * len(slots), flow.rules.get(index)))
+    curved = bends or any(operand.curved for operand in operands)
+    sources = {operand.source for operand in operands}
+    source = sources.pop() if len(sources) == 1 else None
+    if source is not None and not _entry_by_entry(eqn, slots, source):
+        source = None
+    return None if bends and source is None else State(curved, source)
+
+
+def _entry_by_entry(eqn: JaxprEqn, slots: Sequence[int], source: Var) -> bool:
+    shapes = {var.aval.shape for var in (source, *eqn.outvars, *(eqn.invars[slot] for slot in slots))}
+    return len(shapes) == 1 and _keeps_entries_apart(eqn, slots, source.aval.shape, frozenset())
+
+
+def _keeps_entries_apart(eqn: JaxprEqn, slots: Sequence[int], shape: tuple[int, ...], outer: frozenset[str]) -> bool:
+    """Whether entries meet only their like, in the operation and in its derivatives.
+
+    What JAX differentiates of a `custom_jvp` is its rule. That may call the function itself (`outer`), or others.
+    """
+    if eqn.primitive.name == "broadcast_in_dim":
+        return eqn.invars[0].aval.ndim == 0
+    if eqn.primitive.name != "custom_jvp_call":
+        return eqn.primitive.name in ELEMENTWISE and eqn.outvars[0].aval.shape in (shape, ())
+    body = str(eqn.params["call_jaxpr"])
+    if body in outer:
+        return True
+    rule, outer = rule_jaxpr(eqn, slots, linear_only=False)[0], outer | {body}
+    return all(_keeps_entries_apart(inner, differentiable_slots(inner), shape, outer) for inner in rule.eqns)
+
+
+def _read_outside(flow: Flow, places: Sequence[int]) -> tuple[Var, ...]:
+    """The results of some equations that others read, or that are the losses."""
+    made = {var for place in places for var in flow.links[place][1]}
+    read = {eqn.invars[slot] for index, eqn, slots, _ in flow.equations if index not in places for slot in slots} | {
+        flow.program.losses
+    }
+    return tuple(
+        var for var in dict.fromkeys(v for place in places for v in flow.links[place][1]) if var in made & read
+    )
+
+
+# Softmaxes.
+
+
+def _softmaxes(flow: Flow, begin: int) -> tuple[dict[int, Softmax], set[int]]:
+    """The softmaxes, by the place of their logarithm, and the places of the equations inside them."""
+    makers = {var: index for index, _, _, results in flow.equations[begin:] for var in results}
+    reads = Counter(eqn.invars[slot] for _, eqn, slots, _ in flow.equations for slot in slots)
+    reads[flow.program.losses] += 1
+    found, inside = {}, set()
+    for index, eqn, slots, _ in flow.equations[begin:]:
+        if eqn.primitive.name == "log" and slots:
+            chain: list[int] = []
+            softmax = _softmax(flow, eqn.invars[0], makers, reads, chain)
+            if softmax is not None:
+                found[index] = softmax
+                inside.update(chain)
+    return found, inside
+
+
+def _softmax(flow: Flow, var: Var, makers, reads, chain: list[int]) -> Softmax | None:
+    """The softmax whose sum, or the same numbers in another shape, is `var`; `chain` collects what it is made of."""
+
+    def back(var: Var, passes: Callable[[JaxprEqn, int], bool]) -> tuple[Var, JaxprEqn | None]:
+        """Back through equations that are passed, to one that is not; all of them are read once."""
+        while reads[var] == 1 and var in makers:
+            eqn, slots = flow.program.jaxpr.eqns[makers[var]], _varying(flow, makers[var])
+            chain.append(makers[var])
+            if len(slots) != 1 or not passes(eqn, slots[0]):
+                return var, eqn
+            var = eqn.invars[slots[0]]
+        return var, None
+
+    total, summed = back(var, lambda eqn, _: eqn.primitive.name in SAME_NUMBERS)
+    if summed is None or summed.primitive.name != "reduce_sum":
+        return None
+    # A mask may stand between the exponentials and their sum, not after it.
+    _, exponential = back(summed.invars[0], lambda eqn, slot: _masks(flow, eqn, slot))
+    if exponential is None or exponential.primitive.name != "exp":
+        return None
+    return Softmax(exponential.invars[0], summed.invars[0], total, tuple(summed.params["axes"]))
+
+
+def _varying(flow: Flow, index: int) -> list[int]:
+    """The operands of an equation that depend on the parameters."""
+    return [slot for slot in flow.links[index][0] if flow.depends.get(flow.program.jaxpr.eqns[index].invars[slot])]
+
+
+def _masks(flow: Flow, eqn: JaxprEqn, slot: int) -> bool:
+    """Whether an equation leaves an entry as it is or makes it zero."""
+    if eqn.primitive.name == "convert_element_type":
+        return True
+    others = [atom for i, atom in enumerate(eqn.invars) if i not in (0, slot)]
+    return eqn.primitive.name == "select_n" and slot > 0 and all(_is_zero(flow, atom) for atom in others)
+
+
+def _is_zero(flow: Flow, atom: Var | Literal) -> bool:
+    if isinstance(atom, Literal):
+        return bool(np.all(atom.val == 0))
+    maker = next((eqn for eqn in flow.program.jaxpr.eqns if atom in eqn.outvars), None)
+    passes = maker is not None and maker.primitive.name in ("broadcast_in_dim", "convert_element_type")
+    return passes and _is_zero(flow, maker.invars[0])

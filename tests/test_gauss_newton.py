@@ -1,0 +1,268 @@
+"""Losses as the trace sees them, and the estimates and closed forms that follow, against dense matrices in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from curvax import Objective
+from curvax.curvature.gauss_newton import plan_sampling, sampled_gauss_newton
+from curvax.exact import exact_diag, explain, ggn_diag
+from curvax.exact.atoms import Separate, Softmax, find_atoms
+from curvax.exact.dataflow import analyse
+from curvax.exact.independence import example_axes
+from curvax.exact.trace import trace_loss
+
+EXAMPLES, CLASSES = 6, 3
+
+
+@pytest.fixture(autouse=True)
+def any_promotion():
+    """Losses are other people's code."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def batch(examples=EXAMPLES, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "x": rng.normal(size=(examples, 4)),
+        "label": rng.integers(0, CLASSES, examples),
+        "target": rng.normal(size=(examples, CLASSES)),
+        "share": rng.dirichlet(np.ones(CLASSES), examples),
+        "weight": rng.normal(size=examples),
+        "kept": rng.random((examples, CLASSES)) < 0.6,
+    }
+
+
+def parameters(seed=1, classes=CLASSES):
+    rng = np.random.default_rng(seed)
+    return {"w": jnp.asarray(rng.normal(size=(4, 5))), "v": jnp.asarray(rng.normal(size=(5, classes)))}
+
+
+def network(p, d):
+    return jax.nn.relu(d["x"] @ p["w"]) @ p["v"]
+
+
+def ce(z, d):
+    return optax.softmax_cross_entropy_with_integer_labels(z, d["label"])
+
+
+def entropy_of_kept(z, d):
+    kept = d["kept"] | (jnp.arange(CLASSES)[None] == d["label"][:, None])
+    return jax.nn.logsumexp(z, -1, where=kept) - z[jnp.arange(z.shape[0]), d["label"]]
+
+
+SOFTMAX, SEPARATE = "softmax", "functions of single outputs"
+LOSSES = {
+    "cross entropy": (ce, [SOFTMAX]),
+    "smooth labels": (lambda z, d: optax.softmax_cross_entropy(z, optax.smooth_labels(d["share"], 0.1)), [SOFTMAX]),
+    "temperature and weights of either sign": (lambda z, d: d["weight"] * ce(z / 2.5, d), [SOFTMAX]),
+    "advantages": (
+        lambda z, d: -d["weight"] * jnp.take_along_axis(jax.nn.log_softmax(z), d["label"][:, None], 1)[:, 0],
+        [SOFTMAX],
+    ),
+    "masked classes": (entropy_of_kept, [SOFTMAX]),
+    "two tasks": (lambda z, d: ce(z, d) + 0.3 * jnp.sum((z - d["target"]) ** 2, -1), [SOFTMAX, SEPARATE]),
+    "squared": (lambda z, d: jnp.sum((z - d["target"]) ** 2, -1), [SEPARATE]),
+    "masked squares": (lambda z, d: jnp.where(d["kept"], (z - d["target"]) ** 2, 0.0).mean(-1), [SEPARATE]),
+    "binary": (lambda z, d: optax.sigmoid_binary_cross_entropy(z, d["share"]).sum(-1), [SEPARATE]),
+    "poisson": (lambda z, d: (jnp.exp(z) - d["target"] * z).mean(-1), [SEPARATE]),
+    "huber": (lambda z, d: optax.huber_loss(z, d["target"]).sum(-1), [SEPARATE]),
+    "log cosh": (lambda z, d: optax.log_cosh(z, d["target"]).sum(-1), [SEPARATE]),
+    "squared hinge": (lambda z, d: (jax.nn.relu(1 - z * d["target"]) ** 2).sum(-1), [SEPARATE]),
+    "z-loss": (lambda z, d: ce(z, d) + 0.1 * jax.nn.logsumexp(z, -1) ** 2, None),
+    "soft cap": (lambda z, d: ce(2 * jnp.tanh(z / 2), d), None),
+    "focal": (lambda z, d: (1 - jnp.exp(-ce(z, d))) ** 2 * ce(z, d), None),
+    "cosine": (lambda z, d: optax.cosine_distance(z, d["target"]), None),
+    "hinge": (lambda z, d: jax.nn.relu(1 - z * d["target"]).sum(-1), []),
+    "coupled by its mean": (lambda z, d: ce(z - z.mean(0, keepdims=True), d), [SOFTMAX]),
+    "contrast": (
+        lambda z, d: optax.softmax_cross_entropy_with_integer_labels(z @ d["target"].T, jnp.arange(z.shape[0])),
+        [SOFTMAX],
+    ),
+}
+
+
+def dense(objective, params):
+    """The Gauss-Newton diagonal, whatever the loss couples, from dense matrices."""
+    flat, unflatten = ravel_pytree(params)
+    outputs = lambda v: ravel_pytree(objective.predict(unflatten(v), objective.data))
+    z, shape = outputs(flat)
+    jacobian = jax.jacobian(lambda v: outputs(v)[0])(flat)
+    curvature = jax.hessian(lambda z: jnp.mean(objective.example_losses(shape(z), objective.data)))(z)
+    return unflatten(jnp.einsum("ip,ij,jp->p", jacobian, curvature, jacobian))
+
+
+def assert_within_errors(found, error, expected, errors=5.5):
+    for name in expected:
+        off = np.abs(np.asarray(found[name] - expected[name]))
+        rounding = 1e-9 * np.abs(np.asarray(expected[name])).max()
+        assert np.all(off <= errors * np.asarray(error[name]) + rounding), (name, off / np.asarray(error[name]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_trace_proves_what_a_loss_is_curved_by(name):
+    loss, kinds = LOSSES[name]
+    flow = analyse(trace_loss(Objective(network, loss, batch()), jnp.zeros((EXAMPLES, CLASSES))))
+    atoms = find_atoms(flow)
+    named = {Softmax: SOFTMAX, Separate: SEPARATE}
+    assert (None if isinstance(atoms, str) else [named[type(atom)] for atom in atoms]) == kinds
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_both_forms_of_the_estimate_are_unbiased(name, x64):
+    objective, params = Objective(network, LOSSES[name][0], batch()), parameters()
+    estimates = [
+        functools.partial(sampled_gauss_newton, num_samples=400, squares=squares) for squares in ("example", "batch")
+    ]
+    run = jax.jit(lambda o, p, key: (dense(o, p), ggn_diag(o, p)[2], [estimate(o, p, key) for estimate in estimates]))
+    expected, exact, found = run(objective, params, jax.random.key(2))
+    for name in params:
+        np.testing.assert_allclose(exact[name], expected[name], rtol=1e-7, atol=1e-12)
+    for estimate in found:
+        assert_within_errors(estimate.diag, estimate.standard_error, expected)
+
+
+@pytest.mark.parametrize("classes", [10, 100, 1000])
+def test_unlikely_classes_keep_their_curvature(classes):
+    """A class of probability 1e-8, in float32, to 1e-4; and one of 1 - 1e-8, whose 1 - p is no difference."""
+    places = np.arange(classes)
+    for logits in (np.where(places < classes // 2, 0.0, -18.0), np.where(places == 3, 0.0, -18.0)):
+        p = np.exp(logits - np.max(logits))
+        p /= p.sum()
+        others = np.array([np.delete(p, k).sum() for k in range(classes)])
+        objective = Objective(lambda w, d: d["x"] @ w, ce, {"x": jnp.ones((2, 1)), "label": jnp.array([0, 1])})
+        w = jnp.asarray(logits[None], jnp.float32)
+        diag = jax.jit(lambda w, objective=objective: exact_diag(objective, w)[2])(w)
+        np.testing.assert_allclose(diag[0], p * others, rtol=1e-4)
+        assert explain(objective, w).passes == classes - 1
+
+
+def test_small_entries_of_a_factored_hessian_keep_their_precision():
+    """The loss has no structure that is known: its Hessian is factored by eigenvectors."""
+    loss = lambda z, d: jax.nn.logsumexp(z, -1) ** 2
+    objective = Objective(lambda w, d: d["x"] @ w, loss, {"x": jnp.ones((2, 1))})
+    w = jnp.array([[3.0, 3.0, -14.0]])
+    diag = jax.jit(lambda w: exact_diag(objective, w)[2])(w)
+    z = np.array([3.0, 3.0, -14.0])
+    p = np.exp(z) / np.exp(z).sum()
+    expected = 2 * np.log(np.exp(z).sum()) * p * (1 - p) + 2 * p**2
+    np.testing.assert_allclose(diag[0], expected, rtol=1e-4)
+
+
+def test_a_head_for_each_task_has_its_own_columns(x64):
+    """Outputs are any pytree; what does not reach a task has none of its columns."""
+
+    def predict(p, d):
+        hidden = jax.nn.relu(d["x"] @ p["w"])
+        return {"kind": hidden @ p["v"], "size": (hidden @ p["u"])[:, 0]}
+
+    def loss(outputs, d):
+        return ce(outputs["kind"], d) + (outputs["size"] - d["weight"]) ** 2
+
+    params = parameters() | {"u": jnp.ones((5, 1))}
+    objective = Objective(predict, loss, batch())
+    expected, exact = jax.jit(lambda o, p: (dense(o, p), exact_diag(o, p)[2]))(objective, params)
+    for name in params:
+        np.testing.assert_allclose(exact[name], expected[name], rtol=1e-9)
+    assert explain(objective, params).passes == CLASSES - 1 + 1
+    estimate = jax.jit(functools.partial(sampled_gauss_newton, num_samples=300))(objective, params, jax.random.key(0))
+    assert_within_errors(estimate.diag, estimate.standard_error, expected)
+
+
+def test_logits_at_zero_have_the_curvature_that_jax_gives_them():
+    """Where the parts of a softplus have a kink, its own rule has none."""
+    objective = Objective(lambda w, d: d["x"] @ w, LOSSES["binary"][0], batch())
+    w = jnp.zeros((4, CLASSES))
+    hessian = jax.hessian(objective)(w).reshape(w.size, w.size)
+    np.testing.assert_allclose(exact_diag(objective, w)[2].ravel(), jnp.diag(hessian), rtol=1e-5)
+
+
+def test_nan_is_passed_on():
+    data = batch() | {"weight": np.where(np.arange(EXAMPLES) == 2, np.nan, 1.0)}
+    objective = Objective(network, LOSSES["temperature and weights of either sign"][0], data)
+    for squares in ("example", "batch"):
+        diag = sampled_gauss_newton(objective, parameters(), jax.random.key(0), squares=squares).diag
+        assert all(jnp.isnan(x).any() for x in jax.tree.leaves(diag))
+
+
+# Splitting a batch.
+
+
+def plain(p, d):
+    return network(p, d)
+
+
+SPLITS = {
+    "plain": (plain, ce, None),
+    "batch norm": (lambda p, d: network(p, d) - network(p, d).mean(0), ce, "independent"),
+    "a constant": (lambda p, d: network(p, d) / jax.lax.stop_gradient(d["x"].sum()), ce, "independent"),
+    "contrast": (plain, LOSSES["contrast"][0], "place"),
+    "its place": (lambda p, d: network(p, d) * jnp.arange(EXAMPLES)[:, None], ce, "place"),
+    "size of the batch": (lambda p, d: network(p, d), lambda z, d: ce(z, d) / z.shape[0], "independent"),
+    "closure": (lambda p, d: network(p, d) * jnp.asarray(batch()["weight"])[:, None], ce, "closes over"),
+    "dropout": (
+        lambda p, d: network(p, d) * jax.random.bernoulli(jax.random.key(0), 0.5, (d["x"].shape[0], 1)),
+        ce,
+        "independent",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_batch_is_split_only_where_its_parts_have_the_same_losses(name):
+    predict, loss, reason = SPLITS[name]
+    data = batch() | {"shared": np.ones(3), "scale": 2.0}
+    objective = Objective(predict, loss, jax.tree.map(jnp.asarray, data))
+    axes = example_axes(objective, parameters(), 3)
+    if reason is not None:
+        assert reason in axes
+        return
+    split = dict(zip(sorted(data), axes, strict=True))
+    assert split["x"] is not None and split["shared"] is None and split["scale"] is None
+
+
+def test_coupled_examples_are_seen_as_one_batch():
+    """By default a batch is split where it may be, and not where it may not."""
+    data = jax.tree.map(jnp.asarray, batch())
+    coupled = Objective(lambda p, d: network(p, d) - network(p, d).mean(0), ce, data)
+    assert plan_sampling(coupled, parameters()).form == "batch"
+    whole = sampled_gauss_newton(coupled, parameters(), jax.random.key(0), micro_batches=1).diag
+    found = sampled_gauss_newton(coupled, parameters(), jax.random.key(0)).diag
+    jax.tree.map(np.testing.assert_array_equal, found, whole)
+    with pytest.raises(ValueError, match="independent"):
+        sampled_gauss_newton(coupled, parameters(), jax.random.key(0), micro_batches=2)
+
+
+def test_nothing_of_the_size_of_the_logits_is_squared():
+    """A vocabulary of thousands: memory stays near the gradient's."""
+    examples, tokens, width, vocabulary = 2, 16, 8, 4096
+    rng = np.random.default_rng(0)
+    table = {name: jnp.asarray(rng.normal(size=(vocabulary, width)), jnp.float32) for name in ("in", "out")}
+    data = {"tokens": jnp.asarray(rng.integers(0, vocabulary, (examples, tokens)))}
+    predict = lambda p, d: p["in"][d["tokens"]] @ p["out"].T
+    loss = lambda z, d: optax.softmax_cross_entropy_with_integer_labels(z[:, :-1], d["tokens"][:, 1:]).mean(-1)
+    objective = Objective(predict, loss, data)
+
+    def held(function):
+        return jax.jit(function).lower(table, data).compile().memory_analysis().temp_size_in_bytes
+
+    rebuilt = lambda d: Objective(predict, loss, d)
+    gradient = held(lambda p, d: jax.grad(rebuilt(d))(p))
+    for squares in (None, "batch"):
+        draw = lambda p, d, squares=squares: (
+            sampled_gauss_newton(rebuilt(d), p, jax.random.key(0), squares=squares).diag
+        )
+        assert held(draw) < 2 * gradient
+    assert plan_sampling(objective, table).form == "example"
