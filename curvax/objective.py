@@ -69,7 +69,7 @@ class Objective:
         losses = self.loss(outputs, data)
         shape = getattr(losses, "shape", None)
         if not shape:
-            returned = type(losses).__name__ if shape is None else "a scalar, an array of shape ()"
+            returned = f"a {type(losses).__name__}" if shape is None else "a scalar, an array of shape ()"
             raise ValueError(
                 f"loss(outputs, data) returned {returned}; it must return one loss per example, a vector (B,), or an"
                 " array (B, ...) of which each example takes the mean. Objective takes the mean over examples: leave"

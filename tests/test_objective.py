@@ -1,9 +1,13 @@
+import dataclasses
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import problems
 import pytest
 
+import curvax
 from curvax import Objective
 
 
@@ -19,6 +23,9 @@ def test_is_mean_loss_plus_penalty():
     squares = sum(np.sum(np.asarray(x, np.float64) ** 2) for x in jax.tree.leaves(params))
     expected = -np.mean(log_p[np.arange(len(logits)), data["y"]]) + squares / 2
     np.testing.assert_allclose(objective(params), expected, rtol=1e-6)
+    aux = dataclasses.replace(objective, predict=lambda p, d: (problems.mlp(p, d), d["y"]), has_aux=True)
+    np.testing.assert_allclose(aux(params)[0], expected, rtol=1e-6)
+    np.testing.assert_array_equal(aux(params)[1], data["y"])
 
 
 def test_crosses_jit_as_an_argument_without_retracing():
@@ -36,9 +43,72 @@ def test_crosses_jit_as_an_argument_without_retracing():
     assert len(traces) == 1
 
 
-def test_a_loss_that_is_averaged_already_is_refused():
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda z, data: jnp.mean(problems.cross_entropy(z, data)), r"shape \(\).*one loss per example.*\(B,\)"),
+        (lambda z, data: (problems.cross_entropy(z, data), z), r"a tuple.*one loss per example.*\(B,\)"),
+    ],
+)
+def test_losses_that_are_not_those_of_examples_are_refused(loss, message):
+    objective, params = Objective(problems.mlp, loss, problems.classification()), problems.mlp_params()
+    with pytest.raises(ValueError, match=message):
+        objective(params)
+    with pytest.raises(ValueError, match=message):
+        curvax.hessian_diag(objective, params)
+    tx = curvax.cblr(0.1, method="hutchinson")
+    with pytest.raises(ValueError, match=message):
+        tx.update(params, tx.init(params), params, obj_fn=objective)
+
+
+METHODS = ["exact", curvax.Hutchinson(1)]
+
+
+def alike(objective, plain, params, methods):
+    """Every method sees in both the same loss, with the same random numbers."""
+    for method in methods:
+        found, expected = (curvax.value_grad_and_hessian_diag(o, params, method, key=0)[:3] for o in (objective, plain))
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_example_s_loss_is_the_mean_of_its_tokens():
+    data = {"x": jnp.sin(jnp.arange(4 * 3 * 2.0)).reshape(4, 3, 2), "y": jnp.arange(12).reshape(4, 3) % 2}
+    token = Objective(lambda w, d: d["x"] @ w, problems.cross_entropy, data)
+    mean = dataclasses.replace(token, loss=lambda z, d: jnp.mean(problems.cross_entropy(z, d), 1))
+    w = jnp.array([[1.0, -2.0], [0.5, 0.3]])
+    np.testing.assert_allclose(token(w), jnp.mean(problems.cross_entropy(data["x"] @ w, data)), rtol=1e-6)
+    alike(token, mean, w, METHODS)
+
+
+def test_data_may_hold_what_no_example_has_of_its_own():
+    """A key, scalars and class weights, beside the examples."""
+    plain = problems.classification(examples=8, features=3, classes=2)
+    weights = jnp.array([1.0, 3.0])
+    data = {**plain, "key": jax.random.key(0), "beta": jnp.array(2.0), "gamma": 0.5, "weights": weights}
     objective = Objective(
-        problems.mlp, lambda z, data: jnp.mean(problems.cross_entropy(z, data)), problems.classification()
+        lambda w, d: d["beta"] * d["gamma"] * d["x"] @ w + jax.random.normal(d["key"], (1, 2)),
+        lambda z, d: problems.cross_entropy(z, d) * d["weights"][d["y"]],
+        data,
     )
-    with pytest.raises(ValueError, match=r"scalar.*one loss per example, a vector \(B,\)"):
-        objective(problems.mlp_params())
+    noise = jax.random.normal(jax.random.key(0), (1, 2))
+    expected = Objective(
+        lambda w, d: d["x"] @ w + noise, lambda z, d: problems.cross_entropy(z, d) * weights[d["y"]], plain
+    )
+    w = jnp.array([[1.0, -2.0], [0.5, 0.3], [0.1, 0.2]])
+    alike(objective, expected, w, METHODS)
+
+
+def test_outputs_may_be_any_tree():
+    data = {"x": jnp.sin(jnp.arange(12.0)).reshape(4, 3)}
+    params = {"a": jnp.ones((3, 2)), "b": jnp.ones((3, 1))}
+    named = Objective(
+        lambda p, d: {"a": jnp.sin(d["x"] @ p["a"]), "b": (d["x"] @ p["b"], jnp.arange(4))},
+        lambda z, d: jnp.sum(z["a"] ** 2, 1) + jnp.where(z["b"][1] > 1, jnp.sum(z["b"][0] ** 4, 1), 0),
+        data,
+    )
+    joined = Objective(
+        lambda p, d: jnp.concatenate([jnp.sin(d["x"] @ p["a"]), d["x"] @ p["b"]], 1),
+        lambda z, d: jnp.sum(z[:, :2] ** 2, 1) + jnp.where(jnp.arange(4) > 1, z[:, 2] ** 4, 0),
+        data,
+    )
+    alike(named, joined, params, ["exact", "ggn", curvax.Hutchinson(1)])
