@@ -7,20 +7,23 @@ layer. Nothing here knows what a radius is.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 #: How to group parameters into layers. Never a callable: `optax.inject_hyperparams` would take one for a schedule.
-Layers = str | Mapping[str, str]
+Layers = str | Mapping[str, str] | Sequence[tuple[str, str]]
+
+WAYS = ("array", "module", "kernel")
+Members = dict[Any, tuple[int, ...]]
 
 
 class Layer(NamedTuple):
     """A group of leaves that share a radius, as indices into the flattened parameters.
 
     Attributes:
-      name: what errors and metrics call it.
+      name: what errors and metrics call it, unlike any other of its tree.
       measured: the leaves on which the radius is measured; none if the layer has no radius of its own.
       scaled: the leaves whose update it multiplies.
     """
@@ -40,22 +43,31 @@ def group(leaves: Sequence[tuple[Any, Any]], layers: Layers) -> list[Layer]:
       - `"array"`: every array is a layer;
       - `"module"`: the arrays whose paths agree but for the last key. A leaf whose last key is an integer stands alone,
         since a list of arrays says nothing of modules;
-      - `"kernel"`: every array of two or more dimensions is a layer, and the vectors and scalars of a module (biases,
-        normalisation scales) follow the radius of that module's larger arrays, taken together. Where the module has
-        none they have no measured leaves, and their radius is 1;
-      - a mapping `{path regex: name}`: the first regular expression found in the path (`re.search`) names the layer.
+      - `"kernel"`: every kernel is a layer, and an array that is none follows the one kernel that it fits: the only
+        such kernel of its module, where that holds arrays alone. What follows nothing has no measured leaves: an
+        embedding's neighbours, the scale and bias of a norm;
+      - rules `{path regex: name}` or `((path regex, name), ...)`: the first regular expression found in the path
+        (`re.search`) names the layer.
 
-      A trailing `.value`, which Flax NNX puts on every variable, is no part of a path.
+      An array fits another of its module if it has fewer axes longer than one, all of them found in the other, in the
+      same order: (C,) or (C, 1, 1) in (H, W, I, C), (heads, width) in (D, heads, width), (L, F) in (L, D, F). One with
+      as many of these axes, but fewer in all, fits too: (C,) in (1, C). A kernel fits nothing, and has two axes longer
+      than one, or two axes and something that fits it. The first axis is left out of all this where every array of a
+      module has the same one, as `scan` and `vmap` over modules make them, unless no kernel would be left: a stack of
+      vectors is no kernel.
+
+      Nothing depends on what a key is called, and layers are told apart by their keys: two paths that read alike are
+      two layers. A trailing `.value`, which Flax NNX puts on every variable, is no part of a path.
 
     Args:
       leaves: `(path, array)` pairs, as `jax.tree_util.tree_leaves_with_path` returns them.
-      layers: `"array"`, `"module"`, `"kernel"` or a mapping from path regex to layer name.
+      layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name.
 
     Returns:
       The layers, in the order in which their first leaf appears. Each leaf is scaled by exactly one.
 
     Raises:
-      ValueError: if `layers` is none of these, or if no rule of a mapping covers a parameter.
+      ValueError: if `layers` is none of these, or if no rule covers a parameter.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -65,20 +77,45 @@ def group(leaves: Sequence[tuple[Any, Any]], layers: Layers) -> list[Layer]:
       >>> layers.group(leaves, "kernel")
       [Layer(name='dense/kernel', measured=(1,), scaled=(0, 1))]
     """
-    if isinstance(layers, Mapping):
-        names = [_named_by_rule(path, layers) for path, _ in leaves]
-    elif layers == "array":
-        names = [path_name(path) for path, _ in leaves]
-    elif layers == "module":
-        names = [_module(path) for path, _ in leaves]
-    elif layers == "kernel":
-        return _kernels_and_followers(leaves)
-    else:
+    layers = checked(layers)
+    paths = [_without_value(path) for path, _ in leaves]
+    if layers == "kernel":
+        return _kernels_and_followers(paths, [leaf.shape for _, leaf in leaves])
+    if layers in WAYS:
+        members = _members(paths if layers == "array" else map(_module, paths))
+        return _named(members, members)
+    by_name = _members(_name_by_rule(path, layers) for path in paths)
+    return [Layer(name, members, members) for name, members in by_name.items()]
+
+
+def checked(layers: Layers) -> str | tuple[tuple[str, str], ...]:
+    """The way of grouping, rules as pairs.
+
+    Raises:
+      ValueError: if `layers` is no way to group parameters.
+
+    Example:
+      >>> checked({"^head": "head", ".*": "rest"})
+      (('^head', 'head'), ('.*', 'rest'))
+    """
+    if isinstance(layers, str) and layers in WAYS:
+        return layers
+    try:
+        rules = layers.items() if isinstance(layers, Mapping) else layers
+        rules = () if isinstance(layers, str) else tuple((pattern, name) for pattern, name in rules)
+    except (TypeError, ValueError):
+        rules = ()
+    if not rules or not all(isinstance(text, str) for rule in rules for text in rule):
         raise ValueError(
-            f"layers={layers!r} is not a way to group parameters; pass 'array', 'module', 'kernel' or a mapping such as"
-            " {'conv.*': 'features', '.*': 'rest'} from path regex to layer name."
+            f"layers={layers!r} is not a way to group parameters; pass 'array', 'module', 'kernel', or rules from path"
+            " regex to layer name, as a mapping {'conv.*': 'features', '.*': 'rest'} or as pairs."
         )
-    return [Layer(name, members, members) for name, members in _members(names).items()]
+    for pattern, _ in rules:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} in layers={layers!r} is no regular expression: {error}.") from None
+    return rules
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -107,39 +144,85 @@ def _without_value(path):
     return tuple(path[:-1] if is_value else path)
 
 
-def _module(path) -> str:
-    keys = _without_value(path)
-    last = getattr(keys[-1], "key", getattr(keys[-1], "idx", None)) if keys else 0
-    return path_name(keys if isinstance(last, int) else keys[:-1])
+def _module(path):
+    last = getattr(path[-1], "key", getattr(path[-1], "idx", None)) if path else 0
+    return path if isinstance(last, int) else path[:-1]
 
 
-def _named_by_rule(path, rules: Mapping[str, str]) -> str:
+def _name_by_rule(path, rules: tuple[tuple[str, str], ...]) -> str:
     name = path_name(path)
-    for pattern, layer in rules.items():
+    for pattern, layer in rules:
         if re.search(pattern, name):
             return layer
     raise ValueError(
-        f"no rule in layers={dict(rules)!r} covers the parameter '{name}'; add a rule for it, or a last rule '.*'."
+        f"no rule in layers={rules!r} covers the parameter '{name}'; add a rule for it, or a last rule '.*'."
     )
 
 
-def _members(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    members: dict[str, tuple[int, ...]] = {}
-    for index, name in enumerate(names):
-        members[name] = (*members.get(name, ()), index)
+def _members(keys: Iterable[Hashable]) -> Members:
+    members: Members = {}
+    for index, key in enumerate(keys):
+        members[key] = (*members.get(key, ()), index)
     return members
 
 
-def _kernels_and_followers(leaves) -> list[Layer]:
-    """Each larger array for itself; the small ones of a module as one more layer, or in that of its only larger one."""
-    layers = []
-    for module, members in _members([_module(path) for path, _ in leaves]).items():
-        larger = tuple(i for i in members if leaves[i][1].ndim > 1)
-        small = tuple(i for i in members if leaves[i][1].ndim <= 1)
-        if len(larger) == 1:
-            layers.append(Layer(path_name(leaves[larger[0]][0]), larger, members))
-            continue
-        layers.extend(Layer(path_name(leaves[i][0]), (i,), (i,)) for i in larger)
-        if small:
-            layers.append(Layer(module, larger, small))
+def _named(scaled: Members, measured: Members) -> list[Layer]:
+    """Layers named by their paths; where two of these read alike, all are written in full."""
+    names = [path_name(path) for path in scaled]
+    if len(set(names)) < len(names):
+        names = [jax.tree_util.keystr(path) for path in scaled]
+    layers = [Layer(name, measured[path], scaled[path]) for name, path in zip(names, scaled, strict=True)]
     return sorted(layers, key=lambda layer: layer.scaled[0])
+
+
+def _kernels_and_followers(paths, shapes) -> list[Layer]:
+    stacked = _stacked(paths, shapes)
+    shapes = [shape[1:] if i in stacked else shape for i, shape in enumerate(shapes)]
+    holds_modules = {path[:k] for path in paths for k in range(len(path) - 1)}
+    scaled, measured = {}, {}
+    for module, members in _members(path[:-1] for path in paths).items():
+        kernel_of = _kernel_of(members, shapes, arrays_alone=module not in holds_modules)
+        for i in members:
+            layer = paths[kernel_of[i]] if i in kernel_of else module
+            scaled[layer] = (*scaled.get(layer, ()), i)
+            measured[layer] = (kernel_of[i],) if i in kernel_of else ()
+    return _named(scaled, measured)
+
+
+def _kernel_of(members, shapes, arrays_alone: bool) -> dict[int, int]:
+    """The kernel that each array of a module follows; kernels follow themselves."""
+    fits = {i: [j for j in members if _fits(shapes[i], shapes[j])] for i in members}
+    hosts = {j for found in fits.values() for j in found}
+
+    def is_kernel(i):
+        return not fits[i] and len(shapes[i]) > 1 and (len(_long(shapes[i])) > 1 or i in hosts)
+
+    kernels = {i: i for i in members if is_kernel(i)}
+    found = {i: [j for j in fits[i] if j in kernels] for i in members if arrays_alone}
+    return kernels | {i: hosts[0] for i, hosts in found.items() if len(hosts) == 1}
+
+
+def _long(shape) -> list[int]:
+    return [size for size in shape if size != 1]
+
+
+def _fits(shape, other) -> bool:
+    small, large = _long(shape), iter(_long(other))
+    is_smaller = (len(small), len(shape)) < (len(_long(other)), len(other))
+    # Each search goes on where the last one ended.
+    return is_smaller and all(size in large for size in small)
+
+
+def _stacked(paths, shapes) -> set[int]:
+    """The arrays of all modules that may be stacks of modules: see the last sentence on kernels in `group`."""
+    below: dict[Any, list[int]] = {}
+    for i, path in enumerate(paths):
+        for k in range(len(path)):
+            below.setdefault(path[:k], []).append(i)
+
+    def is_stack(members):
+        same_first_axis = len({shapes[i][:1] for i in members}) == 1
+        further_axes = [shapes[i][1:] for i in members]
+        return same_first_axis and all(further_axes) and max(len(_long(axes)) for axes in further_axes) > 1
+
+    return {i for members in below.values() if is_stack(members) for i in members}

@@ -148,7 +148,7 @@ def mclr(
       nesterov: whether to use Nesterov momentum.
       trust_coefficient: factor inside the radius; it multiplies gamma, but for degenerate layers, whose radius is 1.
       median_of_ratios: whether to take the median of `|w / g|` instead.
-      layers: `"array"`, `"module"`, `"kernel"` or a mapping from path regex to layer name.
+      layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
@@ -198,7 +198,7 @@ def lars(
       trust_coefficient: factor inside the radius; a layer with a zero norm has radius 1 without it.
       eps: added to the norm of the gradient.
       trust_ratio_mask: which parameters have a radius, as in `optax.masked`; the others have 1.
-      layers: `"array"`, `"module"`, `"kernel"` or a mapping from path regex to layer name.
+      layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
@@ -243,7 +243,7 @@ def percent_delta(
       momentum: decay rate of heavy-ball momentum.
       nesterov: whether to use Nesterov momentum.
       trust_coefficient: factor inside the radius; it multiplies gamma, but for degenerate layers, whose radius is 1.
-      layers: `"array"`, `"module"`, `"kernel"` or a mapping from path regex to layer name.
+      layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
@@ -288,7 +288,7 @@ def lamb(
       eps_root: added to the second moment inside the root.
       weight_decay: strength of the decay, added before the radius.
       mask: which parameters decay, as in `optax.add_decayed_weights`.
-      layers: `"array"`, `"module"`, `"kernel"` or a mapping from path regex to layer name.
+      layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:

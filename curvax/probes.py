@@ -71,8 +71,8 @@ def with_probes(
 
     Args:
       inner: the optimizer. Inside a chain `with_probes(optax.identity())` measures what passes by.
-      layers: `"array"`, `"module"`, `"kernel"` or a mapping from path regex to layer name. A layer is measured on all
-        that it scales: with `"kernel"` biases count among their kernel's entries.
+      layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`. A layer is
+        measured on all that it scales: with `"kernel"` biases count among their kernel's entries.
       quantiles: which quantiles of the radius, each in [0, 1].
       axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 

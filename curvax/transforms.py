@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from curvax import order_statistics, radii
-from curvax.layers import Layer, Layers, group, path_name
+from curvax.layers import Layer, Layers, checked, group, path_name
 
 
 def scale_by_curvature_radius(
@@ -41,8 +41,8 @@ def scale_by_curvature_radius(
       damping: dimensionless, as a fraction of the layer's mean absolute curvature.
       max_radius: the largest radius, in units of parameter^2 / loss; `None` for no bound.
       slope_term: whether to keep the factor `(1 + g^2)^(3/2)`, the arc length over the slope.
-      layers: the groups over which `mean|h|` is taken; `"array"`, `"module"`, `"kernel"` or a mapping from path regex
-        to layer name.
+      layers: the groups over which `mean|h|` is taken; `"array"`, `"module"`, `"kernel"` or rules from path regex to
+        layer name, see `layers.group`.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
@@ -116,7 +116,7 @@ def scale_by_median_curvature(
         `optax.add_decayed_weights`. Leave it at 0 where that stands before this transformation.
       trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1 without it.
       median_of_ratios: whether to take `median(|w / (g + weight_decay * w)|)` instead.
-      layers: `"array"`, `"module"`, `"kernel"` or a mapping from path regex to layer name.
+      layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
@@ -154,7 +154,7 @@ def scale_by_lars(
     Args:
       trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1 without it.
       eps: added to the gradient's norm, in its units.
-      layers: `"array"`, `"module"`, `"kernel"` or a mapping from path regex to layer name.
+      layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
@@ -188,7 +188,7 @@ def scale_by_percent_delta(
 
     Args:
       trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1 without it.
-      layers: `"array"`, `"module"`, `"kernel"` or a mapping from path regex to layer name.
+      layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
@@ -222,8 +222,8 @@ def discard_small_gradients(
 
     Args:
       fraction: of each layer's entries, in [0, 1). Entries that tie with the quantile are kept; 0 changes nothing.
-      layers: `"array"`, `"module"`, `"kernel"` or a mapping from path regex to layer name. Leaves that are not measured
-        themselves (the biases of `"kernel"`) are cut at their layer's quantile.
+      layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`. Leaves that
+        are not measured themselves (the biases of `"kernel"`) are cut at their layer's quantile.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
@@ -256,6 +256,8 @@ def discard_small_gradients(
 def _scale_by_radius(
     rule: radii.Rule, layers: Layers, *, needs_curvature: bool = False, needs_params: bool = True
 ) -> optax.GradientTransformationExtraArgs:
+    layers = checked(layers)
+
     def init_fn(params):
         del params
         return optax.EmptyState()
