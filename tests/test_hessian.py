@@ -357,6 +357,40 @@ def test_errors_say_what_to_pass(arguments, message):
         curvax.hessian_diag(double, jnp.ones(2), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": lambda w: w**2}, r"returned float32 of shape \(2,\).*take its mean.*curvax.Objective"),
+        ({"objective": lambda w: jnp.argmax(w)}, "returned int32"),
+        ({"objective": lambda w: (double(w), w)}, "pass has_aux=True"),
+        ({"objective": double, "has_aux": True}, "has_aux=True, and the objective returned no pair"),
+        ({"penalty": lambda w: w}, r"penalty returned float32 of shape \(2,\)"),
+        ({"data": {"x": jnp.eye(2), "name": "images"}}, "the data of the Objective have 'images' at 'name'"),
+        ({"loss": lambda z, d: z, "has_aux": True}, "has_aux=True, and predict returned no pair"),
+    ],
+)
+def test_objectives_that_are_none_are_refused(changes, message):
+    objective = {"predict": lambda w, d: d["x"] @ w, "loss": lambda z, d: z**2, "data": {"x": jnp.eye(2)}, **changes}
+    has_aux = objective.pop("has_aux", False)
+    objective = objective.pop("objective", None) or curvax.Objective(**objective)
+    for method in ("basis", "hutchinson"):
+        with pytest.raises(ValueError, match=message):
+            curvax.hessian_diag(objective, jnp.ones(2), method, key=0, has_aux=has_aux)
+    tx = curvax.cblr(0.1, method="basis", has_aux=has_aux)
+    with pytest.raises(ValueError, match=message):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2), obj_fn=objective)
+
+
+@pytest.mark.parametrize("method", ["exact", "basis", "ggn", "ggn_mc", "hutchinson", "xdiag", None])
+@pytest.mark.parametrize("params", [{}, {"a": jnp.zeros((0, 3))}, {"a": jnp.ones(2)}])
+def test_where_nothing_is_wanted_there_is_nothing(method, params):
+    objective = curvax.Objective(lambda p, x: x, lambda z, x: z**2, jnp.array([1.0, 3.0]))
+    where = lambda params: jax.tree.map(lambda x: x.size == 0, params)
+    found = curvax.value_grad_and_hessian_diag(objective, params, method, key=0, where=where)
+    assert float(found.value) == 5.0
+    assert all(x.shape == (0, 3) for x in jax.tree.leaves((found.diag, found.standard_error)))
+
+
 @pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32])
 def test_parameters_that_are_not_real_are_named(dtype):
     params = {"real": jnp.ones(2), "odd": [jnp.ones(2, dtype)]}

@@ -91,6 +91,11 @@ def test_where_alone_gives_the_other_parameters_the_step_of_lars():
     assert not np.allclose(updates["lora"], by_lars["lora"], rtol=1e-2)
 
 
+def test_what_is_no_transformation_is_refused():
+    with pytest.raises(ValueError, match="call its factory"):
+        with_hessian_diag(optax.sgd, "basis")
+
+
 def own_squares():
     class Squares:
         """The squared gradient: no curvature at all, but what some take for it."""

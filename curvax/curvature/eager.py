@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
-from curvax.curvature.hessian import scalar_objective, select
+from curvax.curvature.scalar import scalar_objective, select
 from curvax.objective import Objective
 
 #: The programs that are kept, those used last.

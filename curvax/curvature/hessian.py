@@ -4,20 +4,17 @@ Everything rests on `H v = d/dt grad L(w + t v)`, forward over reverse: `jax.jvp
 ways to a diagonal; here is what they share: which leaves are wanted, what is refused, and what comes back.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
-from curvax.curvature.estimate import Estimate, check_real
+from curvax.curvature.estimate import Estimate, at_least_float32, check_real
 from curvax.curvature.methods import as_method, needs_key
+from curvax.curvature.scalar import aux_of, scalar_objective
 from curvax.exact import Explanation, explain_products
 from curvax.keys import Key, check_key
-from curvax.layers import path_name
 from curvax.meshes import on_auto_axes
 from curvax.objective import Objective
 
@@ -161,7 +158,7 @@ def value_grad_and_hessian_diag(
     method = as_method(method, options)
     check_method_key(method, key)
     scalar, chosen = scalar_objective(objective, params, where, has_aux)
-    estimate = on_auto_axes(method.estimate)(scalar, chosen, key)
+    estimate = estimated(method, scalar, chosen, key)
     return estimate._replace(aux=aux_of(objective, params, has_aux))
 
 
@@ -224,61 +221,9 @@ def check_method_key(method: Any, key: Any) -> None:
         raise ValueError(f"method={method!r} draws random numbers; pass key=0 or another seed.")
 
 
-def scalar_objective(objective: Any, params: Any, where: Any, has_aux: bool) -> tuple[Any, Any]:
-    """The objective, without its other output, as a function of the leaves that `where` selects, and those leaves."""
-    params = jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), params)
-    if isinstance(objective, Objective):
-        if has_aux or objective.has_aux:
-            alone = lambda params, data: objective.predict(params, data)[0]
-            return _restrict(dataclasses.replace(objective, predict=alone, has_aux=False), params, where)
-    elif has_aux:
-        return _restrict(lambda params: objective(params)[0], params, where)
-    return _restrict(objective, params, where)
-
-
-def aux_of(objective: Any, params: Any, has_aux: bool) -> Any:
-    """The other output of an objective; under `jit` the forward pass that finds it is shared."""
-    if isinstance(objective, Objective):
-        return objective.predict(params, objective.data)[1] if has_aux or objective.has_aux else None
-    return objective(params)[1] if has_aux else None
-
-
-def select(params: Any, where: Any) -> Any:
-    """The leaves that `where` selects (see `hessian_diag`), with `optax.MaskedNode()` in place of the others."""
-    # `optax.tree.map_params` asks with a placeholder for the parameters, which has no leaves.
-    if where is None or not jax.tree.leaves(params):
-        return params
-    mask = where(params) if callable(where) else where
-    try:
-        mask = jax.tree.broadcast(mask, params)
-    except ValueError as error:
-        raise ValueError(
-            "where does not fit the parameters; pass a tree of booleans with their structure, or a prefix of it. "
-            + str(error)
-        ) from error
-    for path, use in jax.tree_util.tree_leaves_with_path(mask):
-        if not isinstance(use, bool | np.bool_):
-            raise ValueError(f"where has {use!r} at '{path_name(path)}'; pass True or False.")
-    return jax.tree.map(lambda use, x: x if use else optax.MaskedNode(), mask, params)
-
-
-def _restrict(objective, params, where):
-    if where is None:
-        return objective, params
-    chosen = select(params, where)
-
-    def is_hole(x):
-        return isinstance(x, optax.MaskedNode)
-
-    def merge(chosen):
-        return jax.tree.map(lambda x, whole: whole if is_hole(x) else x, chosen, params, is_leaf=is_hole)
-
-    if not isinstance(objective, Objective):
-        return lambda chosen: objective(merge(chosen)), chosen
-    penalty = objective.penalty
-    restricted = dataclasses.replace(
-        objective,
-        predict=lambda chosen, data: objective.predict(merge(chosen), data),
-        penalty=None if penalty is None else lambda chosen: penalty(merge(chosen)),
-    )
-    return restricted, chosen
+def estimated(method: Any, objective: Any, params: Any, key: jax.Array | None) -> Estimate:
+    """`method.estimate`, on any mesh, and where nothing is wanted."""
+    if any(jnp.size(x) for x in jax.tree.leaves(params)):
+        return on_auto_axes(method.estimate)(objective, params, key)
+    diag = jax.tree.map(lambda x: jnp.zeros_like(at_least_float32(x)), params)
+    return Estimate(*jax.value_and_grad(objective)(params), diag, diag)

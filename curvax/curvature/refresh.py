@@ -14,12 +14,12 @@ import optax
 from curvax.checks import check_number
 from curvax.curvature.eager import once
 from curvax.curvature.estimate import diag_dtype
-from curvax.curvature.hessian import check_method_key, scalar_objective, select
+from curvax.curvature.hessian import check_method_key, estimated
 from curvax.curvature.line_search import bound, tolerant
 from curvax.curvature.methods import Auto, as_method
+from curvax.curvature.scalar import scalar_objective, select
 from curvax.keys import Key, as_key
 from curvax.layers import path_name
-from curvax.meshes import on_auto_axes
 from curvax.varying import varying_over
 
 AxisNames = str | tuple[str, ...] | None
@@ -129,6 +129,8 @@ def with_hessian_diag(
     check_number("decay", decay, "[0, 1)")
     every = every if isinstance(every, jax.core.Tracer) else int(every)
     # `MultiSteps.gradient_transformation()` drops the extra arguments; the `update` of both is that of one object.
+    if not hasattr(inner, "update"):
+        raise ValueError(f"inner={inner!r} is no optax transformation; call its factory, as in optax.sgd(0.1).")
     owner = getattr(inner.update, "__self__", None)
     multi_steps = isinstance(owner, optax.MultiSteps)
     inner = owner if multi_steps else optax.with_extra_args_support(inner)
@@ -146,7 +148,7 @@ def with_hessian_diag(
             key = None if key is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         objective, chosen = scalar_objective(objective, params, where, has_aux)
         taken = method.choose(objective, chosen) if isinstance(method, Auto) else method
-        diag = on_auto_axes(taken.estimate)(objective, chosen, key).diag
+        diag = estimated(taken, objective, chosen, key).diag
         diag = diag if axis_name is None else jax.lax.pmean(diag, axis_name)
         return diag, jnp.int32(METHODS.index(getattr(taken, "name", "other")))
 

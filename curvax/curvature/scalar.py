@@ -1,0 +1,120 @@
+"""What a method is handed: a scalar function of the leaves whose curvature is wanted."""
+
+import dataclasses
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from curvax.layers import path_name
+from curvax.objective import Objective
+
+
+def scalar_objective(objective: Any, params: Any, where: Any, has_aux: bool) -> tuple[Any, Any]:
+    """The objective, without its other output, as a function of the leaves that `where` selects, and those leaves.
+
+    Raises:
+      ValueError: if `where` does not fit the parameters, or the data are no arrays; from the function that comes back,
+        if its value is no scalar.
+    """
+    params = jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), params)
+    if not isinstance(objective, Objective):
+        return _restrict(_scalar(objective, "the objective", has_aux), params, where)
+    _check_data(objective.data)
+    if has_aux or objective.has_aux:
+        objective = _without_aux(objective)
+    if objective.penalty is not None:
+        objective = dataclasses.replace(objective, penalty=_scalar(objective.penalty, "penalty", False))
+    return _restrict(objective, params, where)
+
+
+def aux_of(objective: Any, params: Any, has_aux: bool) -> Any:
+    """The other output of an objective; under `jit` the forward pass that finds it is shared."""
+    if isinstance(objective, Objective):
+        return objective.predict(params, objective.data)[1] if has_aux or objective.has_aux else None
+    return objective(params)[1] if has_aux else None
+
+
+def select(params: Any, where: Any) -> Any:
+    """The leaves that `where` selects (see `hessian_diag`), with `optax.MaskedNode()` in place of the others."""
+    # `optax.tree.map_params` asks with a placeholder for the parameters, which has no leaves.
+    if where is None or not jax.tree.leaves(params):
+        return params
+    mask = where(params) if callable(where) else where
+    try:
+        mask = jax.tree.broadcast(mask, params)
+    except ValueError as error:
+        raise ValueError(
+            "where does not fit the parameters; pass a tree of booleans with their structure, or a prefix of it. "
+            + str(error)
+        ) from error
+    for path, use in jax.tree_util.tree_leaves_with_path(mask):
+        if not isinstance(use, bool | np.bool_):
+            raise ValueError(f"where has {use!r} at '{path_name(path)}'; pass True or False.")
+    return jax.tree.map(lambda use, x: x if use else optax.MaskedNode(), mask, params)
+
+
+def _restrict(objective, params, where):
+    if where is None:
+        return objective, params
+    chosen = select(params, where)
+
+    def is_hole(x):
+        return isinstance(x, optax.MaskedNode)
+
+    def merge(chosen):
+        return jax.tree.map(lambda x, whole: whole if is_hole(x) else x, chosen, params, is_leaf=is_hole)
+
+    if not isinstance(objective, Objective):
+        return lambda chosen: objective(merge(chosen)), chosen
+    penalty = objective.penalty
+    restricted = dataclasses.replace(
+        objective,
+        predict=lambda chosen, data: objective.predict(merge(chosen), data),
+        penalty=None if penalty is None else lambda chosen: penalty(merge(chosen)),
+    )
+    return restricted, chosen
+
+
+def _without_aux(objective: Objective) -> Objective:
+    predict = lambda params, data: _pair("predict", objective.predict(params, data))[0]
+    return dataclasses.replace(objective, predict=predict, has_aux=False)
+
+
+def _scalar(function: Callable[[Any], Any], name: str, has_aux: bool) -> Callable[[Any], jax.Array]:
+    """The function, which refuses to return anything but a real scalar."""
+
+    def scalar(params):
+        value = function(params)
+        value = _pair(name, value)[0] if has_aux else value
+        if isinstance(value, tuple):
+            raise ValueError(
+                f"{name} returned a tuple of {len(value)}; if it is (loss, other output), pass has_aux=True."
+            )
+        if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            raise ValueError(
+                f"{name} returned {jnp.result_type(value)} of shape {jnp.shape(value)}, in place of a real scalar; take"
+                " its mean. The losses of single examples are for curvax.Objective."
+            )
+        return value
+
+    return scalar
+
+
+def _pair(name: str, value: Any) -> tuple[Any, Any]:
+    if isinstance(value, tuple) and len(value) == 2:
+        return value
+    raise ValueError(f"has_aux=True, and {name} returned no pair; return (outputs, other output), or leave it out.")
+
+
+def _check_data(data: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(data):
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)):
+            raise ValueError(
+                f"the data of the Objective have {leaf!r} at '{path_name(path)}', which is no array; close over it in"
+                " predict or loss, or leave it out."
+            )
