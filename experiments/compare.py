@@ -1,12 +1,13 @@
-"""Runs of several methods on one problem, and what is read off them: shared by `race` and `tune`."""
+"""What is read off the runs of several methods on one problem: shared by `race` and `tune`."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
+from experiments.config import TrainConfig
 from experiments.problems import Problem
-from experiments.step import Stepper
+from experiments.records import Record
 from experiments.timing import compile_seconds, step_seconds
-from experiments.train import Diverged, Record, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,37 +37,24 @@ class Outcome:
     compile_seconds: float
 
 
-def run(stepper: Stepper, rate: float, seed: int, target: float, see: Callable[[Record], None]) -> Outcome:
-    """Trains once, showing every record to `see`; a run that diverges is an outcome too."""
-    records, diverged = [], False
-    try:
-        for record in train(stepper, seed, rate):
-            see(record)
-            records.append(record)
-    except Diverged:
-        diverged = True
-    return summarise(records, stepper.config.optimizer, rate, seed, target, diverged)
-
-
-def summarise(records: Sequence[Record], method, learning_rate, seed, target, diverged: bool) -> Outcome:
-    """Reads an outcome off the records of a run."""
+def outcome(config: TrainConfig, records: Sequence[Record], target: float) -> Outcome:
+    """Reads an outcome off the records of a run; one that diverged does not end with an epoch."""
     steps = [record for record in records if record["kind"] == "step"]
     epochs = [record for record in records if record["kind"] == "epoch"]
     reached = (record["step"] for record in epochs if record["test_accuracy"] >= target)
-    seconds = [record["seconds"] for record in steps]
-    if diverged:
+    if records[-1]["kind"] != "epoch":
         epochs.append({"loss": float("inf"), "test_loss": float("inf"), "test_accuracy": 0.0})
     return Outcome(
-        method,
-        learning_rate,
-        seed,
+        config.optimizer,
+        config.learning_rate,
+        config.seed,
         *(epochs[-1][name] for name in ("loss", "test_loss", "test_accuracy")),
         steps_to_target=next(reached, None),
-        step_seconds=step_seconds(seconds),
-        compile_seconds=compile_seconds(seconds),
+        step_seconds=step_seconds(steps),
+        compile_seconds=compile_seconds(steps),
     )
 
 
-def configs(problem: Problem, methods: Sequence[str], **changes) -> dict:
-    """The configuration of each method on a problem."""
-    return {name: dataclasses.replace(problem.config, optimizer=name, **changes) for name in methods}
+def change(problem: Problem, **changes: Any) -> Problem:
+    """A problem with other fields in its configuration."""
+    return dataclasses.replace(problem, config=dataclasses.replace(problem.config, **changes))

@@ -8,137 +8,234 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from curvax.schedules import BatchSchedule, Phase
-from experiments.methods import CURVED, METHODS
+from experiments.errors import UsageError
+from experiments.options import flag, group
 
+if TYPE_CHECKING:
+    from curvax.schedules import BatchSchedule
+
+METHODS = ("sgd", "lars", "mclr", "percent_delta", "cblr", "lamb")
+# Those that want the curvature of the loss.
+CURVED = frozenset({"cblr"})
 # How and where a run is carried out: to change this changes its results by rounding at most.
 CONDUCT = frozenset(
     ("data_dir", "devices", "parallel", "coordinator", "num_processes", "process_id", "checkpoint_seconds", "out")
 )
+# More of these are a slip of the finger, and lists of them would fill the memory.
+MOST_EPOCHS, MOST_DEVICES, MOST_PIXELS = 100_000, 512, 4096
+DATASET = re.compile(r"[A-Za-z0-9_]+(/[A-Za-z0-9_.-]*[A-Za-z0-9_-])?(:\d+\.\d+\.\d+)?")
+
+images, network = group("images"), group("network")
+method, plan = group("method"), group("batches and learning rate")
+special, where = group("what is left out, what is recorded"), group("devices, processes and folders")
+
+
+class PhaseText(NamedTuple):
+    """EPOCHS:BATCH:RATE, read."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Train one network on one data set with one optimizer."""
+    """Train one network on one data set with one optimizer. The same command goes on where it was stopped."""
 
-    dataset: str = "digits"
-    """digits (scikit-learn's, no download), generated (random patterns, no download), or any image classification
-    data set of TensorFlow Datasets, such as cifar10, cifar100, mnist or svhn_cropped."""
-    data_dir: Path | None = None
-    """Folder in which TFDS keeps, or has prepared, its data sets; else TFDS_DATA_DIR, or ~/tensorflow_datasets."""
-    image_size: int = 32
-    """Side in pixels to which every image is resized."""
-    augment: bool = True
-    """Pad by 4 pixels, crop at random, flip left to right at random; digits are never flipped."""
-    holdout: float = 0.0
-    """Fraction of the training images to test on, in place of the test images: what `tune` judges by."""
-    train_images: int | None = None
-    """Train on this many of the training images, the first ones; on all if not given."""
-    test_images: int | None = None
-    """Test on this many of the test images, the first ones; on all if not given."""
+    dataset: str = images(
+        "digits",
+        "digits (scikit-learn's, no download), generated (random patterns, no download), or any image classification"
+        " data set of TensorFlow Datasets, such as cifar10, cifar100, mnist or svhn_cropped.",
+    )
+    data_dir: Path | None = images(
+        None,
+        "Folder where TFDS keeps, or has prepared, its data sets; else TFDS_DATA_DIR, or ~/tensorflow_datasets.",
+    )
+    image_size: int = images(32, "Side in pixels to which every image is resized.")
+    augment: bool = images(
+        True, "Pad by 4 pixels, crop at random, flip left to right at random; digits are never flipped."
+    )
+    holdout: float = images(
+        0.0, "Fraction of the training images to test on, in place of the test images: what `tune` judges by."
+    )
+    train_images: int | None = images(None, "Train on this many of the training images, the first ones; else on all.")
+    test_images: int | None = images(None, "Test on this many of the test images, the first ones; else on all.")
 
-    model: Literal["alexnet", "resnet18"] = "alexnet"
-    """The network."""
-    width: float = 1.0
-    """Fraction of the published number of channels (and, in AlexNet, of features in the fully connected layers)."""
-    hidden: int | None = None
-    """AlexNet: features of the two fully connected layers; 4096 times the width if not given."""
-    dropout: float = 0.5
-    """AlexNet: share of the features dropped before each of the two fully connected layers. ResNet18 has none."""
-    init: Literal["he", "pytorch"] = "he"
-    """he: kernels from N(0, 2 / fan in), biases 0. pytorch: both uniform within 1 / sqrt(fan in), as torch.nn does."""
-    sharpness: float = 1.0
-    """Trains on the cross-entropy of this number times the logits. Above 1 the loss is sharper: near the start its
-    gradient grows with it, its curvature with its square. The reported test loss is the plain cross-entropy."""
+    model: Literal["alexnet", "resnet18"] = network("alexnet", "The network.")
+    width: float = network(
+        1.0, "Fraction of the published channels (and, in AlexNet, of the features in the fully connected layers)."
+    )
+    hidden: int | None = network(None, "AlexNet: features of the fully connected layers; else 4096 times the width.")
+    dropout: float | None = network(
+        None, "AlexNet: share of the features dropped before each of the two fully connected layers.", usual=0.5
+    )
+    init: Literal["he", "pytorch"] = network(
+        "he",
+        "he: kernels from N(0, 2 / fan in), biases 0. pytorch: both uniform within 1 / sqrt(fan in), as torch.nn does.",
+    )
+    sharpness: float = network(
+        1.0,
+        "Trains on the cross-entropy of this number times the logits. Above 1 the loss is sharper: near the start its"
+        " gradient grows with it, its curvature with its square. The reported test loss is the plain cross-entropy.",
+    )
 
-    optimizer: Literal[tuple(METHODS)] = "mclr"
-    """The method."""
-    learning_rate: float | None = None
-    """Peak learning rate; the one `tune` found (experiments/tuned.json) if not given."""
-    momentum: float = 0.9
-    """Decay of the heavy-ball momentum (of Adam's first moment, for lamb)."""
-    weight_decay: float = 0.0005
-    """Multiple of the parameters added to their update."""
-    damping: float = 0.1
-    """cblr: added to the curvature, in multiples of its mean over each layer."""
-    curvature_every: int = 10
-    """cblr: steps from one curvature estimate to the next."""
-    curvature_batch_size: int | None = None
-    """cblr: images, the first of each batch, from which the curvature is estimated; a micro-batch if not given."""
+    optimizer: Literal[METHODS] = method("mclr", "The method.")
+    momentum: float = method(0.9, "Decay of the heavy-ball momentum (of Adam's first moment, for lamb).")
+    weight_decay: float = method(0.0005, "Multiple of the parameters added to their update.")
+    damping: float | None = method(
+        None, "cblr: added to the curvature, in multiples of its mean over each layer.", usual=0.1
+    )
+    curvature_every: int | None = method(None, "cblr: steps from one curvature estimate to the next.", usual=10)
+    curvature_batch_size: int | None = method(
+        None, "cblr: images, the first of each batch, from which the curvature is estimated; else a micro-batch."
+    )
 
-    batch_size: int = 1024
-    """Images per optimizer step. The incomplete last batch of an epoch is dropped."""
-    micro_batch_size: int | None = None
-    """Images whose gradient is computed at once, for batches beyond memory. The step is that of the whole batch, but
-    for dropout, which draws anew, and batch norm, which normalises over each micro-batch."""
-    epochs: int = 10
-    """Passes over the training images."""
-    phases: tuple[str, ...] = ()
-    """EPOCHS:BATCH:RATE ..., such as 1:512:0.005 79:8192:0.05, in place of the epochs, batch size and learning rate."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """How the learning rate goes on after the warm-up."""
-    warmup_epochs: float = 1.0
-    """Epochs in which the learning rate rises from 0."""
+    learning_rate: float | None = plan(
+        None, "Peak learning rate; else the one that `tune` found (experiments/tuned.json)."
+    )
+    batch_size: int | None = plan(
+        None, "Images per optimizer step. The incomplete last batch of an epoch is dropped.", usual=1024
+    )
+    epochs: int | None = plan(None, "Passes over the training images.", usual=10)
+    phases: tuple[str, ...] = plan(
+        (),
+        "EPOCHS:BATCH:RATE ..., such as 1:512:0.005 79:8192:0.05, in place of --epochs, --batch-size and"
+        " --learning-rate.",
+        metavar="EPOCHS:BATCH:RATE",
+    )
+    schedule: Literal["cosine", "constant"] = plan("cosine", "How the learning rate goes on after the warm-up.")
+    warmup_epochs: float = plan(1.0, "Epochs in which the learning rate rises from 0.")
+    micro_batch_size: int | None = plan(
+        None,
+        "Images whose gradient is computed at once, for batches beyond memory. The step is that of the whole batch, but"
+        " for dropout, which draws anew, and batch norm, which normalises over each micro-batch.",
+    )
 
-    discard: float = 0.0
-    """Fraction of each batch that is left out of its gradient; at a size of 0.3 the mean is over the other 70 %."""
-    discard_by: Literal["loss", "chance"] = "loss"
-    """Which images to leave out: those with the smallest loss, or any."""
-    discard_epochs: int | None = None
-    """Leave images out in the first so many epochs; in all if not given."""
-    probes: bool = False
-    """Also record the mean absolute gradient, parameter stride and loss stride of every array in every step."""
+    discard: float = special(
+        0.0,
+        "Fraction of each batch that is left out of its gradient; at a size of 0.3 the mean is over the other 70 %.",
+    )
+    discard_by: Literal["loss", "chance"] | None = special(
+        None, "--discard: which images to leave out, those with the smallest loss, or any.", usual="loss"
+    )
+    discard_epochs: int | None = special(None, "--discard: in the first so many epochs only; else in all.")
+    probes: bool = special(
+        False, "Also record the mean absolute gradient, parameter stride and loss stride of every array in every step."
+    )
 
-    devices: int = 1
-    """Devices of each process over which each batch is split; on a CPU they are simulated."""
-    parallel: Literal["jit", "pmap"] = "jit"
-    """jit on a mesh, or pmap: the same step, with the same results but for rounding and for the curvature of cblr,
-    which pmap estimates from other random numbers."""
-    coordinator: str | None = None
-    """HOST:PORT of the first of several processes, for all of them; or auto, if they are to find each other as
-    jax.distributed does. Under SLURM, Open MPI and on TPU pods they do so without being told."""
-    num_processes: int | None = None
-    """Number of processes, with --coordinator HOST:PORT."""
-    process_id: int | None = None
-    """Which of them this is, counted from 0, with --coordinator HOST:PORT."""
-    seed: int = 0
-    """Determines the initial parameters, the order of the images, augmentation, dropout and probes."""
-    checkpoint_seconds: float | None = 60.0
-    """Seconds from one checkpoint to the next; there is one at the end, too. The same command goes on from the last.
-    With 0 every step has one, with None there is none at all."""
-    out: Path = Path("runs")
-    """Folder for the run's own, which is named after what determines its results."""
+    devices: int = where(1, "Devices of each process over which each batch is split; on a CPU they are simulated.")
+    parallel: Literal["jit", "pmap"] = where(
+        "jit",
+        "jit on a mesh, or pmap: the same step, with the same results but for rounding and for the curvature of cblr,"
+        " which pmap estimates from other random numbers.",
+    )
+    coordinator: str | None = where(
+        None,
+        "HOST:PORT of the first of several processes, for all of them; or auto, if they are to find each other as"
+        " jax.distributed does. Under SLURM, Open MPI and on TPU pods they do so without being told.",
+    )
+    num_processes: int | None = where(None, "Number of processes, with --coordinator HOST:PORT.")
+    process_id: int | None = where(None, "Which of them this is, counted from 0, with --coordinator HOST:PORT.")
+    seed: int = where(
+        0, "Determines the initial parameters, the order of the images, augmentation, dropout and probes."
+    )
+    checkpoint_seconds: float | None = where(
+        60.0,
+        "Seconds from one checkpoint to the next; there is one at the end, too. With 0 every step has one, with none"
+        " there is none at all.",
+    )
+    out: Path = where(Path("runs"), "Folder for the run's own, which is named after what determines its results.")
 
     def __post_init__(self):
-        for name in ("image_size", "width", "sharpness", "curvature_every", "batch_size", "epochs", "devices"):
-            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
-        for name in (
-            *("hidden", "learning_rate", "curvature_batch_size", "micro_batch_size"),
-            *("train_images", "test_images", "discard_epochs"),
-        ):
-            value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, name, "above 0", value)
-        for name in ("dropout", "momentum", "holdout", "discard"):
-            _require(0 <= getattr(self, name) < 1, name, "at least 0 and below 1", getattr(self, name))
-        for name in ("weight_decay", "damping", "warmup_epochs", "seed", "checkpoint_seconds"):
-            value = getattr(self, name)
-            _require(value is None or value >= 0, name, "at least 0", value)
-        for batch_size in {phase.batch_size for phase in self.plan(1.0).phases}:
-            self._check_batch(batch_size)
+        self._check_numbers()
+        phases = self._phases()
+        self._settle(
+            (self.model == "alexnet", "is for --model alexnet", ("hidden", "dropout")),
+            (
+                *(self.optimizer in CURVED, f"is for --optimizer {', '.join(CURVED)}"),
+                ("damping", "curvature_every", "curvature_batch_size"),
+            ),
+            (self.discard > 0, "is for a --discard above 0", ("discard_by", "discard_epochs")),
+            (not phases, "is said by --phases", ("epochs", "batch_size", "learning_rate")),
+        )
+        if not DATASET.fullmatch(self.dataset):
+            raise UsageError(
+                f"--dataset takes digits, generated, or a name that TFDS lists, such as cifar10, not {self.dataset!r}"
+            )
+        if self.model == "alexnet" and self.image_size < 16:
+            raise UsageError(f"--image-size must be at least 16 for alexnet, not {self.image_size}")
         if self.discard and self.optimizer in CURVED:
-            raise ValueError(f"--discard does not reach the curvature of {self.optimizer}: choose another --optimizer")
+            raise UsageError(f"--discard does not reach the curvature of {self.optimizer}: choose another --optimizer")
+        if sum(phase.epochs for phase in phases) > MOST_EPOCHS:
+            raise UsageError(f"--phases take at most {MOST_EPOCHS} epochs in all")
+        for batch_size in self.batch_sizes:
+            self._check_batch(batch_size)
+        self._check_processes()
+
+    def _check_numbers(self):
+        above, below = (lambda x: 0 < x < math.inf), (lambda x: 0 <= x < math.inf)
+        part = lambda x: 0 <= x < 1
+        for accepted, holds, names in (
+            ("above 0", above, "sharpness learning_rate curvature_every curvature_batch_size micro_batch_size"),
+            ("above 0", above, "batch_size hidden train_images test_images discard_epochs num_processes"),
+            ("above 0 and at most 100", lambda x: 0 < x <= 100, "width"),
+            (f"above 0 and at most {MOST_EPOCHS}", lambda x: 0 < x <= MOST_EPOCHS, "epochs"),
+            (f"above 0 and at most {MOST_DEVICES}", lambda x: 0 < x <= MOST_DEVICES, "devices"),
+            (f"above 0 and at most {MOST_PIXELS}", lambda x: 0 < x <= MOST_PIXELS, "image_size"),
+            ("at least 0 and below 1", part, "dropout momentum holdout discard"),
+            ("at least 0, and a number", below, "weight_decay damping warmup_epochs checkpoint_seconds process_id"),
+            ("at least 0 and below 2^32", lambda x: 0 <= x < 2**32, "seed"),
+        ):
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise UsageError(f"{flag(name)} must be {accepted}, not {value}")
+
+    def _phases(self) -> tuple[PhaseText, ...]:
+        return tuple(map(parse_phase, self.phases))
+
+    def _settle(self, *conditions: tuple[bool, str, tuple[str, ...]]):
+        """Refuses what does not apply, and fills in what is usual where it does."""
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        for applies, words, names in conditions:
+            for name in names:
+                if not applies and getattr(self, name) is not None:
+                    raise UsageError(f"{flag(name)} {words}: leave it out")
+                if applies and getattr(self, name) is None:
+                    object.__setattr__(self, name, fields[name].metadata["usual"])
 
     def _check_batch(self, batch_size: int):
         micro = self.micro_size(batch_size)
         if batch_size % micro:
-            raise ValueError(f"--micro-batch-size must divide the batch size {batch_size}, and {micro} does not")
+            raise UsageError(f"--micro-batch-size must divide the batch size {batch_size}, and {micro} does not")
         for name, size in (("micro-batch-size", micro), ("curvature-batch-size", self.curvature_size(batch_size))):
             if size % self.devices:
-                raise ValueError(f"--devices {self.devices} must divide the --{name}, here {size} images")
+                raise UsageError(f"--devices {self.devices} must divide the --{name}, here {size} images")
+
+    def _check_processes(self):
+        given = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
+        if set(given.values()) == {None}:
+            return
+        if self.coordinator == "auto":
+            if (self.num_processes, self.process_id) != (None, None):
+                raise UsageError("--coordinator auto finds --num-processes and --process-id itself: leave them out")
+            return
+        if None in given.values():
+            raise UsageError(
+                f"{', '.join(map(flag, given))} belong together: give all three, or --coordinator auto under a launcher"
+            )
+        address = re.fullmatch(r"(\[[^]]+\]|[^:\s]+):(\d{1,5})", self.coordinator)
+        if not address or not 0 < int(address[2]) < 2**16:
+            raise UsageError(f"--coordinator takes HOST:PORT, as 127.0.0.1:7000, or auto, not {self.coordinator!r}")
+        if self.process_id >= self.num_processes:
+            raise UsageError(
+                f"--process-id must be below --num-processes {self.num_processes}, and is {self.process_id}"
+            )
 
     def micro_size(self, batch_size: int) -> int:
         """Images whose gradient is computed at once."""
@@ -152,10 +249,22 @@ class TrainConfig:
         """Whether images are left out in an epoch, counted from 0."""
         return self.discard > 0 and (self.discard_epochs is None or epoch < self.discard_epochs)
 
-    def plan(self, learning_rate: float) -> BatchSchedule:
+    @property
+    def batch_sizes(self) -> list[int]:
+        """All that occur, in order of size."""
+        return sorted({phase.batch_size for phase in self._phases()} or {self.batch_size})
+
+    @property
+    def num_epochs(self) -> int:
+        """Passes over the training images."""
+        return sum(phase.epochs for phase in self._phases()) or self.epochs
+
+    def plan(self, learning_rate: float) -> "BatchSchedule":
         """What is trained when; `learning_rate` is the peak where the phases do not say their own."""
-        phases = tuple(map(parse_phase, self.phases)) or (Phase(self.epochs, self.batch_size, learning_rate),)
-        return BatchSchedule(phases, self.warmup_epochs, self.schedule)
+        from curvax.schedules import BatchSchedule, Phase
+
+        phases = self._phases() or ((self.epochs, self.batch_size, learning_rate),)
+        return BatchSchedule(tuple(Phase(*phase) for phase in phases), self.warmup_epochs, self.schedule)
 
     @property
     def name(self) -> str:
@@ -169,7 +278,7 @@ class TrainConfig:
         usual = TrainConfig().as_dict()
         fields = {k: v for k, v in self.as_dict().items() if k not in CONDUCT and v != usual[k]}
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:10]
-        return f"{self.dataset}-{self.model}-{self.optimizer}-{digest}"
+        return f"{re.sub('[/:]', '-', self.dataset)}-{self.model}-{self.optimizer}-{digest}"
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON values, in order."""
@@ -177,19 +286,21 @@ class TrainConfig:
         return {name: as_json.get(type(v), lambda v: v)(v) for name, v in dataclasses.asdict(self).items()}
 
 
-def parse_phase(text: str) -> Phase:
+def parse_phase(text: str) -> PhaseText:
     """A phase from `EPOCHS:BATCH:RATE`.
 
     Example:
         >>> parse_phase("1:512:0.005")
-        Phase(epochs=1, batch_size=512, learning_rate=0.005)
+        PhaseText(epochs=1, batch_size=512, learning_rate=0.005)
     """
     try:
         epochs, batch_size, learning_rate = text.split(":")
-        return Phase(int(epochs), int(batch_size), float(learning_rate))
+        phase = PhaseText(int(epochs), int(batch_size), float(learning_rate))
     except ValueError:
-        message = f"--phases takes EPOCHS:BATCH:RATE, numbers above 0 such as 1:512:0.005, not {text!r}"
-        raise ValueError(message) from None
+        phase = (0,)
+    if not all(0 < number < math.inf for number in phase):
+        raise UsageError(f"--phases takes EPOCHS:BATCH:RATE, numbers above 0 such as 1:512:0.005, not {text!r}")
+    return phase
 
 
 def load_config(fields: Mapping[str, Any]) -> TrainConfig:
@@ -202,8 +313,3 @@ def load_config(fields: Mapping[str, Any]) -> TrainConfig:
     fields = dict(fields, out=Path(fields["out"]), phases=tuple(fields["phases"]))
     fields["data_dir"] = Path(fields["data_dir"]) if fields["data_dir"] else None
     return TrainConfig(**fields)
-
-
-def _require(condition: bool, name: str, accepted: str, value: Any):
-    if not condition:
-        raise ValueError(f"--{name.replace('_', '-')} must be {accepted}, not {value}")

@@ -7,6 +7,7 @@ whatever the micro-batch or the number of devices.
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,20 @@ def load(config) -> Dataset:
     if config.holdout:
         dataset = hold_out(dataset, config.holdout)
     dataset = shorten(dataset, config)
-    for phase in config.plan(1.0).phases:
-        if phase.batch_size > len(dataset.train):
-            raise UsageError(
-                f"--batch-size {phase.batch_size} exceeds the {len(dataset.train)} training images of {config.dataset}"
-            )
+    largest = config.batch_sizes[-1]
+    if largest > len(dataset.train):
+        option = "--phases: batch size" if config.phases else "--batch-size"
+        raise UsageError(f"{option} {largest} exceeds the {len(dataset.train)} training images of {config.dataset}")
     return dataset
+
+
+def check_memory(number: int, size: int):
+    """Raises a UsageError if so many images of this side would not fit into the memory of this machine, with copies."""
+    needed, there = 4 * 3 * number * size**2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UsageError(
+            f"--image-size {size}: {number} images need {needed / 1e9:,.0f} GB, and this machine has {there / 1e9:,.0f}"
+        )
 
 
 def digits(size: int) -> Dataset:
@@ -80,6 +89,7 @@ def digits(size: int) -> Dataset:
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
+    check_memory(len(labels), size)
     images = jnp.asarray(images, jnp.float32).reshape(-1, 8, 8, 1) * (255 / 16)
     images = jax.image.resize(images, (len(labels), size, size, 1), "bilinear")
     images = np.asarray(jnp.broadcast_to(jnp.round(images), (len(labels), size, size, 3)), np.uint8)
@@ -90,6 +100,7 @@ def digits(size: int) -> Dataset:
 
 def generated(size: int, num_train: int = 512, num_test: int = 128) -> Dataset:
     """Ten blurred random patterns, each seen through noise: a data set for checks that should take seconds."""
+    check_memory(num_train + num_test, size)
     rng = np.random.default_rng(0)
     labels = np.arange(num_train + num_test, dtype=np.int32) % 10
     patterns = jax.image.resize(rng.normal(size=(10, 4, 4, 3)), (10, size, size, 3), "bilinear")
@@ -103,6 +114,7 @@ def tfds(name: str, data_dir: Path | None, size: int) -> Dataset:
     """An image classification data set of TensorFlow Datasets, resized to the network's input."""
     source = images_tfds.open_source(name, data_dir)
     sizes = {split: len(source.splits[split]) for split in source.names}
+    check_memory(sum(sizes.values()), size)
     with progress_bar() as bar:
         task = bar.add_task(f"decoding {name}", total=sum(sizes.values()))
         splits = [source.decode(split, size, lambda n: bar.advance(task, n)) for split in source.names]
@@ -112,7 +124,10 @@ def tfds(name: str, data_dir: Path | None, size: int) -> Dataset:
 
 def hold_out(dataset: Dataset, fraction: float) -> Dataset:
     """Puts the last images of the training split in place of the test split."""
-    return cut(dataset.train, round(fraction * len(dataset.train)), dataset.num_classes, dataset.flips)
+    number = round(fraction * len(dataset.train))
+    if not 0 < number < len(dataset.train):
+        raise UsageError(f"--holdout {fraction} of {len(dataset.train)} images leaves none to test or to train on")
+    return cut(dataset.train, number, dataset.num_classes, dataset.flips)
 
 
 def shorten(dataset: Dataset, config) -> Dataset:

@@ -7,26 +7,29 @@ Decoded images are NumPy arrays of any size, which Pillow brings to the network'
 
 import contextlib
 import dataclasses
+import io
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from experiments.console import console
+from experiments.console import say
 from experiments.errors import RunError, UsageError
 
 CHUNK = 1000
+CURE = "prepare it again with `tfds build NAME --file_format=array_record`, or give another --data-dir"
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A prepared data set: its two splits by name, the training split first, and its number of classes."""
+    """A prepared data set: its two splits by name, the training split first, its number of classes, and where it is."""
 
     splits: Mapping[str, Any]
     num_classes: int
+    folder: Any
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -39,9 +42,10 @@ class Source:
         images = np.empty((len(source), size, size, 3), np.uint8)
         labels = np.empty(len(source), np.int32)
         for start in range(0, len(source), CHUNK):
-            records = source.__getitems__(list(range(start, min(start + CHUNK, len(source)))))
-            for i, record in enumerate(records, start):
-                images[i], labels[i] = resize(record["image"], size), record["label"]
+            with reading(self.folder):
+                records = source.__getitems__(list(range(start, min(start + CHUNK, len(source)))))
+                for i, record in enumerate(records, start):
+                    images[i], labels[i] = resize(record["image"], size), record["label"]
             advance(len(records))
         return images, labels
 
@@ -55,25 +59,20 @@ def open_source(name: str, data_dir: Path | None) -> Source:
 
     Raises:
         UsageError: if TFDS has no such data set, or it is not one of labelled images.
-        RunError: if it is not prepared and cannot be downloaded.
+        RunError: if it cannot be read, or is not prepared and cannot be downloaded.
     """
     builder = find_builder(name, data_dir)
     features = builder.info.features
-    if not {"image", "label"} <= set(features) or not hasattr(features["label"], "num_classes"):
+    if not {"image", "label"} <= set(features or ()) or not hasattr(features["label"], "num_classes"):
         raise UsageError(f"--dataset {name} is not image classification: it needs the features image and label")
     if not builder.is_prepared():
         prepare(builder)
-    try:
+    with reading(builder.data_dir):
         source = builder.as_data_source()
-    except NotImplementedError as error:
-        raise RunError(
-            f"{builder.data_dir} was not prepared as array_record; prepare it again with"
-            f" `tfds build {name} --file_format=array_record`, or give another --data-dir"
-        ) from error
     test = next((split for split in ("test", "validation") if split in source), None)
     if "train" not in source or test is None:
         raise UsageError(f"--dataset {name} needs a split train and a split test or validation; it has {list(source)}")
-    return Source({"train": source["train"], test: source[test]}, features["label"].num_classes)
+    return Source({"train": source["train"], test: source[test]}, features["label"].num_classes, builder.data_dir)
 
 
 def find_builder(name: str, data_dir: Path | None):
@@ -83,12 +82,37 @@ def find_builder(name: str, data_dir: Path | None):
     logging.getLogger("absl").setLevel(logging.ERROR)
     if data_dir is not None and not data_dir.is_dir():
         raise UsageError(f"--data-dir {data_dir} is not a folder")
+    # Of a package that it misses it speaks in a banner, before it raises.
+    quiet = io.StringIO()
     try:
-        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.registered.DatasetNotFoundError as error:
         raise UsageError(
             f"--dataset {name} is not known: digits, generated, or a name that TFDS lists, such as cifar10"
         ) from error
+    except (ValueError, AssertionError, ImportError) as error:
+        raise UsageError(f"--dataset {name} cannot be used ({reason(error.__cause__ or error)})") from error
+    # Whatever the files that describe a prepared data set may hold.
+    except Exception as error:
+        raise RunError(f"--dataset {name} cannot be read ({reason(error.__cause__ or error)}): {CURE}") from error
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def reading(folder: object) -> Iterator[None]:
+    """Says which folder cannot be read, and what to do, whatever goes wrong."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise RunError(f"{folder} was not prepared as array_record: {CURE}") from error
+    # ArrayRecord, Pillow, protocol buffers and the file system raise what they like.
+    except Exception as error:
+        raise RunError(f"{folder} cannot be read ({reason(error)}): {CURE}") from error
 
 
 def prepare(builder):
@@ -97,14 +121,13 @@ def prepare(builder):
     where = f"{builder.name} is not prepared in {builder.data_dir}"
     if not reachable(builder):
         raise RunError(f"{where} and its download cannot be reached: {cure}; --dataset digits needs none")
-    console.print(f"{where}: downloading")
+    say(f"{where}: downloading")
     encode_with_pillow(builder.info.features["image"])
     try:
         builder.download_and_prepare()
     # What a download can raise is open-ended: sockets, HTTP, checksums, archives, a full disk.
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise RunError(f"{where} and could not be prepared ({reason}): {cure}") from error
+        raise RunError(f"{where} and could not be prepared ({reason(error)}): {cure}") from error
 
 
 def encode_with_pillow(feature):

@@ -4,16 +4,12 @@ All share their order, decay then radius then learning rate then momentum, and s
 the gamma of eq. 10 and 21. Its size does not carry over from one radius to another: each method has its own.
 """
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import optax
 
 import curvax
-
-TUNED_FILE = Path(__file__).with_name("tuned.json")
 
 
 def sgd(config, learning_rate, key, axis_name):
@@ -65,15 +61,7 @@ def lamb(config, learning_rate, key, axis_name):
     return curvax.lamb(learning_rate, b1=config.momentum, weight_decay=config.weight_decay)
 
 
-METHODS: dict[str, Callable] = {
-    "sgd": sgd,
-    "lars": lars,
-    "mclr": mclr,
-    "percent_delta": percent_delta,
-    "cblr": cblr,
-    "lamb": lamb,
-}
-CURVED = frozenset({"cblr"})
+METHODS: dict[str, Callable] = {make.__name__: make for make in (sgd, lars, mclr, percent_delta, cblr, lamb)}
 
 
 def make(
@@ -93,16 +81,3 @@ def make(
     tx = METHODS[config.optimizer](config, learning_rate, key, axis_name)
     # Quantiles of radii in every step would take longer than a small step itself.
     return curvax.with_probes(tx, quantiles=()) if config.probes else optax.with_extra_args_support(tx)
-
-
-def tuned_learning_rate(problem: str, optimizer: str) -> float | None:
-    """The best learning rate of a method on a problem's committed grid, or None if it was not tuned there."""
-    try:
-        return load_tuned()[problem]["methods"][optimizer]["best"]
-    except KeyError:
-        return None
-
-
-def load_tuned() -> dict:
-    """The committed results of `tune`, by problem."""
-    return json.loads(TUNED_FILE.read_text()) if TUNED_FILE.exists() else {}

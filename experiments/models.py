@@ -6,12 +6,22 @@ state are plain nested dicts of arrays.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+# Of a layer's number and its input.
+Drop = Callable[[int, jax.Array], jax.Array]
+
+
+def keep(layer: int, x: jax.Array) -> jax.Array:
+    """A `Drop` of nothing."""
+    del layer
+    return x
 
 
 class AlexNet(nnx.Module):
@@ -24,15 +34,11 @@ class AlexNet(nnx.Module):
         width: fraction of 64-192-384-256-256 channels and of 4096 features.
         image_size: side of the images in pixels, at least 16.
         hidden: features of the fully connected layers, if not 4096 times the width.
-        dropout: share of the features dropped before each of the first two fully connected layers.
         init: `"he"` or `"pytorch"`.
-        axis_name: of `pmap`, if that splits the batch.
         rngs: source of the initial parameters.
     """
 
-    def __init__(
-        self, num_classes, *, width=1.0, image_size=32, hidden=None, dropout=0.5, init="he", axis_name=None, rngs
-    ):
+    def __init__(self, num_classes, *, width=1.0, image_size=32, hidden=None, init="he", rngs):
         channels = [scaled(c, width) for c in (64, 192, 384, 256, 256)]
         hidden = hidden or scaled(4096, width)
         # The stride and the three poolings leave a sixteenth of the side: 2 x 2 positions of a 32 x 32 image.
@@ -41,18 +47,16 @@ class AlexNet(nnx.Module):
         self.convs = nnx.List([conv(i, o, 3, stride, True, init, rngs) for i, o, stride in shapes])
         sizes = [(flat, hidden), (hidden, hidden), (hidden, num_classes)]
         self.linears = nnx.List([linear(i, o, init, rngs) for i, o in sizes])
-        self.dropout, self.axis_name = nnx.Dropout(dropout), axis_name
 
-    def __call__(self, x: jax.Array, *, train: bool, key: jax.Array) -> jax.Array:
-        """Images `(B, size, size, 3)` to logits `(B, num_classes)`."""
+    def __call__(self, x: jax.Array, *, train: bool, drop: Drop) -> jax.Array:
+        """Images `(B, size, size, 3)` to logits `(B, num_classes)`; in training, `drop` before the first two layers."""
         for i, layer in enumerate(self.convs):
             x = nnx.relu(layer(x))
             if i in (0, 1, 4):
                 x = nnx.max_pool(x, (2, 2), strides=(2, 2))
         x = x.reshape(x.shape[0], -1)
         for i, layer in enumerate(self.linears):
-            if i < 2 and train:
-                x = drop(self.dropout, x, jax.random.fold_in(key, i), self.axis_name)
+            x = drop(i, x) if i < 2 and train else x
             x = layer(x) if i == 2 else nnx.relu(layer(x))
         return x
 
@@ -60,13 +64,13 @@ class AlexNet(nnx.Module):
 class BasicBlock(nnx.Module):
     """Two 3 x 3 convolutions with batch norm, added to their input, which is projected where the shape changes."""
 
-    def __init__(self, inputs, outputs, stride, init, axis_name, rngs):
-        self.conv1, self.norm1 = conv(inputs, outputs, 3, stride, False, init, rngs), norm(outputs, axis_name, rngs)
-        self.conv2, self.norm2 = conv(outputs, outputs, 3, 1, False, init, rngs), norm(outputs, axis_name, rngs)
+    def __init__(self, inputs, outputs, stride, init, rngs):
+        self.conv1, self.norm1 = conv(inputs, outputs, 3, stride, False, init, rngs), norm(outputs, rngs)
+        self.conv2, self.norm2 = conv(outputs, outputs, 3, 1, False, init, rngs), norm(outputs, rngs)
         self.projects = stride != 1 or inputs != outputs
         if self.projects:
             self.conv3 = conv(inputs, outputs, 1, stride, False, init, rngs)
-            self.norm3 = norm(outputs, axis_name, rngs)
+            self.norm3 = norm(outputs, rngs)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Images `(B, h, w, inputs)` to `(B, h / stride, w / stride, outputs)`."""
@@ -85,56 +89,65 @@ class ResNet18(nnx.Module):
         num_classes: features of the last layer.
         width: fraction of 64-128-256-512 channels.
         init: `"he"` or `"pytorch"`.
-        axis_name: of `pmap`, if that splits the batch.
         rngs: source of the initial parameters.
     """
 
-    def __init__(self, num_classes, *, width=1.0, init="he", axis_name=None, rngs):
+    def __init__(self, num_classes, *, width=1.0, init="he", rngs):
         channels = [scaled(c, width) for c in (64, 128, 256, 512)]
-        self.stem, self.norm = conv(3, channels[0], 3, 1, False, init, rngs), norm(channels[0], axis_name, rngs)
+        self.stem, self.norm = conv(3, channels[0], 3, 1, False, init, rngs), norm(channels[0], rngs)
         blocks, inputs = [], channels[0]
         for stage, outputs in enumerate(channels):
             for stride in (2 if stage else 1, 1):
-                blocks.append(BasicBlock(inputs, outputs, stride, init, axis_name, rngs))
+                blocks.append(BasicBlock(inputs, outputs, stride, init, rngs))
                 inputs = outputs
         self.blocks = nnx.List(blocks)
         self.linear = linear(channels[-1], num_classes, init, rngs)
 
-    def __call__(self, x: jax.Array, *, train: bool, key: jax.Array) -> jax.Array:
-        """Images `(B, size, size, 3)` to logits `(B, num_classes)`; the key is not used."""
+    def __call__(self, x: jax.Array, *, train: bool, drop: Drop) -> jax.Array:
+        """Images `(B, size, size, 3)` to logits `(B, num_classes)`; nothing is dropped."""
         x = nnx.relu(self.norm(self.stem(x), use_running_average=not train))
         for block in self.blocks:
             x = block(x, train=train)
         return self.linear(jnp.mean(x, axis=(1, 2)))
 
 
-def build(config, num_classes: int, key: jax.Array, axis_name: str | None = None) -> tuple[Any, Any, Any]:
+def build(config, num_classes: int, key: jax.Array) -> tuple[Any, Any, Any]:
     """Makes the network of a configuration.
 
     Args:
         config: an `experiments.config.TrainConfig`.
         num_classes: of the data set.
         key: determines the initial parameters.
-        axis_name: of `pmap`, where the network sees one device's share of a batch; batch norm averages over all shares.
 
     Returns:
         Its definition (static), its parameters and its other state (the statistics of batch norm), both pytrees.
     """
-    rngs = nnx.Rngs(key)
+    options = {"width": config.width, "init": config.init, "rngs": nnx.Rngs(key)}
     if config.model == "resnet18":
-        model = ResNet18(num_classes, width=config.width, init=config.init, axis_name=axis_name, rngs=rngs)
+        model = ResNet18(num_classes, **options)
     else:
-        names = ("width", "image_size", "hidden", "dropout", "init")
-        options = {name: getattr(config, name) for name in names}
-        model = AlexNet(num_classes, **options, axis_name=axis_name, rngs=rngs)
+        model = AlexNet(num_classes, image_size=config.image_size, hidden=config.hidden, **options)
     definition, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     return definition, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
 
-def apply(definition, params, stats, images: jax.Array, key: jax.Array, train: bool) -> tuple[jax.Array, Any]:
-    """The logits, and the state after them; nothing is mutated."""
+def apply(
+    definition, params, stats, images: jax.Array, train: bool = False, drop: Drop = keep, axis_name: str | None = None
+) -> tuple[jax.Array, Any]:
+    """The logits, and the state after them; nothing is mutated.
+
+    Args:
+        definition: with parameters and state as `build` gives them.
+        params: see there.
+        stats: see there.
+        images: `(B, size, size, 3)`.
+        train: whether batch norm takes the statistics of the batch, and features are dropped.
+        drop: drops features, given the number of the layer and its input.
+        axis_name: over which the examples of the batch are spread, where this sees a share of them.
+    """
     model = nnx.merge(definition, params, stats)
-    logits = model(images, train=train, key=key)
+    model.set_attributes(nnx.BatchNorm, axis_name=axis_name, raise_if_not_found=False)
+    logits = model(images, train=train, drop=drop)
     return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
 
@@ -155,18 +168,9 @@ def linear(inputs, outputs, init, rngs) -> nnx.Linear:
     return nnx.Linear(inputs, outputs, **initializers(init, inputs), rngs=rngs)
 
 
-def norm(features, axis_name, rngs) -> nnx.BatchNorm:
+def norm(features, rngs) -> nnx.BatchNorm:
     """Batch norm whose averages forget as fast as PyTorch's: large batches make few steps."""
-    return nnx.BatchNorm(features, momentum=0.9, epsilon=1e-5, axis_name=axis_name, rngs=rngs)
-
-
-def drop(dropout: nnx.Dropout, x: jax.Array, key: jax.Array, axis_name: str | None) -> jax.Array:
-    """Drops features of a batch, or of this device's share of it: the same ones of an image in either case."""
-    if axis_name is None:
-        return dropout(x, rngs=key)
-    whole = jnp.ones((x.shape[0] * jax.lax.axis_size(axis_name), *x.shape[1:]), x.dtype)
-    start = x.shape[0] * jax.lax.axis_index(axis_name)
-    return x * jax.lax.dynamic_slice_in_dim(dropout(whole, rngs=key), start, x.shape[0])
+    return nnx.BatchNorm(features, momentum=0.9, epsilon=1e-5, rngs=rngs)
 
 
 def initializers(init: str, fan_in: int) -> dict[str, Any]:

@@ -15,6 +15,9 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments import processes
+from experiments.errors import UsageError
+
 AXIS = "data"
 
 
@@ -41,8 +44,13 @@ class Jit:
         # Unlike `jax.device_put`, this compares nothing between processes.
         return on_data(lambda data: jax.make_array_from_process_local_data(self.everywhere, np.asarray(data)), x)
 
-    def compile(self, function: Callable, static: Sequence[str] = (), donate: bool = False) -> Callable:
-        """A compiled function.
+    @property
+    def shares(self) -> int:
+        """Into how many a function that is compiled here sees a batch divided."""
+        return 1
+
+    def compile_same(self, function: Callable, static: Sequence[str] = (), donate: bool = False) -> Callable:
+        """A compiled function that does the same on all devices, without `share` and `total`.
 
         Args:
             function: of arrays that are the same on all devices, to arrays that are.
@@ -51,6 +59,10 @@ class Jit:
         """
         donated = (0,) if donate else ()
         return jax.jit(function, static_argnames=static, donate_argnums=donated, out_shardings=self.everywhere)
+
+    def compile(self, function: Callable, static: Sequence[str] = (), donate: bool = False) -> Callable:
+        """A compiled function that may use `share` and `total`, else as `compile_same`."""
+        return self.compile_same(function, static, donate)
 
     def share(self, batch: jax.Array) -> jax.Array:
         """The entries along the first axis that belong to this device."""
@@ -69,6 +81,11 @@ class Pmap(Jit):
     """Runs functions under `pmap`."""
 
     axis_name = AXIS
+
+    @property
+    def shares(self) -> int:
+        """One for each device."""
+        return len(self.devices)
 
     def compile(self, function: Callable, static: Sequence[str] = (), donate: bool = False) -> Callable:
         """As `Jit.compile`."""
@@ -102,7 +119,7 @@ class Pmap(Jit):
 
     def share(self, batch: jax.Array) -> jax.Array:
         """The entries along the first axis that belong to this device."""
-        size = len(batch) // len(self.devices)
+        size = len(batch) // self.shares
         return jax.lax.dynamic_slice_in_dim(batch, jax.lax.axis_index(AXIS) * size, size)
 
     def whole(self, shares: jax.Array) -> jax.Array:
@@ -125,5 +142,12 @@ def on_data(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Arr
 
 
 def devices_of_run(number: int) -> list[jax.Device]:
-    """The first `number` devices of each process, process by process."""
+    """The first `number` devices of each process, process by process; a CPU counts as several if JAX starts here.
+
+    Raises:
+        UsageError: if there are fewer.
+    """
+    processes.start_devices(number)
+    if number > jax.local_device_count():
+        raise UsageError(f"--devices {number}: there are {jax.local_device_count()}")
     return [device for i in range(jax.process_count()) for device in jax.local_devices(process_index=i)[:number]]

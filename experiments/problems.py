@@ -5,15 +5,18 @@ differs by orders of magnitude between rules. `race` then gives each method the 
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from experiments import methods
-from experiments.config import TrainConfig
-from experiments.errors import UsageError
+from experiments.config import METHODS, TrainConfig
+from experiments.errors import RunError, UsageError
 
 RACERS = ("sgd", "lars", "mclr", "percent_delta", "cblr")
 GRID_POINTS = 6
 GRID_FACTOR = 2.0
+TUNED_FILE = Path(__file__).with_name("tuned.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,7 @@ PROBLEMS = {
         holdout=0.2,
         tune_seeds=2,
         race_seeds=2,
-        lowest={"sgd": 0.005, "lars": 0.002, "mclr": 0.0001, "percent_delta": 0.004, "cblr": 0.001},
+        lowest=dict(zip(METHODS, (0.005, 0.002, 0.0001, 0.004, 0.001, 0.001), strict=True)),
     ),
     "cifar10": Problem(
         TrainConfig(dataset="cifar10", width=0.125, dropout=0.25, batch_size=1024, epochs=5, warmup_epochs=0.5),
@@ -58,9 +61,39 @@ PROBLEMS = {
         holdout=0.1,
         tune_seeds=1,
         race_seeds=2,
-        lowest={"sgd": 0.01, "lars": 0.002, "mclr": 0.0002, "percent_delta": 0.004, "cblr": 0.002},
+        lowest=dict(zip(METHODS, (0.01, 0.002, 0.0002, 0.004, 0.002, 0.001), strict=True)),
     ),
 }
+
+
+def load_tuned(path: Path) -> dict[str, Any]:
+    """The results of `tune`, by problem; none if there is no file.
+
+    Raises:
+        UsageError: if the file holds something else.
+        RunError: if it cannot be read.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        for problem in results.values():
+            for method in problem["methods"].values():
+                float(method["best"]), [float(trial["learning_rate"]) for trial in method["trials"]]
+            problem["settings"]["seeds"]
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise RunError(f"cannot read {path} ({error.strerror})") from error
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UsageError(f"{path} does not hold the results of tune: give another --file, or none") from None
+    return results
+
+
+def tuned_learning_rate(problem: str, optimizer: str) -> float | None:
+    """The best learning rate of a method on a problem's committed grid, or None if it was not tuned there."""
+    try:
+        return load_tuned(TUNED_FILE)[problem]["methods"][optimizer]["best"]
+    except KeyError:
+        return None
 
 
 def default_learning_rate(config: TrainConfig) -> tuple[float, str]:
@@ -72,6 +105,6 @@ def default_learning_rate(config: TrainConfig) -> tuple[float, str]:
     # First the problem with this data set; then CIFAR-10, the nearer to any other photographs; then any.
     names = sorted(PROBLEMS, key=lambda name: (name != config.dataset, name != "cifar10"))
     for name in names:
-        if rate := methods.tuned_learning_rate(name, config.optimizer):
+        if rate := tuned_learning_rate(name, config.optimizer):
             return rate, name
     raise UsageError(f"--optimizer {config.optimizer} has not been tuned: give its --learning-rate")

@@ -1,15 +1,57 @@
-"""Runs on disk: a new folder for each, with its records as JSON, one per line, the configuration first."""
+"""Files and folders of this program's own: written whole or not at all, and never through somebody else's link."""
 
 import contextlib
 import json
 import math
 import os
+import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from experiments.errors import RunError
+
+Record = dict[str, Any]
+
+
+def refuse_links(*paths: Path):
+    """Raises a RunError if one of these paths, all of this program's own making, is a link to something else."""
+    for path in paths:
+        if os.path.islink(path):
+            raise RunError(
+                f"{path} is a link, and what is behind it is not this run's: remove it, or give another --out"
+            )
+
+
+def make_folder(path: Path, option: str = "--out") -> list[Path]:
+    """Makes a folder, and tries to write there.
+
+    Args:
+        path: may be there already.
+        option: that sets another.
+
+    Returns:
+        What was made, the innermost first: `remove_empty` takes it back.
+
+    Raises:
+        RunError: if that fails.
+    """
+    made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        remove_empty(made)
+        raise RunError(f"cannot write to {path} ({error.strerror}): give another {option}") from error
+    return made
+
+
+def remove_empty(folders: Iterable[Path]):
+    """Removes these folders, the innermost first, as far as nothing is in them."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def new_folder(parent: Path, name: str) -> Path:
@@ -18,25 +60,63 @@ def new_folder(parent: Path, name: str) -> Path:
     Raises:
         RunError: if it cannot be written.
     """
+    make_folder(parent)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for number in range(1, 1000):
-        folder = parent / "-".join([stamp, name] + [str(number)] * (number > 1))
-        try:
-            folder.mkdir(parents=True)
+        with contextlib.suppress(FileExistsError):
+            folder = parent / "-".join([stamp, name] + [str(number)] * (number > 1))
+            folder.mkdir()
             return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise RunError(f"cannot write to {parent} ({error.strerror}): give another --out") from error
     raise RunError(f"{parent} holds a thousand runs of this second")
 
 
-class Writer:
-    """Appends records to a file, each complete on the disk before the next."""
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns what a disk refuses into a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {path} ({error.strerror}): free some space, or mend its permissions; the same command"
+            " then goes on"
+        ) from error
 
-    def __init__(self, path: Path):
+
+def write(path: Path, content: str | bytes | Callable[[BinaryIO], Any]):
+    """Puts this, or what a function writes, in place of what is in a file: all or nothing of it, whatever happens.
+
+    Raises:
+        RunError: if the disk does not take it.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    put = content if callable(content) else lambda file: file.write(content)
+    draft = path.with_name(path.name + ".draft")
+    with explained(path):
+        draft.unlink(missing_ok=True)
+        try:
+            with draft.open("xb") as file:
+                put(file)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
+class Writer:
+    """Appends records to a file, each complete on the disk before the next.
+
+    Args:
+        path: of the file.
+        past: records that take the place of what is in it.
+    """
+
+    def __init__(self, path: Path, past: Iterable[Mapping[str, Any]] = ()):
         self.path = path
-        self._file = path.open("a")
+        write(path, "".join(map(line, past)))
+        with explained(path):
+            self._file = path.open("ab")
 
     def __enter__(self) -> "Writer":
         return self
@@ -50,54 +130,68 @@ class Writer:
         """Appends one record; numbers that are not finite become null, since JSON has none.
 
         Raises:
-            RunError: if the disk does not take it.
+            RunError: if the disk does not take it, or the file is no longer where it was.
         """
-        with self._explained():
-            self._file.write(line(record))
+        with explained(self.path):
+            self._file.write(line(record).encode())
             self._file.flush()
+            self._check_there()
+
+    def fileno(self) -> int:
+        """Of the open file."""
+        return self._file.fileno()
 
     def sync(self):
         """Returns when all records would outlive a failure of the machine."""
-        with self._explained():
-            os.fsync(self._file.fileno())
+        with explained(self.path):
+            os.fsync(self.fileno())
+            self._check_there()
 
-    @contextlib.contextmanager
-    def _explained(self):
+    def _check_there(self):
+        # The system keeps a removed file for those who have it open, and lets them write on.
         try:
-            yield
-        except OSError as error:
-            raise RunError(
-                f"cannot write to {self.path} ({error.strerror}): free some space; the same command then goes on"
-            ) from error
+            there = os.path.samestat(os.stat(self.path), os.fstat(self.fileno()))
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise RunError(f"{self.path} was removed or replaced while it was written: the same command begins again")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """All records of a file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def read(path: Path) -> list[Record]:
+    """All records of a file.
+
+    Raises:
+        RunError: if it cannot be read, or holds something else.
+    """
+    records, rest = read_whole(path)
+    if rest:
+        raise RunError(f"line {len(records) + 1} of {path} is damaged: remove it, and the same command makes it again")
+    return records
 
 
-def read_whole(path: Path) -> list[dict[str, Any]]:
-    """The records of a file up to the first line that is not one, such as the last of a run that was killed."""
-    result = []
-    for line in path.read_bytes().splitlines(keepends=True):
+def read_whole(path: Path) -> tuple[list[Record], bool]:
+    """The records of a file up to the first line that is not one, such as the last of a run that was killed.
+
+    Returns:
+        These, and whether there is anything after them.
+
+    Raises:
+        RunError: if it cannot be read.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise RunError(f"cannot read {path} ({error.strerror})") from error
+    records = []
+    for text in lines:
         try:
-            result.append(json.loads(line))
-        except ValueError:
+            record = json.loads(text)
+        except (ValueError, RecursionError):
             break
-        if not (line.endswith(b"\n") and isinstance(result[-1], dict)):
-            return result[:-1]
-    return result
-
-
-def rewrite(path: Path, rows: Iterable[Mapping[str, Any]]):
-    """Puts these records in place of those in a file, all or none of them."""
-    draft = path.with_name(path.name + ".draft")
-    draft.unlink(missing_ok=True)
-    with Writer(draft) as writer:
-        for row in rows:
-            writer.write(row)
-        writer.sync()
-    draft.replace(path)
+        if not (text.endswith(b"\n") and isinstance(record, dict)):
+            break
+        records.append(record)
+    return records, len(records) < len(lines)
 
 
 def line(record: Mapping[str, Any]) -> str:

@@ -9,21 +9,30 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from experiments import data, processes, records
-from experiments.checkpoints import Checkpoints
+from experiments import processes, records
 from experiments.config import TrainConfig, load_config
-from experiments.console import console
-from experiments.errors import RunError
+from experiments.console import TrainingBars, say
+from experiments.errors import Diverged, RunError, Stopped
+from experiments.options import flag
 from experiments.problems import default_learning_rate
-from experiments.step import Stepper, TrainState
-from experiments.train import Record, refuse_divergence, train
+from experiments.records import Record
+from experiments.signals import listener
+from experiments.train import is_record, refuse_divergence, train
+
+if TYPE_CHECKING:
+    from experiments.checkpoints import Checkpoints
+    from experiments.step import Stepper, TrainState
 
 METRICS = "metrics.jsonl"
+# Of the files in a folder; another number is another meaning.
+FORMAT = 1
 
 
 def run(config: TrainConfig, folder: Path, show: Callable[[Record], None] = lambda record: None) -> list[Record]:
@@ -40,10 +49,11 @@ def run(config: TrainConfig, folder: Path, show: Callable[[Record], None] = lamb
     Raises:
         Diverged: if the loss is not finite; again without training if it was so before. The records are in the folder.
         RunError: if the folder cannot be used. Nothing is lost that was in it.
+        Stopped: by a signal, once the last step is saved.
     """
     config = settled(config)
     with contextlib.ExitStack() as stack:
-        past = processes.from_first(lambda: recover(config, stack.enter_context(opened(folder))))
+        past = processes.from_first(lambda: stack.enter_context(opened(config, folder)))
         if past:
             refuse_divergence(past[-1])
         if is_done(config, past):
@@ -65,12 +75,7 @@ def settled(config: TrainConfig) -> TrainConfig:
 
 def is_done(config: TrainConfig, past: list[Record]) -> bool:
     """Whether the records end with those of the last epoch."""
-    return bool(past) and past[-1]["kind"] == "epoch" and past[-1]["epoch"] == num_epochs(config)
-
-
-def num_epochs(config: TrainConfig) -> int:
-    """Passes over the training images in a run."""
-    return sum(phase.epochs for phase in config.plan(1.0).phases)
+    return bool(past) and past[-1]["kind"] == "epoch" and past[-1]["epoch"] == config.num_epochs
 
 
 def num_steps(config: TrainConfig) -> int:
@@ -80,17 +85,20 @@ def num_steps(config: TrainConfig) -> int:
 
 def go_on(config: TrainConfig, folder: Path, past: list[Record], show: Callable[[Record], None]) -> list[Record]:
     """Trains from the last checkpoint that is whole, or from the beginning."""
+    from experiments.checkpoints import Checkpoints
+
     stepper, checkpoints = stepper_of(config), Checkpoints(folder / "checkpoints")
-    state, past = resume(stepper, config.seed, checkpoints, past)
-    if config.checkpoint_seconds is not None:
-        processes.from_first(lambda: checkpoints.check_room(state))
-    with writing(config, folder / METRICS, past) as writer:
-        save = saver(config.checkpoint_seconds, checkpoints, writer)
+    state, past = resume(stepper, config, checkpoints, past)
+    with writing(config, folder / METRICS, past) as writer, listener.waiting():
+        save = saver(config, stepper, checkpoints, writer)
         for record in train(stepper, config.seed, config.learning_rate, state, tuple(past), save):
             if writer:
                 writer.write(record)
                 show(record)
             past.append(record)
+        signal, _ = processes.agree(listener.caught(), False)
+        if signal:
+            raise Stopped(signal, "this run is done; the same command goes on with what is left")
     return past
 
 
@@ -100,63 +108,78 @@ def writing(config: TrainConfig, path: Path, past: list[Record]) -> Iterator[rec
     if not processes.is_first():
         yield None
         return
-    records.rewrite(path, [{"kind": "config", **config.as_dict()}, *past])
-    with records.Writer(path) as writer:
+    with records.Writer(path, [{"kind": "config", "format": FORMAT, **config.as_dict()}, *past]) as writer:
         yield writer
 
 
-def resume(stepper: Stepper, seed: int, checkpoints: Checkpoints, past: list[Record]):
+def resume(stepper: "Stepper", config: TrainConfig, checkpoints: "Checkpoints", past: list[Record]):
     """The state to go on from, and the records up to it."""
-    state = stepper.init(seed)
-    step = processes.from_first(lambda: checkpoints.latest(at_most=past[-1]["step"])) if past else None
-    if step is not None:
-        state = checkpoints.restore(step, like=state)
-        console.print(f"going on after step {step}", soft_wrap=True)
-    return state, [record for record in past if record["step"] <= (step or 0)]
+    state = stepper.init(config.seed)
+    arrays = stepper.arrays(state)
+
+    def restore() -> int:
+        nonlocal arrays
+        step, arrays = checkpoints.restore(past[-1]["step"] if past else 0, arrays)
+        # What comes after is made again.
+        checkpoints.keep(range(1, step + 1))
+        if config.checkpoint_seconds is not None:
+            checkpoints.check_room(arrays)
+        return step
+
+    if step := processes.from_first(restore):
+        state = stepper.place(processes.arrays_from_first(arrays), state)
+        say(f"going on after step {step}")
+    return state, [record for record in past if record["step"] <= step]
 
 
 def saver(
-    seconds: float | None, checkpoints: Checkpoints, writer: records.Writer | None
-) -> Callable[[TrainState, int, bool], None]:
-    """A function that saves the last state, and another once so many seconds have passed since it saved one."""
-    saved = time.monotonic()
+    config: TrainConfig, stepper: "Stepper", checkpoints: "Checkpoints", writer: records.Writer | None
+) -> Callable[["TrainState", int, bool], None]:
+    """A function that saves the last state, one before a signal's end, and others so many seconds apart."""
+    saved, seconds, total = time.monotonic(), config.checkpoint_seconds, num_steps(config)
 
-    def save(state: TrainState, step: int, last: bool):
+    def write(state: "TrainState", step: int):
+        writer.sync()
+        checkpoints.save(stepper.arrays(state), step)
+
+    def save(state: "TrainState", step: int, last: bool):
         nonlocal saved
-        # The clocks of several processes differ, and all of them have to take part.
-        if seconds is not None and (last or processes.from_first(lambda: time.monotonic() - saved >= seconds)):
-            if writer:
-                writer.sync()
-            checkpoints.save(state, step)
+        due = seconds is not None and time.monotonic() - saved >= seconds
+        signal, due = processes.agree(listener.caught(), due)
+        if seconds is not None and (last or due or signal):
+            processes.from_first(lambda: write(state, step))
             saved = time.monotonic()
+        if signal and seconds is None:
+            raise Stopped(signal, f"step {step} of {total} is not saved, for --checkpoint-seconds is none")
+        if signal:
+            again = processes.AGAIN if processes.several() else "the same command goes on from there"
+            raise Stopped(signal, f"step {step} of {total} is saved; {again}")
 
     return save
 
 
 @contextlib.contextmanager
-def opened(folder: Path) -> Iterator[Path]:
-    """Makes a folder, tries to write there, and keeps other runs out; gives the path of its metrics.
+def opened(config: TrainConfig, folder: Path) -> Iterator[list[Record]]:
+    """Makes the folder of a run, tries to write there, and keeps other runs out; gives the records that it holds.
 
     Raises:
-        RunError: if any of this fails.
+        RunError: if any of this fails. What was made is removed if nothing was written to it.
     """
+    records.refuse_links(folder, folder / METRICS, folder / "checkpoints")
+    made = records.make_folder(folder)
+    lock = os.open(folder, os.O_RDONLY)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / METRICS).open("a").close()
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise RunError(f"cannot write to {folder} ({error.strerror}): give another --out") from error
-    try:
-        # The system lifts this lock when the process ends, in whichever way.
         take(lock, folder)
-        yield folder / METRICS
+        yield recover(config, folder / METRICS)
     finally:
         os.close(lock)
+        records.remove_empty(made)
 
 
 def take(lock: int, folder: Path):
     """Takes a lock on a folder, or says who has it."""
     try:
+        # The system lifts it when the process ends, in whichever way.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise RunError(f"another run is writing to {folder}: wait for it, or give another --out") from error
@@ -166,23 +189,71 @@ def recover(config: TrainConfig, path: Path) -> list[Record]:
     """The records of a run, if it was begun.
 
     Raises:
-        RunError: if they are of a run with other results.
+        RunError: if they are of a run with other results, or of another version.
     """
-    first, *past = records.read_whole(path) or [None]
-    if first is None:
+    if not path.exists():
         return []
-    held = load_config({name: value for name, value in first.items() if name != "kind"})
+    rows, damaged = records.read_whole(path)
+    if not rows:
+        raise RunError(f"{path} is not of a run: move it elsewhere, or give another --out")
+    first, *past = rows
+    fields = {name: value for name, value in first.items() if name not in ("kind", "format")}
+    new = sorted(fields.keys() - {field.name for field in dataclasses.fields(config)})
+    if first.get("format") != FORMAT or new:
+        what = f"it knows the option {flag(new[0])}" if new else f"format {first.get('format')}, not {FORMAT}"
+        raise RunError(f"{path.parent} is of another version of this program ({what}): use that, or give another --out")
+    try:
+        held = load_config(fields)
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{path} does not begin with the options of a run ({error}): give another --out") from error
     if held.name != config.name:
         raise RunError(f"{path.parent} holds the run {held.name}, not {config.name}: give another --out, or delete it")
-    return past
+    whole = list(itertools.takewhile(is_record, past))
+    if damaged or len(whole) < len(past):
+        say(f"{path} is damaged after {len(whole)} records: what follows is made again")
+    return whole
 
 
-def stepper_of(config: TrainConfig) -> Stepper:
+def stepper_of(config: TrainConfig) -> "Stepper":
     """What is compiled for a configuration; shared by runs that differ in seed and learning rate."""
     same = dict.fromkeys(("learning_rate", "coordinator", "num_processes", "process_id", "checkpoint_seconds"))
     return _stepper(dataclasses.replace(config, seed=0, out=Path(), **same))
 
 
 @functools.lru_cache(maxsize=2)
-def _stepper(config: TrainConfig) -> Stepper:
+def _stepper(config: TrainConfig) -> "Stepper":
+    from experiments import data
+    from experiments.step import Stepper
+
     return Stepper(config, data.load(config))
+
+
+class Runner:
+    """Gives the records of runs, carrying out those that were not yet, and shows how far they are.
+
+    Args:
+        bars: the display.
+        tell: whether to print where each new run is.
+    """
+
+    def __init__(self, bars: TrainingBars, tell: bool = False):
+        self._bars, self._tell = bars, tell
+
+    def __call__(self, config: TrainConfig, name: str) -> list[Record]:
+        """The records of a run, which is called so on the screen. One that diverged has no last epoch."""
+        folder, task = folder_of(config), None
+
+        def show(record: Record):
+            nonlocal task
+            if task is None:
+                task = self._bars.start(name, num_steps(config))
+            self._bars.see(task, record)
+
+        try:
+            return run(config, folder, show)
+        except Diverged:
+            return records.read(folder / METRICS)[1:]
+        finally:
+            if task is not None and self._tell:
+                self._bars.finish(task)
+                say(f"{name}: {folder}")

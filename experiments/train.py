@@ -1,35 +1,30 @@
 """The training loop.
 
-It is a generator of records, plain dicts that go into the metrics file as they are. Whoever asks for them (the commands
-`train`, `race` and `tune`) decides what to show and to keep; none of them trains in its own way.
+It is a generator of records, plain dicts that go into the metrics file as they are. Whoever asks for them decides what
+to show and to keep; nobody trains in its own way.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-import jax
-import numpy as np
-
-from experiments.errors import RunError
-from experiments.step import Stepper, TrainState
+from experiments.errors import Diverged
+from experiments.records import Record
 from experiments.timing import step_seconds
 
-Record = dict[str, Any]
-
-
-class Diverged(RunError):
-    """The loss is no longer a number."""
+if TYPE_CHECKING:
+    from experiments.step import Stepper, TrainState
 
 
 def train(
-    stepper: Stepper,
+    stepper: "Stepper",
     seed: int,
     learning_rate: float | None,
-    state: TrainState | None = None,
+    state: "TrainState | None" = None,
     past: Sequence[Record] = (),
-    save: Callable[[TrainState, int, bool], None] = lambda state, step, last: None,
+    save: Callable[["TrainState", int, bool], None] = lambda state, step, last: None,
 ) -> Iterator[Record]:
     """Trains one network.
 
@@ -62,9 +57,8 @@ def train(
         for batch in range(len(steps), epoch.steps):
             rate = float(epoch.learning_rates[batch])
             before = time.perf_counter()
-            state, metrics = stepper.step(state, order, epoch, batch)
             # Waiting for each step costs little at batches this large, and makes its seconds and its loss its own.
-            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            state, metrics = stepper.step(state, order, epoch, batch)
             seconds = time.perf_counter() - before
             step = epoch.first_step + batch + 1
             record = {"kind": "step", "step": step, **place, "learning_rate": rate, **metrics, "seconds": seconds}
@@ -74,17 +68,21 @@ def train(
             save(state, step, step == total)
 
         ### Judge
-        loss, accuracy = (float(np.mean([record[name] for record in steps])) for name in ("loss", "accuracy"))
+        loss, accuracy = (statistics.fmean(record[name] for record in steps) for name in ("loss", "accuracy"))
         test_loss, test_accuracy = stepper.evaluate(state)
-        results = {"loss": loss, "accuracy": accuracy, "test_loss": test_loss, "test_accuracy": test_accuracy}
-        results["images_per_second"] = epoch.batch_size / step_seconds([record["seconds"] for record in steps])
         yield {
-            "kind": "epoch",
-            "step": steps[-1]["step"],
-            **place,
-            "learning_rate": steps[-1]["learning_rate"],
-            **results,
+            **{"kind": "epoch", "step": steps[-1]["step"], **place, "learning_rate": steps[-1]["learning_rate"]},
+            **{"loss": loss, "accuracy": accuracy, "test_loss": test_loss, "test_accuracy": test_accuracy},
+            "images_per_second": epoch.batch_size / step_seconds(steps),
         }
+
+
+def is_record(record: Record) -> bool:
+    """Whether a line of a file is one that `train` may have yielded."""
+    names = {"step", "epoch", "batch_size", "learning_rate", "loss", "accuracy"}
+    kinds = {"step": {"seconds", "compiled"}, "epoch": {"test_loss", "test_accuracy", "images_per_second"}}
+    more = kinds.get(record.get("kind"))
+    return more is not None and names | more <= record.keys() and isinstance(record["step"], int)
 
 
 def refuse_divergence(record: Record):

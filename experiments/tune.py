@@ -6,72 +6,54 @@ race gives the same learning rates to everyone.
 """
 
 import dataclasses
-import functools
 import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-from rich.table import Table
-
-from experiments import compare, data
-from experiments.compare import Outcome
-from experiments.console import console, training_bars
-from experiments.methods import METHODS, TUNED_FILE
-from experiments.problems import GRID_FACTOR, GRID_POINTS, PROBLEMS, RACERS, Problem
-from experiments.step import Stepper
-
-
-@dataclasses.dataclass(frozen=True)
-class TuneConfig:
-    """Find the learning rate of each method on a grid of the same size for all; write it to experiments/tuned.json."""
-
-    problem: Literal[tuple(PROBLEMS)] = "digits"
-    """What to tune on."""
-    methods: tuple[Literal[tuple(METHODS)], ...] = RACERS
-    """Whom to tune."""
-    again: bool = False
-    """Also repeat the trials that the file holds already."""
-    data_dir: Path | None = None
-    """Folder in which TFDS keeps, or has prepared, its data sets."""
-    file: Path = TUNED_FILE
-    """Where the results are read and written, after every trial."""
+from experiments import problems, records
+from experiments.commands import TuneConfig
+from experiments.compare import Outcome, change, outcome
+from experiments.config import TrainConfig
+from experiments.console import say, show_table, training_bars
+from experiments.problems import GRID_FACTOR, GRID_POINTS, PROBLEMS, Problem
+from experiments.runs import Runner
 
 
 def tune(config: TuneConfig):
     """Runs the trials that are missing, writes each as it ends, and prints the grid."""
-    problem = PROBLEMS[config.problem]
-    fixed = dataclasses.replace(problem.config, holdout=problem.holdout, data_dir=config.data_dir)
-    results = Results(config.file, config.problem, settings(fixed, problem), config.again)
-    dataset = data.load(fixed)
-    with training_bars() as bars:
-        for method in config.methods:
-            tune_method(method, dataclasses.replace(fixed, optimizer=method), problem, dataset, results, bars)
-    console.print(table(problem, {method: results.trials(method) for method in config.methods}))
-    console.print(f"results: {config.file}", soft_wrap=True)
+    problem = change(PROBLEMS[config.problem], holdout=PROBLEMS[config.problem].holdout, data_dir=config.data_dir)
+    problem = change(problem, out=config.out)
+    results = Results(config.file or problems.TUNED_FILE, config.problem, settings(problem), config.again)
+    made = records.make_folder(results.path.parent, "--file")
+    try:
+        with training_bars() as bars:
+            for method in config.methods:
+                tune_method(method, problem, results, Runner(bars))
+    finally:
+        records.remove_empty(made)
+    show(problem, {method: results.trials(method) for method in config.methods})
+    say(f"results: {results.path}")
 
 
-def tune_method(method: str, config, problem: Problem, dataset, results: "Results", bars):
+def tune_method(method: str, problem: Problem, results: "Results", run: Runner):
     """Runs the missing trials of one method, all with the same compiled step."""
-    stepper = None
-    steps = config.epochs * (len(dataset.train) // config.batch_size)
     for rate in problem.grid(method):
         if results.has(method, rate):
             continue
-        stepper = stepper or Stepper(config, dataset)
-        task, runs = bars.start(f"{method:>13} {rate:<8g}", steps), []
+        outcomes = []
         for seed in range(problem.tune_seeds):
-            runs.append(compare.run(stepper, rate, seed, problem.target, functools.partial(bars.see, task)))
-        result = trial(rate, runs)
+            one = dataclasses.replace(problem.config, optimizer=method, learning_rate=rate, seed=seed)
+            outcomes.append(outcome(one, run(one, f"{method:>13} {rate:<8g}"), problem.target))
+        result = trial(rate, outcomes)
         results.add(method, result)
-        console.print(f"{method} at {rate:g}: {result['accuracy']:.2%} of the held-out images right")
+        say(f"{method} at {rate:g}: {result['accuracy']:.2%} of the held-out images right")
 
 
-def trial(rate: float, runs: Sequence[Outcome]) -> dict:
+def trial(rate: float, outcomes: Sequence[Outcome]) -> dict:
     """What is kept of a trial: its seeds' mean accuracy and loss; null for the loss of one that diverged."""
-    accuracy = statistics.fmean(run.test_accuracy for run in runs)
-    loss = statistics.fmean(run.loss for run in runs)
+    accuracy = statistics.fmean(run.test_accuracy for run in outcomes)
+    loss = statistics.fmean(run.loss for run in outcomes)
     return {"learning_rate": rate, "accuracy": round(accuracy, 4), "loss": round(loss, 4) if loss < 1e30 else None}
 
 
@@ -80,12 +62,11 @@ def best(trials: Sequence[dict]) -> dict:
     return max(trials, key=lambda trial: (trial["accuracy"], -(trial["loss"] or 0.0)))
 
 
-def settings(config, problem: Problem) -> dict:
-    """What a trial depends on, besides its method and learning rate."""
-    fields = config.as_dict()
-    for name in ("optimizer", "learning_rate", "data_dir", "out", "seed", "devices"):
-        del fields[name]
-    return {**fields, "seeds": problem.tune_seeds}
+def settings(problem: Problem) -> dict:
+    """What a trial depends on, besides its method and learning rate: all that is not as usual."""
+    usual = TrainConfig().as_dict()
+    fields = {name: value for name, value in problem.config.as_dict().items() if value != usual[name]}
+    return {**{n: v for n, v in fields.items() if n not in ("data_dir", "out")}, "seeds": problem.tune_seeds}
 
 
 class Results:
@@ -96,7 +77,7 @@ class Results:
 
     def __init__(self, path: Path, problem: str, settings: dict, again: bool):
         self.path, self.problem = path, problem
-        self.everything = json.loads(path.read_text()) if path.exists() else {}
+        self.everything = problems.load_tuned(path)
         entry = self.everything.get(problem)
         if again or entry is None or entry["settings"] != settings:
             self.everything[problem] = {"settings": settings, "methods": {}}
@@ -114,26 +95,22 @@ class Results:
         """Adds a trial, and writes the file whole or not at all."""
         trials = [*self.trials(method), trial]
         self.everything[self.problem]["methods"][method] = {"best": best(trials)["learning_rate"], "trials": trials}
-        draft = self.path.with_suffix(".draft")
-        draft.write_text(json.dumps(self.everything, indent=1) + "\n")
-        draft.replace(self.path)
+        records.write(self.path, json.dumps(self.everything, indent=1) + "\n")
 
 
-def table(problem: Problem, trials: dict[str, list[dict]]) -> Table:
-    """One row per method, one column per point of its grid: held-out accuracy, the best in brackets."""
+def show(problem: Problem, trials: dict[str, list[dict]]):
+    """One row per method: held-out accuracy, the best in brackets."""
+    seeds = f"{problem.tune_seeds} seed" + "s" * (problem.tune_seeds > 1)
     caption = (
-        f"held-out accuracy (%) at the lowest learning rate times {GRID_FACTOR:g}^k; {problem.tune_seeds} seed(s);"
-        " the best in brackets, with ! where it lies at the edge of the grid"
+        f"held-out accuracy (%) at the lowest learning rate times {GRID_FACTOR:g}^k; {seeds}; the best in brackets,"
+        " with ! where it lies at the edge of the grid"
     )
-    result = Table(caption=caption)
-    for column in ("method", "lowest", *(f"k = {k}" for k in range(GRID_POINTS)), "best"):
-        result.add_column(column, justify="left" if column == "method" else "right")
+    rows = []
     for method, of_method in trials.items():
         on_grid = [trial for trial in of_method if trial["learning_rate"] in problem.grid(method)]
-        chosen = best(of_method)
+        chosen = best(on_grid)
         cells = [f"{100 * t['accuracy']:.1f}" for t in on_grid]
         place = on_grid.index(chosen)
-        edge = "!" if place in (0, GRID_POINTS - 1) else ""
-        cells[place] = f"\\[{cells[place]}]{edge}"
-        result.add_row(method, f"{problem.lowest[method]:g}", *cells, f"{chosen['learning_rate']:g}")
-    return result
+        cells[place] = f"[{cells[place]}]" + "!" * (place in (0, GRID_POINTS - 1))
+        rows.append([method, f"{problem.lowest[method]:g}", *cells, f"{chosen['learning_rate']:g}"])
+    show_table(("method", "lowest", *(f"k = {k}" for k in range(GRID_POINTS)), "best"), rows, caption=caption)

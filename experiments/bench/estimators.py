@@ -6,44 +6,27 @@ diagonal. The price of a sample is measured once, in gradients; that of many is 
 
 import functools
 import importlib.util
-import itertools
 import statistics
-import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 
 import curvax
-from experiments import data, models
+from experiments import data, models, plots
 from experiments.bench.curvature import cross_entropy, relative_error
 from experiments.bench.measure import compiled, in_turns
 from experiments.bench.table import Row, Say
 from experiments.config import TrainConfig
 from experiments.errors import UsageError
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import FormatStrFormatter
-
 SAMPLES = (1, 3, 10, 30)
 PROBES = (2, 5, 15)
 SEEDS = 3
-STYLES = {
-    "hutchinson": ("#0072b2", "o", "-"),
-    "optax.contrib hutchinson": ("#555555", "s", ":"),
-    "matfree hutchinson": ("#e69f00", "v", "--"),
-    "xdiag": ("#009e73", "D", "-"),
-    "matfree xdiag": ("#56b4e9", "^", "--"),
-    "ggn_mc_of_batches": ("#d55e00", "P", "-."),
-    "ggn_mc": ("#cc79a7", "*", "-"),
-    "exact": ("#000000", "X", "-"),
-}
 
 
 class Point(NamedTuple):
@@ -55,19 +38,19 @@ class Point(NamedTuple):
     error: float
 
 
-def rows(say: Say, repeats: int, quick: bool, images: TrainConfig) -> Iterator[Row]:
+def rows(say: Say, repeats: int, quick: bool, dataset: data.Dataset) -> Iterator[Row]:
     """The estimates, as lines of a table.
 
     Args:
         say: is told what is measured next.
         repeats: timed calls of each program.
         quick: few samples of a narrow network.
-        images: names the data set.
+        dataset: whose images are taken.
 
     Yields:
         A line for every estimator and number of samples.
     """
-    objective, params = alexnet_problem(images, quick)
+    objective, params = alexnet_problem(dataset, quick)
     say("the exact diagonal")
     truth = jax.jit(functools.partial(curvax.hessian_diag, method="exact"))(objective, params)
     say("the price of one sample of each")
@@ -90,15 +73,14 @@ def _row(point: Point) -> Row:
     return Row(what, point.error, (), f"{point.gradients:.3g} gradients", data=point._asdict())
 
 
-def alexnet_problem(images: TrainConfig, quick: bool) -> tuple[curvax.Objective, Any]:
+def alexnet_problem(dataset: data.Dataset, quick: bool) -> tuple[curvax.Objective, Any]:
     """AlexNet at an eighth of its width, with FC layers of 512, on one batch of 128 images."""
-    dataset = data.load(images)
     mean, std = data.channel_statistics(dataset.train.images)
     config = TrainConfig(width=1 / 32 if quick else 1 / 8, hidden=32 if quick else 512, dropout=0.0)
     definition, params, stats = models.build(config, dataset.num_classes, jax.random.key(0))
 
     def predict(params, batch):
-        return models.apply(definition, params, stats, batch["image"], jax.random.key(0), train=False)[0]
+        return models.apply(definition, params, stats, batch["image"])[0]
 
     batch = {
         "image": data.normalise(jnp.asarray(dataset.train.images[:128]), mean, std),
@@ -191,31 +173,26 @@ def plot(points: list[Mapping], dataset: str, path: Path) -> None:
         dataset: whose images.
         path: of the picture.
     """
-    figure, panel = plt.subplots(figsize=(10, 5.6))
-    for name, some in itertools.groupby(points, key=lambda point: point["estimator"]):
-        some = list(some)
-        color, marker, dash = STYLES[name]
-        if name == "exact":
-            panel.axvline(some[0]["gradients"], color=color, linestyle=":", label="curvax exact: no error")
-            continue
-        cost, error = np.array([(point["gradients"], point["error"]) for point in some]).T
-        panel.plot(
-            cost, error, color=color, marker=marker, linestyle=dash, label=name if " " in name else f"curvax {name}"
-        )
-    panel.set(xscale="log", yscale="log", xlabel="cost (gradients of the same batch)", ylabel="relative L2 error")
-    panel.grid(alpha=0.3, which="both")
-    panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-    panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    panel.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+    def draw(panels, points):
+        [panel] = panels
+        for name in dict.fromkeys(point["estimator"] for point in points):
+            some, style = [point for point in points if point["estimator"] == name], plots.look(name)
+            if name == "exact":
+                panel.axvline(some[0]["gradients"], color=style["color"], linestyle=":", label="curvax exact: no error")
+                continue
+            cost, error = np.array([(point["gradients"], point["error"]) for point in some]).T
+            panel.plot(cost, error, label=name if " " in name else f"curvax {name}", **style)
+        plots.name_axes(panel, "cost (gradients of the same batch)", "relative L2 error")
+        plots.plain_log(panel, "x")
+        plots.plain_log(panel, "y")
+
     caption = (
         f"AlexNet at an eighth of its width, FC layers of 512, at its initial parameters, on 128 images of {dataset}."
         f" Medians over {SEEDS} seeds. A cost is the number of samples times the measured price of one; xdiag takes two"
         " products for each probe."
     )
-    figure.text(0.01, 0.01, textwrap.fill(caption, 140), fontsize=9, va="bottom")
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    plots.save(draw, 1, points, "The error of each estimate against its cost", caption, path, size=(7.5, 5))
 
 
 def check_installed() -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 from rich.table import Table
+from rich.text import Text
 
 # Told what is measured next.
 Say = Callable[[str], None]
@@ -77,10 +78,10 @@ def empty(title: str) -> Table:
     return table
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: Row) -> list[str | Text]:
     """A line of the table as it is shown."""
     colour = {"met": "green", "first met": "yellow", "missed": "red"}.get(row.verdict(), "")
-    verdict = f"[{colour}]{row.verdict()}[/]" if colour else ""
+    verdict = Text(row.verdict(), colour)
     bars = ", ".join(number(bar) for bar in row.bars)
     return [row.what, number(row.reached), bars and f"{'≥' if row.at_least else '≤'} {bars}", verdict, row.detail]
 

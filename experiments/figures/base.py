@@ -3,14 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 from matplotlib.axes import Axes
 
+from experiments.commands import Preset
 from experiments.config import TrainConfig
+from experiments.records import Record as Row
 
-Row = dict[str, Any]
-Preset = Literal["smoke", "cpu", "paper"]
 Trained = Callable[[TrainConfig], list[Row]]
 
 
@@ -117,6 +116,16 @@ class Figure:
     def name(self) -> str:
         """Of its files."""
         return f"figure-{self.number:02d}"
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things.
+
+    Example:
+        >>> count(1, "seed"), count(5, "seed")
+        ('1 seed', '5 seeds')
+    """
+    return f"{number} {noun}" + "s" * (number != 1)
 
 
 def last_epoch(records: Sequence[Row]) -> Row:

@@ -16,9 +16,9 @@ import numpy as np
 from scipy import optimize
 
 from experiments.figures import statistics
-from experiments.figures.base import Claim, Figure, Measurement, Place, describe
+from experiments.figures.base import Claim, Figure, Measurement, Place, count, describe
 from experiments.figures.first_step import first_step, linear_kernel, mean_abs
-from experiments.figures.render import MARKS, caption_axes
+from experiments.plots import MARKS, batch_axis, name_axes
 
 # The paper's largest batch is 60000; CIFAR-10 has 50000 training images.
 SIZES = {"smoke": (32, 64, 128, 256, 512), "cpu": (*(2**k for k in range(5, 16)), 50_000)}
@@ -124,15 +124,16 @@ def draw(axes, rows):
     mu, sigma = fit(sizes, list(means.values()))
     panel.plot(sizes, law(sizes, mu, sigma), "-", color="#d55e00", label="sqrt(2/pi) sqrt(mu² + sigma²/n), fitted")
     panel.plot(sizes, law(sizes, 0, sigma), ":", color="#0072b2", label="the same with mu = 0 (eq. 4)")
-    panel.set(xscale="log", yscale="log")
-    caption_axes(panel, "batch size n (images)", "mean |gradient| (loss / parameter)")
+    panel.set_yscale("log")
+    batch_axis(panel, sizes)
+    name_axes(panel, "batch size n (images)", "mean |gradient| (loss / parameter)")
 
 
 def settings(place: Place) -> str:
     """The small print."""
     return (
-        f"{describe(config(place, 0))}. Up to {REPEATS} disjoint batches of each size, {SEEDS[place.preset]} seeds; the"
-        " largest batch is the data set."
+        f"{describe(config(place, 0))}. Up to {REPEATS} disjoint batches of each size,"
+        f" {count(SEEDS[place.preset], 'seed')}; the largest batch is the data set."
     )
 
 
@@ -143,13 +144,15 @@ def measurement(place: Place) -> Measurement:
     return Measurement(config(place, 0), chunk, SEEDS[place.preset] * images)
 
 
-FIGURE = Figure(
-    3,
-    "Mean gradient of the first fully connected layer at step 1",
-    "The mean absolute gradient falls as the inverse root of the batch size, to zero.",
-    rows,
-    judge,
-    draw,
-    settings,
-    measurement=measurement,
+FIGURES = (
+    Figure(
+        3,
+        "Mean gradient of the first fully connected layer at step 1",
+        "The mean absolute gradient falls as the inverse root of the batch size, to zero.",
+        rows,
+        judge,
+        draw,
+        settings,
+        measurement=measurement,
+    ),
 )

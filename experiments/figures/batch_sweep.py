@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.ticker import LogFormatter
 
 from experiments.figures import statistics
-from experiments.figures.base import Claim, Figure, Place, Trained, describe, last_epoch
-from experiments.figures.render import caption_axes, curves
+from experiments.figures.base import Claim, Figure, Place, Trained, count, describe, last_epoch
 from experiments.figures.rows import by_label, column, epoch_rows, fluctuation, sizes
+from experiments.plots import batch_axis, curves, name_axes
 
 SIZES = {
     "smoke": (128, 256, 512),
@@ -105,8 +105,8 @@ def draw_accuracy(axes, rows):
         seeds = range(len(column(own, "seed", sizes(own)[0])))
         lines[label] = [[(b, 100 * column(own, "test_accuracy", b)[i]) for b in sizes(own)] for i in seeds]
     curves(panel, lines)
-    panel.set_xscale("log", base=2)
-    caption_axes(panel, "batch size (images)", "final test accuracy (%), 0 if diverged")
+    batch_axis(panel, sizes(rows))
+    name_axes(panel, "batch size (images)", "final test accuracy (%), 0 if diverged")
 
 
 def judge_path(rows):
@@ -143,7 +143,7 @@ def draw_over_epochs(name: str, label: str):
         panel.set_yscale("log")
         # Within a decade the powers of ten that are usually written say nothing.
         panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
-        caption_axes(panel, "epoch", label)
+        name_axes(panel, "epoch", label)
 
     return draw
 
@@ -169,7 +169,8 @@ def settings(place: Place) -> str:
     """The small print."""
     return (
         f"{describe(config(place, 32, 0))}, {RATE} at every batch size; {EPOCHS[place.preset]} epochs,"
-        f" {SEEDS[place.preset]} seeds (points, or line and range); strides are of the first fully connected layer."
+        f" {count(SEEDS[place.preset], 'seed')} (points, or line and range); strides are of the first fully connected"
+        " layer."
     )
 
 

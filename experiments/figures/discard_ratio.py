@@ -10,9 +10,9 @@ import numpy as np
 
 import curvax
 from experiments.figures import statistics
-from experiments.figures.base import Claim, Figure, Measurement, Place, describe
+from experiments.figures.base import Claim, Figure, Measurement, Place, count, describe
 from experiments.figures.first_step import first_step, linear_kernel, mean_abs
-from experiments.figures.render import caption_axes, curves
+from experiments.plots import curves, name_axes
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # Of the control a few are enough: it goes as the law of Figure 3 says.
@@ -96,12 +96,12 @@ def draw(axes, rows):
         lines[label] = [[(100 * f, column(rows, arm, f)[i]) for f in fractions] for i in range(len(seeds))]
     curves(panel, lines)
     panel.set_yscale("log")
-    caption_axes(panel, "images left out (%)", "mean |gradient| (loss / parameter)")
+    name_axes(panel, "images left out (%)", "mean |gradient| (loss / parameter)")
 
 
 def settings(place: Place) -> str:
     """The small print."""
-    return f"{describe(config(place, 0))}; batch {BATCH[place.preset]}, step 1, {SEEDS[place.preset]} seeds."
+    return f"{describe(config(place, 0))}; batch {BATCH[place.preset]}, step 1, {count(SEEDS[place.preset], 'seed')}."
 
 
 def measurement(place: Place) -> Measurement:
@@ -110,13 +110,15 @@ def measurement(place: Place) -> Measurement:
     return Measurement(config(place, 0), CHUNK[place.preset], gradients * BATCH[place.preset])
 
 
-FIGURE = Figure(
-    9,
-    "Mean gradient of the second fully connected layer against the discard ratio",
-    "Discarding small-loss samples enlarges the gradient.",
-    rows,
-    judge,
-    draw,
-    settings,
-    measurement=measurement,
+FIGURES = (
+    Figure(
+        9,
+        "Mean gradient of the second fully connected layer against the discard ratio",
+        "Discarding small-loss samples enlarges the gradient.",
+        rows,
+        judge,
+        draw,
+        settings,
+        measurement=measurement,
+    ),
 )

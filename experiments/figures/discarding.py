@@ -5,9 +5,9 @@ control leaves out as many images at random. All three share their seeds, so tha
 """
 
 from experiments.figures import statistics
-from experiments.figures.base import Claim, Figure, Place, describe, last_epoch
-from experiments.figures.render import caption_axes, curves
+from experiments.figures.base import Claim, Figure, Place, count, describe, last_epoch
 from experiments.figures.rows import by_label, column, epoch_curves
+from experiments.plots import curves, name_axes
 
 SIZES = {"smoke": (64, 256), "cpu": (512, 2048), "paper": (2000, 8000)}
 SEEDS = {"smoke": 2, "cpu": 8, "paper": 8}
@@ -68,7 +68,7 @@ def draw(axes, rows):
         own = [row for row in epochs if row["batch_size"] == batch]
         curves(panel, by_label(own, "arm", {arm: label for arm, (label, _) in ARMS.items()}, "test_accuracy", 100))
         panel.set_title(f"batch {batch}", fontsize=10)
-        caption_axes(panel, "epoch", "test accuracy (%)")
+        name_axes(panel, "epoch", "test accuracy (%)")
 
 
 def settings(place: Place) -> str:
@@ -76,18 +76,20 @@ def settings(place: Place) -> str:
     example = config(place, "loss", SIZES[place.preset][0], 0)
     return (
         f"{describe(example)}, 0.05; images are left out in the first {example.discard_epochs} of {example.epochs}"
-        f" epochs; mean and range of {SEEDS[place.preset]} seeds."
+        f" epochs; mean and range of {count(SEEDS[place.preset], 'seed')}."
     )
 
 
-FIGURE = Figure(
-    10,
-    "Accuracy with 30 % of the images left out",
-    "Discarding the 30 % smallest losses in the first half of the training improves accuracy.",
-    rows,
-    judge,
-    draw,
-    settings,
-    lambda place: list(grid(place).values()),
-    panels=2,
+FIGURES = (
+    Figure(
+        10,
+        "Accuracy with 30 % of the images left out",
+        "Discarding the 30 % smallest losses in the first half of the training improves accuracy.",
+        rows,
+        judge,
+        draw,
+        settings,
+        lambda place: list(grid(place).values()),
+        panels=2,
+    ),
 )

@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from rich.table import Table
 
 from experiments import runs
 from experiments.config import TrainConfig
-from experiments.console import console, progress_bar
+from experiments.console import progress_bar, say, show_table
 from experiments.figures.base import Figure, Measurement, Place
 from experiments.figures.first_step import first_step
 from experiments.step import Stepper
@@ -62,14 +61,14 @@ def dry_run(figures: Sequence[Figure], place: Place):
         for (config, micro), steps in groups.items():
             bar.update(task, description=f"{config.model}, {config.optimizer}, micro-batches of {micro}")
             kinds.append(one_step(config, micro, steps))
-            console.print(f"{kinds[-1].name}: one step in {kinds[-1].here:.3g} s", soft_wrap=True)
+            say(f"{kinds[-1].name}: one step in {kinds[-1].here:.3g} s")
             bar.advance(task)
         for figure in figures:
             if figure.measurement:
                 bar.update(task, description=f"figure {figure.number}")
                 kinds.append(one_gradient(figure.number, figure.measurement(place)))
             bar.advance(task)
-    console.print(table(kinds))
+    show(kinds)
 
 
 def grouped(configs: Sequence[TrainConfig]) -> dict[tuple[TrainConfig, int], dict[int, int]]:
@@ -120,8 +119,8 @@ def title(config: TrainConfig, sizes: Sequence[int]) -> str:
 
 def flops(stepper: Stepper, state, micro: int) -> float:
     """Floating-point operations of the gradient of one micro-batch, as XLA counts them."""
-    sums, order, zero = stepper._zeros(state), stepper.shuffle(state, 0), np.int32(0)
-    lowered = stepper._gradient.lower(sums, state, stepper.train, order, zero, zero, None, size=micro)
+    sums, order, zero = stepper.programs.zeros(state), stepper.shuffle(state, 0), np.int32(0)
+    lowered = stepper.programs.gradient.lower(sums, state, stepper.train, order, zero, zero, None, size=micro)
     return lowered.cost_analysis()["flops"]
 
 
@@ -136,19 +135,17 @@ def one_gradient(number: int, measurement: Measurement) -> Kind:
     return Kind(name, chunks, chunks, seconds, 1, cost)
 
 
-def table(kinds: Sequence[Kind]) -> Table:
+def show(kinds: Sequence[Kind]):
     """One row per kind, and the sum."""
     caption = (
         f"accelerator: {FLOPS_PER_SECOND / 1e12:g} TFLOP/s sustained, at least {1000 * SHORTEST_STEP:g} ms a"
         " micro-batch; evaluation not counted. One step here: with its compilation"
     )
-    result = Table(caption=caption)
-    for column in ("runs", "steps", "micro-batches", "TFLOP each", "accelerator hours", "one step here"):
-        result.add_column(column, justify="left" if column == "runs" else "right")
+    rows = []
     for kind in kinds:
         several = f" ({kind.micro_batches_here} micro-batches)" if kind.micro_batches_here > 1 else ""
         counts = (f"{kind.steps:,}", f"{kind.micro_batches:,}", f"{kind.flops / 1e12:.3g}")
-        result.add_row(kind.name, *counts, f"{kind.hours:.2g}", f"{kind.here:.3g} s{several}")
-    result.add_section()
-    result.add_row("all", *[""] * 3, f"{sum(kind.hours for kind in kinds):.3g}", "")
-    return result
+        rows.append((kind.name, *counts, f"{kind.hours:.2g}", f"{kind.here:.3g} s{several}"))
+    rows.append(("all", *[""] * 3, f"{sum(kind.hours for kind in kinds):.3g}", ""))
+    columns = ("runs", "steps", "micro-batches", "TFLOP each", "accelerator hours", "one step here")
+    show_table(columns, rows, caption=caption)

@@ -11,9 +11,9 @@ import dataclasses
 import numpy as np
 
 from experiments.figures import batch_sweep, statistics
-from experiments.figures.base import Claim, Figure, Place, Trained, describe
-from experiments.figures.render import COLORS, MARKS, caption_axes
-from experiments.figures.rows import epoch_rows
+from experiments.figures.base import Claim, Figure, Place, Trained, count, describe
+from experiments.figures.rows import epoch_rows, sizes
+from experiments.plots import COLORS, MARKS, batch_axis, name_axes
 
 # As in Figure 3.
 TOLERANCE = 0.05
@@ -78,8 +78,9 @@ def draw(name: str, exponent: float, label: str):
             line = np.array([x.min(), x.max()], float)
             law = {"label": f"batch^({exponent:g}), the law's slope"} if place == 0 else {}
             panel.plot(line, first * (line / line[0]) ** exponent, "--", color=COLORS[place], **law)
-        panel.set(xscale="log", yscale="log")
-        caption_axes(panel, "batch size (images)", label)
+        panel.set_yscale("log")
+        batch_axis(panel, sizes(rows))
+        name_axes(panel, "batch size (images)", label)
 
     return draw_rows
 
@@ -88,7 +89,8 @@ def settings(place: Place) -> str:
     """The small print."""
     return (
         f"{describe(config(place, 'he', 32, 0), 'either')} {batch_sweep.RATE} at every batch size;"
-        f" {batch_sweep.SEEDS[place.preset]} seeds, a point each; strides are of the first fully connected layer."
+        f" {count(batch_sweep.SEEDS[place.preset], 'seed')}, a point each; strides are of the first fully connected"
+        " layer."
     )
 
 

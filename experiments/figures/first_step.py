@@ -73,7 +73,7 @@ class FirstStep:
             yield place, min(self.chunk, size - place)
 
     def _predict(self, params, batch):
-        return models.apply(self._definition, params, self._stats, batch["images"], jax.random.key(0), train=False)[0]
+        return models.apply(self._definition, params, self._stats, batch["images"])[0]
 
     def _each(self, params, batch):
         return cross_entropy(self._predict(params, batch), batch)

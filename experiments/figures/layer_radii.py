@@ -15,9 +15,9 @@ from scipy import stats
 
 import curvax
 from experiments.figures import statistics
-from experiments.figures.base import Claim, Figure, Measurement, Place, describe
+from experiments.figures.base import Claim, Figure, Measurement, Place, count, describe
 from experiments.figures.first_step import first_step
-from experiments.figures.render import caption_axes
+from experiments.plots import name_axes
 
 IMAGES = {"smoke": 16, "cpu": 512, "paper": 512}
 SEEDS = {"smoke": 1, "cpu": 3, "paper": 3}
@@ -111,7 +111,7 @@ def draw(axes, rows):
             panel.bar(places + shift, middle, 0.4, yerr=reach, label=label, capsize=2, **look)
         panel.set_title(title, fontsize=10)
         panel.set_yscale("log")
-        caption_axes(panel, "", "median radius (parameter units)")
+        name_axes(panel, "", "median radius (parameter units)")
         panel.set_xticks(places, NAMES, rotation=45, fontsize=8)
 
 
@@ -119,7 +119,7 @@ def settings(place: Place) -> str:
     """The small print."""
     return (
         f"{describe(config(place, 0))}; curvature and gradient of these images, median over each array's entries; bars:"
-        f" median and range of {SEEDS[place.preset]} seeds."
+        f" median and range of {count(SEEDS[place.preset], 'seed')}."
     )
 
 
@@ -129,14 +129,16 @@ def measurement(place: Place) -> Measurement:
     return Measurement(config(place, 0), images, SEEDS[place.preset] * images * 13)
 
 
-FIGURE = Figure(
-    2,
-    "Radius of curvature across the layers of AlexNet",
-    "The curvature varies remarkably from layer to layer.",
-    rows,
-    judge,
-    draw,
-    settings,
-    panels=2,
-    measurement=measurement,
+FIGURES = (
+    Figure(
+        2,
+        "Radius of curvature across the layers of AlexNet",
+        "The curvature varies remarkably from layer to layer.",
+        rows,
+        judge,
+        draw,
+        settings,
+        panels=2,
+        measurement=measurement,
+    ),
 )

@@ -11,8 +11,8 @@ import itertools
 
 from experiments.figures import statistics
 from experiments.figures.base import Claim, Figure, Place, describe, last_epoch
-from experiments.figures.render import caption_axes, curves
 from experiments.figures.rows import by_label, epoch_curves
+from experiments.plots import batch_axis, curves, name_axes
 
 BATCHES = {"smoke": (128, 256), "cpu": (1024, 2048), "paper": (1024, 2048, 4096, 8192, 16384)}
 SEEDS = {"smoke": 2, "cpu": 8, "paper": 5}
@@ -23,7 +23,7 @@ EXTENSIONS = {"smoke": 0, "cpu": 4, "paper": 4}
 SCALES = {
     # ResNet18 takes longer to compile than all other networks of this scale to train.
     "smoke": {"model": "alexnet", "epochs": 2},
-    "cpu": {"model": "resnet18", "width": 0.0625, "image_size": 16, "epochs": 12},
+    "cpu": {"model": "resnet18", "dropout": None, "width": 0.0625, "image_size": 16, "epochs": 12},
     "paper": {"model": "resnet18", "width": 1.0, "epochs": 200},
 }
 # Training accuracies this close are "negligibly" apart.
@@ -153,7 +153,7 @@ def draw(axes, rows):
     labels = {method: f"{method} ({best(rows, method, first).split()[0]})" for method in GRIDS}
     curves(axes[0], by_label(own, "method", labels, "accuracy", 100))
     axes[0].set_title(f"batch {first}", fontsize=10)
-    caption_axes(axes[0], "epoch", "training accuracy (%)")
+    name_axes(axes[0], "epoch", "training accuracy (%)")
     lines = {}
     for method in ("lars", "mclr"):
         values = [final(rows, method, batch) for batch in batches(rows)]
@@ -162,10 +162,9 @@ def draw(axes, rows):
             for seed in zip(*values, strict=True)
         ]
     curves(axes[1], lines)
-    axes[1].set_xscale("log", base=2)
-    axes[1].set_xticks(batches(rows), batches(rows))
+    batch_axis(axes[1], batches(rows))
     axes[1].set_title("each at its best gamma", fontsize=10)
-    caption_axes(axes[1], "batch size (images)", "final test accuracy (%)")
+    name_axes(axes[1], "batch size (images)", "final test accuracy (%)")
 
 
 def settings(place: Place) -> str:
@@ -179,14 +178,16 @@ def settings(place: Place) -> str:
     )
 
 
-FIGURE = Figure(
-    16,
-    "MCLR, LARS and SGD on ResNet18",
-    "The discrepancy of MCLR and LARS is negligibly small, and grows for large batches.",
-    rows,
-    judge,
-    draw,
-    settings,
-    runs,
-    panels=2,
+FIGURES = (
+    Figure(
+        16,
+        "MCLR, LARS and SGD on ResNet18",
+        "The discrepancy of MCLR and LARS is negligibly small, and grows for large batches.",
+        rows,
+        judge,
+        draw,
+        settings,
+        runs,
+        panels=2,
+    ),
 )

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.figures import statistics
 from experiments.figures.base import Claim, Figure, Place
-from experiments.figures.render import caption_axes
+from experiments.plots import name_axes
 
 NUMBER = 200
 SHOWN = {"a": 0.5, "b": 1.0, "c": 0.3, "w": 2.6, "lr": 0.7}
@@ -123,11 +123,11 @@ def draw_6(axes, rows):
     panel.plot([after], [landed], "s", color="black", label="after it")
     panel.plot([after, w], [height - lr * g**2, height], "--", color="#d55e00", label=f"tangent, slope g = {g:.2f}")
     panel.annotate("", (after, height), (w, height), arrowprops={"arrowstyle": "->"})
-    panel.text((after + w) / 2, height + 0.06, "parameter stride lr g", ha="center", fontsize=9)
+    panel.text(after - 0.05, height, "parameter stride lr g", ha="right", va="center", fontsize=9)
     panel.annotate("", (after, landed), (after, height), arrowprops={"arrowstyle": "->"})
-    panel.text(after - 0.05, (landed + height) / 2, "loss stride", ha="right", fontsize=9)
+    panel.text(after - 0.05, (landed + height) / 2, "loss stride", ha="right", va="center", fontsize=9)
     panel.plot([b], [c], "*", color="#009e73", markersize=11, label="minimum")
-    caption_axes(panel, "parameter w", "loss L")
+    name_axes(panel, "parameter w", "loss L")
 
 
 def draw_15(axes, rows):
@@ -146,7 +146,7 @@ def draw_15(axes, rows):
     panel.plot([w], [height], "o", color="black", label=f"w; eq. 17 says |w / g| = {row['eq17']:.2f}")
     panel.plot([b], [c], "*", color="#009e73", markersize=11, label="minimum b")
     panel.set(xlim=(-2.2, 4.2), ylim=(-0.2, 4.5))
-    caption_axes(panel, "parameter w", "loss L")
+    name_axes(panel, "parameter w", "loss L")
     panel.set_aspect("equal")
 
 
@@ -162,11 +162,10 @@ def settings(place: Place) -> str:
     return f"{NUMBER} random parabolas; drawn: " + ", ".join(f"{name} = {value}" for name, value in SHOWN.items()) + "."
 
 
-FIGURE_6 = Figure(
+FIGURES = (Figure(
     6, "Minimum, gradient, parameter stride and loss stride", "A step lowers the loss by lr g².",
     rows, judge_6, draw_6, settings,
-)  # fmt: skip
-FIGURE_15 = Figure(
+), Figure(
     15, "The geometry near a minimum", "Near a minimum the loss is a parabola, whose radius of curvature is eq. 16.",
     rows, judge_15, draw_15, settings,
-)  # fmt: skip
+))  # fmt: skip

@@ -7,9 +7,9 @@ batches, to keep about the paper's steps per epoch and its ratio of 16.
 """
 
 from experiments.figures import statistics
-from experiments.figures.base import Claim, Figure, Place, describe, last_epoch
-from experiments.figures.render import caption_axes, curves
+from experiments.figures.base import Claim, Figure, Place, count, describe, last_epoch
 from experiments.figures.rows import by_label, epoch_curves, fluctuation
+from experiments.plots import curves, name_axes
 
 LARGE = {"smoke": 256, "cpu": 2048, "paper": 8192}
 RATIO = 16
@@ -32,9 +32,9 @@ def config(place: Place, arm: str, seed: int):
         MATCHED: {"epochs": epochs + extra},
         WARMUP: {"phases": (f"1:{large}:0.005", f"{epochs - 1}:{large}:0.05")},
     }[arm]
-    # The phases hold the rates; elsewhere the rate is that of the large batch.
-    rate = {} if "phases" in changes else {"learning_rate": 0.05}
-    return place.config(batch_size=large, momentum=0.9, seed=seed, **changes, **rate)
+    # The phases hold batch sizes and rates; elsewhere these are those of the large batch.
+    rest = {} if "phases" in changes else {"batch_size": large, "learning_rate": 0.05}
+    return place.config(momentum=0.9, seed=seed, **changes, **rest)
 
 
 def grid(place: Place, arms=ARMS):
@@ -119,7 +119,7 @@ def draw_each(arm: str, name: str, label: str, scale: float):
         own = [row for row in rows if row["arm"] == arm and not row.get("final")]
         seeds = sorted({row["seed"] for row in own})
         curves(panel, by_label(own, "seed", {seed: f"seed {seed}" for seed in seeds}, name, scale))
-        caption_axes(panel, "epoch", label)
+        name_axes(panel, "epoch", label)
 
     return draw
 
@@ -134,7 +134,7 @@ def draw_both(name: str, label: str, scale: float):
         curves(axes[1], by_label(own, "arm", {arm: arm for arm in ARMS}, name, scale, x="step"))
         axes[0].set_title(START, fontsize=10)
         axes[1].set_title("all arms, mean and range", fontsize=10)
-        caption_axes(axes[1], "optimizer steps", label)
+        name_axes(axes[1], "optimizer steps", label)
 
     return draw
 
@@ -144,7 +144,7 @@ def settings(place: Place) -> str:
     large = LARGE[place.preset]
     return (
         f"{describe(config(place, BASELINE, 0))}; batch {large} at 0.05, first epoch {large // RATIO} (or {large}) at"
-        f" 0.005; {EPOCHS[place.preset]} epochs, {SEEDS[place.preset]} seeds."
+        f" 0.005; {EPOCHS[place.preset]} epochs, {count(SEEDS[place.preset], 'seed')}."
     )
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from experiments import __main__, compare, problems, records, runs, tune
 from experiments.config import TrainConfig, load_config
+from experiments.errors import Diverged
 from experiments.problems import GRID_POINTS, PROBLEMS, RACERS
-from experiments.train import Diverged
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--dataset", "generated", "--image-size", "16", "--width", "0.05", "--batch-size", "128", "--epochs", "2"]
@@ -26,53 +26,6 @@ def command(capfd, *arguments):
     except SystemExit as exit:
         code = exit.code or 0
     return (code, *capfd.readouterr())
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["race", "--help"], ["tune", "--help"], ["train", "--help"], ["figure", "--help"]]
-)
-def test_help_succeeds_and_names_the_options(capfd, arguments):
-    code, out, _ = command(capfd, *arguments)
-    assert code == 0
-    for word in {"--help": ["race", "tune", "train", "figure", "report"], "train": ["--learning-rate", "TFDS"]}.get(
-        arguments[0], []
-    ):
-        assert word in out
-
-
-def test_help_tells_the_purpose_of_every_option(capfd):
-    _, out, _ = command(capfd, "train", "--help")
-    for field in dataclasses.fields(TrainConfig):
-        assert f"--{field.name.replace('_', '-')}" in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "accepted"),
-    [
-        (["train", "--optimizer", "adamax"], "'mclr', 'percent_delta', 'cblr'"),
-        (["train", "--batch-size", "many"], "it takes --batch-size INT"),
-        (["train", "--batch-size", "0"], "--batch-size must be above 0, not 0"),
-        (["train", "--batch-size", "2000"], "--batch-size 2000 exceeds the 1437 training images of digits"),
-        (["train", "--learning-rte", "1"], "--learning-rate"),
-        (["train", "--dataset", "cifar11"], "digits, generated, or a name that TFDS lists"),
-        (["train", "--data-dir", "/nowhere", "--dataset", "cifar10"], "--data-dir /nowhere is not a folder"),
-        (["race", "--methods", "sgd", "adam"], "'cblr'"),
-        (["race", "--seeds", "0"], "--seeds must be above 0, not 0"),
-        (["sprint"], "race, tune, train"),
-    ],
-)
-def test_a_wrong_value_is_one_line_that_says_what_is_accepted(capfd, arguments, accepted):
-    code, out, err = command(capfd, *arguments, *(["--learning-rate", "0.1"] if arguments[0] == "train" else []))
-    assert code == 2
-    assert err.count("\n") == 1 and err.startswith("error: ")
-    assert accepted in err
-    assert "Traceback" not in out + err
-
-
-def test_the_exit_code_reaches_the_shell():
-    for arguments, code in ((["--help"], 0), (["sprint"], 2)):
-        done = subprocess.run([sys.executable, "-m", "experiments", *arguments], cwd=ROOT, capture_output=True)
-        assert done.returncode == code
 
 
 def test_training_leaves_its_configuration_and_its_metrics(capfd, tmp_path):
@@ -92,7 +45,7 @@ def test_training_leaves_its_configuration_and_its_metrics(capfd, tmp_path):
     [path] = tmp_path.glob("*/metrics.jsonl")
     assert str(path) in out.replace("\n", "")
     first, *rest = records.read(path)
-    assert first.pop("kind") == "config"
+    assert (first.pop("kind"), first.pop("format")) == ("config", runs.FORMAT)
     assert load_config(first).optimizer == "lars"
     assert [record["kind"] for record in rest] == ["step"] * 4 + ["epoch"] + ["step"] * 4 + ["epoch"]
     assert [record["step"] for record in rest if record["kind"] == "step"] == list(range(1, 9))
@@ -145,11 +98,12 @@ def tiny_problem(monkeypatch):
 
 def test_tune_then_race_from_nothing(capfd, tmp_path, tiny_problem, monkeypatch):
     file = tmp_path / "tuned.json"
-    monkeypatch.setattr("experiments.methods.TUNED_FILE", file)
+    monkeypatch.setattr(problems, "TUNED_FILE", file)
     code, _, err = command(capfd, "race", "--out", str(tmp_path))
-    assert code == 2 and "python -m experiments tune --problem digits" in err
+    assert code == 2 and f"python -m experiments tune --out {tmp_path}" in err
+    assert not list(tmp_path.iterdir())
 
-    code, _, _ = command(capfd, "tune", "--methods", "lars", "--file", str(file))
+    code, _, _ = command(capfd, "tune", "--methods", "lars", "--out", str(tmp_path))
     assert code == 0
     tuned = json.loads(file.read_text())["digits"]
     trials, best = (tuned["methods"]["lars"][name] for name in ("trials", "best"))
@@ -162,11 +116,12 @@ def test_tune_then_race_from_nothing(capfd, tmp_path, tiny_problem, monkeypatch)
     file.write_text(json.dumps({"digits": tuned}))
     code, out, _ = command(capfd, "race", "--methods", "sgd", "lars", "--out", str(tmp_path))
     assert code == 0
-    assert "steps to 30%" in out and "ratio to SGD" in out
+    assert "steps to 30%" in out and "ratio to sgd" in out
     [folder] = tmp_path.glob("*-race-digits")
     assert (folder / "race.png").read_bytes().startswith(b"\x89PNG")
     first, *rest = records.read(folder / "race.jsonl")
     assert first["learning_rates"] == {"sgd": 0.02, "lars": best}
+    assert first["problem"] == "digits"
     steps = [record for record in rest if record["kind"] == "step"]
     assert len(steps) == 2 * 2 * 2 * 4
     outcomes = [record for record in rest if record["kind"] == "outcome"]
@@ -175,17 +130,18 @@ def test_tune_then_race_from_nothing(capfd, tmp_path, tiny_problem, monkeypatch)
 
 def test_tune_goes_on_where_it_stopped(capfd, tmp_path, tiny_problem, monkeypatch):
     file, trained = tmp_path / "tuned.json", []
-    config = dataclasses.replace(tiny_problem.config, holdout=tiny_problem.holdout)
-    results = tune.Results(file, "digits", tune.settings(config, tiny_problem), again=False)
+    fixed = compare.change(tiny_problem, holdout=tiny_problem.holdout)
+    results = tune.Results(file, "digits", tune.settings(fixed), again=False)
     for rate in tiny_problem.grid("sgd"):
         if rate != tiny_problem.grid("sgd")[2]:
             results.add("sgd", {"learning_rate": rate, "accuracy": 0.001, "loss": 9.0})
 
-    def run(stepper, rate, *rest):
-        trained.append(rate)
-        return compare.Outcome("sgd", rate, 0, 0.5, 0.6, 0.7, None, 0.1, 1.0)
+    def run(config, folder, show):
+        trained.append(config.learning_rate)
+        step = {"kind": "step", "seconds": 1.0, "compiled": False}
+        return [step, {"kind": "epoch", "step": 4, "loss": 0.5, "test_loss": 0.6, "test_accuracy": 0.7}]
 
-    monkeypatch.setattr(compare, "run", run)
+    monkeypatch.setattr(runs, "run", run)
     code, out, _ = command(capfd, "tune", "--methods", "sgd", "--file", str(file))
     assert code == 0 and "[70.0]" in out
     assert trained == [tiny_problem.grid("sgd")[2]]
@@ -209,21 +165,21 @@ def test_grids_are_of_equal_size_and_the_committed_rates_are_the_best_of_them():
 
 
 def test_outcomes_are_read_off_the_records():
-    steps = [{"kind": "step", "step": i + 1, "seconds": (5.0, 2.0, 0.1, 0.1)[i]} for i in range(4)]
+    steps = [{"kind": "step", "seconds": s, "compiled": s > 1} for s in (5.0, 0.1, 2.0, 0.1)]
     epochs = [
         {"kind": "epoch", "step": 2, "loss": 2.0, "test_loss": 2.1, "test_accuracy": 0.4},
         {"kind": "epoch", "step": 4, "loss": 1.0, "test_loss": 1.1, "test_accuracy": 0.6},
     ]
-    outcome = compare.summarise(steps + epochs, "sgd", 0.1, 0, target=0.5, diverged=False)
+    outcome = compare.outcome(TrainConfig(), steps + epochs, target=0.5)
     assert (outcome.steps_to_target, outcome.loss, outcome.test_accuracy) == (4, 1.0, 0.6)
     np.testing.assert_allclose([outcome.step_seconds, outcome.compile_seconds], [0.1, 6.8])
-    outcome = compare.summarise(steps + epochs, "sgd", 0.1, 0, target=0.7, diverged=True)
+    outcome = compare.outcome(TrainConfig(), steps + epochs + steps, target=0.7)
     assert outcome.steps_to_target is None and outcome.loss == float("inf") and outcome.test_accuracy == 0
 
 
 def test_a_rate_is_borrowed_from_the_nearest_problem(monkeypatch):
     rates = {"digits": 0.1, "cifar10": 0.2}
-    monkeypatch.setattr("experiments.methods.tuned_learning_rate", lambda problem, method: rates.get(problem))
+    monkeypatch.setattr(problems, "tuned_learning_rate", lambda problem, method: rates.get(problem))
     assert problems.default_learning_rate(TrainConfig(dataset="digits")) == (0.1, "digits")
     assert problems.default_learning_rate(TrainConfig(dataset="svhn_cropped")) == (0.2, "cifar10")
 

@@ -31,8 +31,8 @@ def test_digits_are_all_there_once():
 
 
 def test_holdout_takes_training_images_and_no_test_image():
-    whole = data.load(TrainConfig(dataset="generated", image_size=8, batch_size=64))
-    held = data.load(TrainConfig(dataset="generated", image_size=8, batch_size=64, holdout=0.25))
+    whole = data.load(TrainConfig(dataset="generated", image_size=16, batch_size=64))
+    held = data.load(TrainConfig(dataset="generated", image_size=16, batch_size=64, holdout=0.25))
     assert (len(held.train), len(held.test)) == (384, 128)
     np.testing.assert_array_equal(np.concatenate([held.train.images, held.test.images]), whole.train.images)
 
@@ -174,3 +174,20 @@ def test_cifar10():
     np.testing.assert_allclose(
         data.channel_statistics(dataset.train.images)[0] / 255, [0.4914, 0.4822, 0.4465], atol=2e-3
     )
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "tiny-test.array_record-00000-of-00001"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]\n"])
+def test_damaged_files_of_a_prepared_data_set_are_one_line(name, content, tmp_path):
+    write_dataset(tmp_path, (16, 16, 3), {"train": 6, "test": 3})
+    [path] = tmp_path.rglob(name)
+    path.write_bytes(content)
+    with pytest.raises((RunError, UsageError), match="tiny") as error:
+        data.load(TrainConfig(dataset="tiny", data_dir=tmp_path, image_size=16, batch_size=4))
+    assert "\n" not in str(error.value) and "--d" in str(error.value)
+
+
+def test_images_beyond_the_memory_are_refused():
+    with pytest.raises(UsageError, match=r"--image-size 4096: 1000000 images need .* GB, and this machine has"):
+        data.check_memory(1_000_000, 4096)
+    data.check_memory(60_000, 32)

@@ -19,6 +19,12 @@ def cross_entropy(outputs, data):
     return optax.softmax_cross_entropy_with_integer_labels(outputs, data["y"])
 
 
+def half(layer, x):
+    """Dropout of half of the features."""
+    kept = jax.random.bernoulli(jax.random.fold_in(jax.random.key(1), layer), 0.5, x.shape)
+    return jnp.where(kept, 2 * x, 0)
+
+
 def routes(objective, params):
     return {row.path: row.route for row in curvax.explain(objective, params).rows}
 
@@ -29,7 +35,7 @@ def test_the_networks_of_the_paper_are_proved_piecewise_linear(model, train):
     definition, params, stats = models.build(TrainConfig(model=model, width=1 / 32), 10, jax.random.key(0))
 
     def predict(params, data):
-        return models.apply(definition, params, stats, data["x"], jax.random.key(1), train=train)[0]
+        return models.apply(definition, params, stats, data["x"], train=train, drop=half)[0]
 
     objective = curvax.Objective(predict, cross_entropy, {"x": jnp.ones((4, 32, 32, 3)), "y": jnp.zeros(4, int)})
     explanation = curvax.explain(objective, params)
@@ -41,7 +47,7 @@ def test_batch_norm_in_training_mode_takes_no_shortcut():
     definition, params, stats = models.build(TrainConfig(model="resnet18", width=1 / 32), 10, jax.random.key(0))
 
     def predict(params, data):
-        return models.apply(definition, params, stats, data["x"], jax.random.key(1), train=True)[0]
+        return models.apply(definition, params, stats, data["x"], train=True)[0]
 
     objective = curvax.Objective(predict, cross_entropy, {"x": jnp.ones((4, 32, 32, 3)), "y": jnp.zeros(4, int)})
     found = routes(objective, params)

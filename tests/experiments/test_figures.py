@@ -2,22 +2,25 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
 
-from experiments import __main__, runs
+from experiments import __main__, plots, runs
+from experiments.config import METHODS
 from experiments.figures import (
     batch_gradient,
     batch_sweep,
     command,
     discard_ratio,
     median_rate,
+    report,
     rows,
     small_start,
     statistics,
 )
-from experiments.figures.base import Place
+from experiments.figures.base import Place, count
 from experiments.figures.dry_run import grouped
 from experiments.figures.statistics import FAILED, HELD, UNDECIDED, Estimate
 
@@ -183,7 +186,7 @@ def test_figures_and_report_from_nothing(capfd, tmp_path, monkeypatch):
         f"figure-{n}.{kind}" for n in ("04", "15") for kind in ("png", "jsonl")
     }
     about, *rows = map(json.loads, (folder / "figure-04.jsonl").read_text().splitlines())
-    assert about["command"] == "python -m experiments figure 4 --preset smoke"
+    assert about["command"] == "python -m experiments figure 4"
     assert sorted({row["batch_size"] for row in rows}) == [256, 512]
 
     # What one figure ran, another only reads.
@@ -196,20 +199,10 @@ def test_figures_and_report_from_nothing(capfd, tmp_path, monkeypatch):
     assert [n for n in (4, 7, 15) if f"## Figure {n}." in page] == [4, 7, 15]
     html = (folder / "report.html").read_text()
     assert html.count("<table>") == 4 and '<img src="figure-04.png"' in html
-
-
-@pytest.mark.parametrize(
-    ("arguments", "accepted"),
-    [
-        (["figure", "17"], "'all'"),
-        (["figure"], "figures"),
-        (["figure", "3", "--preset", "large"], "smoke"),
-        (["report", "--results", "/nowhere"], "python -m experiments figure all --preset smoke"),
-    ],
-)
-def test_a_wrong_value_is_one_line_that_says_what_is_accepted(capfd, arguments, accepted):
-    code, _, err = run(capfd, *arguments)
-    assert code == 2 and err.count("\n") == 1 and accepted in err
+    assert html.index("<img") < html.index("All claims") and '<meta name="viewport"' in html
+    links = re.findall(r'<a href="#([^"]+)">', html)
+    assert links and all(f'id="{link}"' in html for link in links)
+    assert all(color in html for verdict, color in report.COLORS.items() if f">{verdict}<" in html)
 
 
 def test_a_run_that_diverged_counts_as_one(tmp_path):
@@ -225,3 +218,25 @@ class Silent:
 
     def __getattr__(self, name):
         return lambda *arguments: None
+
+
+def test_a_method_looks_the_same_wherever_it_is_drawn():
+    looks = [plots.look(label, place) for place, label in enumerate(["sgd", "mclr (0.006)", "mclr", "lars"])]
+    assert looks[1] == looks[2] and len({look["color"] for look in looks}) == 3
+    assert set(plots.METHODS) == set(METHODS)
+    for some in (plots.METHODS, plots.ESTIMATORS):
+        assert len({tuple(look.items()) for look in some.values()}) == len(some)
+
+
+def test_ticks_of_batch_sizes_leave_room():
+    figure, panel = plots.plt.subplots()
+    sizes = [2**k for k in range(5, 17)]
+    panel.plot(sizes, sizes)
+    plots.batch_axis(panel, sizes)
+    shown = [label.get_text() for label in panel.get_xticklabels()]
+    assert shown == ["32", "128", "512", "2048", "8192", "32768"] and not len(panel.get_xticks(minor=True))
+    plots.plt.close(figure)
+
+
+def test_one_seed_is_not_seeds():
+    assert [count(n, "seed") for n in (0, 1, 2)] == ["0 seeds", "1 seed", "2 seeds"]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -10,27 +12,16 @@ import sys
 import jax
 import numpy as np
 import pytest
-from test_runs import ROOT, wait_for_lines
-from test_train import RICH
+from test_runs import ROOT, kept, wait_for_lines
+from test_train import TINY
 
-from experiments import processes, records, runs
-from experiments.config import TrainConfig
-from experiments.errors import RunError, UsageError
+from experiments import options, processes, records, runs
+from experiments.errors import RunError
 
 # Dropout, two epochs of four steps, and little to compile: on a small machine all processes compile on the same cores.
 CONFIG = dataclasses.replace(
-    RICH, width=0.03, batch_size=128, epochs=2, optimizer="lars", augment=False, checkpoint_seconds=0.0
+    TINY, width=0.03, batch_size=128, epochs=2, dropout=0.5, augment=False, checkpoint_seconds=0.0
 )
-
-
-def options(config):
-    """The command line of a configuration, but for what is as usual."""
-    usual, words = TrainConfig().as_dict(), []
-    for name, value in config.as_dict().items():
-        if value != usual[name]:
-            option = name.replace("_", "-")
-            words += [f"--no-{option}"] if value is False else [f"--{option}", str(value)]
-    return words
 
 
 def free_port():
@@ -43,11 +34,11 @@ def start(number, config, cache):
     """Starts `python -m experiments train` in so many processes, which share four devices."""
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
     config = dataclasses.replace(
-        config, devices=4 // number, coordinator=f"127.0.0.1:{free_port()}", num_processes=number
+        config, devices=4 // number, coordinator=f"127.0.0.1:{free_port()}", num_processes=number, process_id=0
     )
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "experiments", "train", *options(config), "--process-id", str(i)],
+            [sys.executable, *shlex.split(options.line("train", dataclasses.replace(config, process_id=i)))[1:]],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -63,6 +54,7 @@ def ends(running):
     return [process.returncode for process in running], said
 
 
+@pytest.mark.slow
 def test_two_processes_of_which_one_dies_and_four_that_go_on_equal_one(tmp_path):
     """The two under `pmap`, the four under `jit`: a run is the same in any number of processes and in either way."""
     config = dataclasses.replace(CONFIG, out=tmp_path)
@@ -72,7 +64,8 @@ def test_two_processes_of_which_one_dies_and_four_that_go_on_equal_one(tmp_path)
     two[1].send_signal(signal.SIGKILL)
     codes, said = ends(two)
     assert codes[1] == -signal.SIGKILL and codes[0] != 0
-    assert processes.AGAIN in said[0].splitlines()[-1], said[0]
+    assert processes.AGAIN in said[0].splitlines()[-1] and "free some space" not in said[0], said[0]
+    assert "[Gloo]" not in "".join(said)
 
     codes, said = ends(start(4, config, tmp_path / "cache"))
     assert codes == [0, 0, 0, 0], said
@@ -95,7 +88,8 @@ def joined(monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **options: calls.append(arguments))
     monkeypatch.setattr(jax.config, "update", lambda *arguments: None)
-    monkeypatch.setattr(processes, "_watch", lambda: None)
+    for name in ("watch", "hush"):
+        monkeypatch.setattr(processes, name, lambda: None)
     for name in processes.LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     return calls
@@ -105,7 +99,7 @@ def joined(monkeypatch):
     ("environment", "options", "expected"),
     [
         ({}, {}, []),
-        ({}, {"coordinator": "host:1", "num_processes": 2, "process_id": 1}, [("host:1", 2, 1)]),
+        ({}, {"coordinator": "localhost:{port}", "num_processes": 2, "process_id": 1}, [("localhost:{port}", 2, 1)]),
         ({}, {"coordinator": "auto"}, [(None, None, None)]),
         ({"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4"}, {}, [(None, None, None)]),
         ({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}, {}, []),
@@ -114,22 +108,52 @@ def joined(monkeypatch):
         ({"OMPI_COMM_WORLD_SIZE": "2"}, {}, [(None, None, None)]),
         (
             {"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4"},
-            {"coordinator": "host:1", "num_processes": 2, "process_id": 0},
-            [("host:1", 2, 0)],
+            {"coordinator": "localhost:{port}", "num_processes": 2, "process_id": 0},
+            [("localhost:{port}", 2, 0)],
         ),
     ],
 )
 def test_processes_meet_as_their_launcher_or_the_options_say(environment, options, expected, joined, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    processes.join(dataclasses.replace(CONFIG, **options))
-    assert joined == expected
+    port = free_port()
+    put = lambda x: x.format(port=port) if isinstance(x, str) else x
+    processes.join(dataclasses.replace(CONFIG, **{name: put(value) for name, value in options.items()}))
+    assert joined == [tuple(map(put, arguments)) for arguments in expected]
 
 
-def test_half_of_the_options_are_refused(joined):
-    with pytest.raises(UsageError, match="--coordinator, --num-processes, --process-id belong together"):
-        processes.join(dataclasses.replace(CONFIG, coordinator="host:1", num_processes=2))
-    assert not joined
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::"])
+def test_a_port_in_use_is_one_line_and_no_crash(address, joined):
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, 0), family=family) as other:
+        port = other.getsockname()[1]
+        config = dataclasses.replace(CONFIG, coordinator=f"127.0.0.1:{port}", num_processes=2, process_id=0)
+        with pytest.raises(RunError, match=f"port {port}: Address already in use; give another --coordinator"):
+            processes.join(config)
+        assert not joined
+        # Only the first process listens there.
+        processes.join(dataclasses.replace(config, process_id=1))
+    assert joined == [(f"127.0.0.1:{port}", 2, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "who"), [(signal.SIGTERM, (1,)), (signal.SIGINT, (0, 1))])
+def test_a_signal_to_any_process_stops_all_of_them_with_the_step_saved(number, who, tmp_path):
+    config = dataclasses.replace(CONFIG, epochs=500, checkpoint_seconds=1e6, out=tmp_path)
+    folder = runs.folder_of(config)
+    two = start(2, config, tmp_path / "cache")
+    wait_for_lines(folder / runs.METRICS, 4, two[0])
+    for i in who:
+        two[i].send_signal(number)
+    codes, said = ends(two)
+    assert codes == [128 + number, 128 + number], said
+    steps = {
+        re.search(rf"error: stopped by {number.name}: step (\d+) of 2000 is saved; start all", text)[1] for text in said
+    }
+    [step] = steps
+    assert kept(folder) == [f"step-{step}.npz"]
+    assert records.read(folder / runs.METRICS)[-1]["step"] == int(step)
+    assert not any("Gloo" in text or "Traceback" in text for text in said)
 
 
 def test_processes_that_do_not_meet_are_told_how(joined, monkeypatch):
@@ -138,4 +162,4 @@ def test_processes_that_do_not_meet_are_told_how(joined, monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(RunError, match=r"did not meet \(DEADLINE_EXCEEDED: Barrier timed out.\): start all of them"):
-        processes.join(dataclasses.replace(CONFIG, coordinator="host:1", num_processes=2, process_id=0))
+        processes.join(dataclasses.replace(CONFIG, coordinator="auto"))

@@ -1,0 +1,109 @@
+"""One look for all plots, which survives a grey printer: every line has its own marker and dashes beside its colour.
+
+A method, or an estimator, looks the same wherever it is drawn.
+"""
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from experiments import records
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+# Colours told apart by colour-blind eyes too (Okabe & Ito).
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#555555", "#e69f00", "#56b4e9", "#000000")
+MARKS = ("o", "s", "^", "D", "v", "*", "P", "X")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
+LOOKS = [
+    {"color": color, "marker": mark, "linestyle": dash} for color, mark, dash in zip(COLORS, MARKS, DASHES, strict=True)
+]
+METHODS = dict(zip(("lars", "mclr", "percent_delta", "cblr", "sgd", "lamb"), LOOKS, strict=False))
+ESTIMATORS = dict(
+    zip(
+        ("hutchinson", "ggn_mc_of_batches", "xdiag", "ggn_mc", "optax.contrib hutchinson", "matfree hutchinson"),
+        LOOKS,
+        strict=False,
+    )
+)
+NAMED = METHODS | ESTIMATORS | {"matfree xdiag": LOOKS[6], "exact": LOOKS[7]}
+
+
+def look(label: str, place: int = 0) -> dict:
+    """The style of a line: of the method or estimator that its label begins with, else of the line of this number."""
+    return NAMED.get(label.split(" (")[0], LOOKS[place % len(LOOKS)])
+
+
+def name_axes(panel, x: str, y: str):
+    """Names the axes with their units, and shows legend and grid."""
+    panel.set(xlabel=x, ylabel=y)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+
+
+def plain_log(panel, axis: str = "y"):
+    """A logarithmic axis with 1, 2 and 5 of every decade written out."""
+    panel.set(**{f"{axis}scale": "log"})
+    chosen = getattr(panel, f"{axis}axis")
+    chosen.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    chosen.set_major_formatter(FormatStrFormatter("%g"))
+    chosen.set_minor_formatter(NullFormatter())
+
+
+def batch_axis(panel, sizes: Sequence[int]):
+    """A logarithmic axis of batch sizes, of which no more are written than there is room for."""
+    panel.set_xscale("log", base=2)
+    shown = sorted(sizes)[:: -(-len(sizes) // 8)]
+    panel.set_xticks(shown, map(str, shown))
+    panel.minorticks_off()
+
+
+def curves(panel, lines: Mapping[str, Sequence[Sequence[tuple[float, float]]]]):
+    """A line per label: the mean over its seeds, and a band from the lowest to the highest.
+
+    Args:
+        panel: axes.
+        lines: by label, for each seed, `(x, y)` points; a seed that diverged has fewer, and ends the line.
+    """
+    for place, (label, seeds) in enumerate(lines.items()):
+        length = min(map(len, seeds))
+        x = np.array([point[0] for point in seeds[0][:length]])
+        y = np.array([[point[1] for point in seed[:length]] for seed in seeds])
+        # Each line's markers are a little later than the last one's: lines that coincide can still be told apart.
+        every = max(1, length // 6)
+        style = {**look(label, place), "markevery": (place * every // len(LOOKS), every), "markersize": 5}
+        panel.plot(x, y.mean(0), label=label, linewidth=1.4, **style)
+        if len(seeds) > 1:
+            panel.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.12, linewidth=0)
+
+
+def save(draw, panels: int, rows, title: str, caption: str, path: Path, size: tuple[float, float] = (4.4, 4.4)):
+    """Draws a figure into a PNG.
+
+    Args:
+        draw: from the panels and the rows to the plot.
+        panels: how many, side by side.
+        rows: of the figure.
+        title: above.
+        caption: below.
+        path: of the file.
+        size: of one panel, in inches.
+    """
+    lines = textwrap.wrap(caption, round(52 + 14 * size[0] * panels))
+    width, height = 2.4 + size[0] * panels, size[1] + 0.17 * len(lines)
+    figure, axes = plt.subplots(1, panels, figsize=(width, height), squeeze=False)
+    draw(list(axes[0]), rows)
+    figure.suptitle(title, fontsize=11)
+    bottom = (0.17 * len(lines) + 0.1) / height
+    figure.text(0.01, 0.01, "\n".join(lines), fontsize=8, va="bottom")
+    figure.tight_layout(rect=(0, bottom, 1, 1))
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
+    plt.close(figure)
+    records.write(path, picture.getvalue())
