@@ -12,6 +12,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ LAUNCHERS = {
 }
 # A process that has said nothing for so long is dead. They speak from a thread of their own, even while they compile.
 HEARTBEAT_SECONDS = 30
+PATIENCE_SECONDS = 60
 # What XLA begins its errors with: of Gloo's closed connections, NCCL's and the coordinator's unavailable peers, and of
 # barriers that nobody else reaches.
 STATUS = re.compile(
@@ -114,10 +116,8 @@ def check_address(config: Any):
         RunError: if its port is taken, in the process that would listen there.
     """
     host, port = config.coordinator.rsplit(":", 1)
-    try:
-        socket.getaddrinfo(host.strip("[]"), port)
-    except (OSError, UnicodeError) as error:
-        raise UsageError(f"--coordinator {config.coordinator}: nobody knows the host {host}") from error
+    if not known(host.strip("[]")):
+        raise UsageError(f"--coordinator {config.coordinator}: nobody knows the host {host}")
     if config.process_id:
         return
     try:
@@ -126,6 +126,18 @@ def check_address(config: Any):
             pass
     except OSError as error:
         raise RunError(f"port {port}: {os.strerror(error.errno)}; give another --coordinator") from error
+
+
+def known(host: str) -> bool:
+    """Whether a host has an address; where Kubernetes starts all at once, it may have one a little later."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return bool(socket.getaddrinfo(host, None))
+        except (OSError, UnicodeError):
+            if time.monotonic() > end:
+                return False
+            time.sleep(1)
 
 
 def hush():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import __main__, images_tfds, options
+from experiments import __main__, images_tfds, options, processes
 from experiments.commands import COMMANDS
 from experiments.config import TrainConfig
 from experiments.options import flag
@@ -204,6 +204,7 @@ def place(tmp_path, monkeypatch):
         (tmp_path / "damaged/cifar10/3.0.2" / name).write_text("{")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(images_tfds, "reachable", lambda builder: False)
+    monkeypatch.setattr(processes, "PATIENCE_SECONDS", 0)
     return tmp_path
 
 
