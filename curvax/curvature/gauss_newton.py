@@ -27,13 +27,13 @@ from curvax.curvature.estimate import Estimate, add_samples, at_least_float32, n
 from curvax.curvature.micro_batches import mean_over_micro_batches
 from curvax.curvature.products import gauss_newton_product, hessian_product
 from curvax.exact import factor
-from curvax.exact.atoms import find_atoms
+from curvax.exact.atoms import Separate, Softmax, Structure, find_atoms
 from curvax.exact.backprop import diagonals
 from curvax.exact.columns import Columns, RandomColumns, Source, evaluate_atoms
 from curvax.exact.dataflow import Flow, analyse, between
 from curvax.exact.diagonals import zeros
 from curvax.exact.explanation import Explanation, Row
-from curvax.exact.routes import Route, loss_origins, plan_gauss_newton
+from curvax.exact.routes import Route, plan_gauss_newton
 from curvax.exact.sweep import sweep
 from curvax.exact.trace import is_floating, trace, trace_loss
 from curvax.objective import Objective
@@ -44,6 +44,8 @@ Squares = Literal["example", "batch"]
 MICRO_BATCHES = 4
 # Entries of an example's outputs up to which a loss without structure is factored.
 FACTORED = factor.FACTORED_TAIL
+
+_KINDS = {Softmax: "a softmax", Separate: "functions of single numbers"}
 
 
 class Sampling(NamedTuple):
@@ -102,17 +104,20 @@ def _plan(flow: Flow, squares: Squares | None) -> Sampling:
 
 def _columns_of(flow: Flow) -> tuple[bool, str]:
     """Whether random columns of the loss's Hessian are known, and what is known of it."""
-    atoms, origins = find_atoms(flow), loss_origins(flow)
-    if not isinstance(atoms, str):
-        kinds = dict.fromkeys("softmax" if hasattr(atom, "logits") else "functions of single outputs" for atom in atoms)
-        return True, f"the loss is curved by {' and '.join(kinds)}" if kinds else "the loss is not curved"
-    if isinstance(origins, str):
-        return False, origins
-    (outputs,) = origins
-    if flow.axes.get(outputs) is None:
-        return False, f"{atoms}, and the loss couples the examples"
-    size = outputs.aval.size // flow.program.num_examples
-    return size <= FACTORED, f"{atoms}; {size} outputs for each example"
+    structure = find_atoms(flow)
+    small = _is_small(flow)
+    if isinstance(structure, str):
+        return small, f"{structure}{'; few outputs for each example' if small else ''}"
+    kinds = dict.fromkeys(_KINDS[type(atom)] for atom in structure.atoms)
+    return True, f"the loss is curved by {' and '.join(kinds)}" if kinds else "the loss is not curved"
+
+
+def _is_small(flow: Flow) -> bool:
+    """Whether the Hessian of each example's loss may be factored."""
+    outputs = flow.program.outputs
+    if len(outputs) != 1 or flow.axes.get(outputs[0]) is None:
+        return False
+    return outputs[0].aval.size <= FACTORED * flow.program.num_examples
 
 
 def sampled_gauss_newton(
@@ -232,10 +237,10 @@ def _by_product(objective: Objective, params: Any) -> Sampler:
 
 def random_columns(flow: Flow, env: Mapping[Var, jax.Array]) -> RandomColumns | factor.RandomEigencolumns | None:
     """Random columns of the loss's Hessian; None where it has none."""
-    atoms = find_atoms(flow)
-    if isinstance(atoms, str):
+    structure = find_atoms(flow)
+    if not (isinstance(structure, Structure) and (structure.simple or not _is_small(flow))):
         return factor.random_eigencolumns(flow, env, flow.program.outputs[0], None)
-    return RandomColumns(flow, evaluate_atoms(flow, env, atoms)) if atoms else None
+    return RandomColumns(flow, evaluate_atoms(flow, env, structure.atoms)) if structure.atoms else None
 
 
 def _no_curvature(params: Any) -> Any:

@@ -3,12 +3,12 @@
 Most losses are piecewise linear in the outputs but for a few operations of a known curvature:
 
     a softmax:              log(sum(exp(z))), with the Hessian diag(p) - p p^T, p the softmax of z;
-    separate functions:     f_i(z_i) of single entries, with a diagonal Hessian,
+    separate functions:     f_i(z_i) of single entries, with a diagonal Hessian.
 
-where z is piecewise linear in the outputs and the loss piecewise linear in what comes out. Then the Hessian of the loss
-is the sum over these *atoms* of that of each, times the derivative of the loss in its result, of either sign. Whatever
-is folded into the loss before or after (labels, masks, smoothing, temperatures, weights, means over tokens, sums over
-tasks) needs no rule of its own: it is in z, or in the derivative. Where anything else is curved, nothing is claimed.
+By the chain rule the Hessian of the loss is the sum over these *atoms* of that of each, taken from z back to the
+outputs, times the derivative of the loss in its result, of either sign. Whatever is folded into the loss before or
+after (labels, masks, smoothing, temperatures, weights, means over tokens, sums over tasks) needs no rule of its own: it
+is in z, or in the derivative. Where anything else is curved, nothing is claimed.
 """
 
 import dataclasses
@@ -58,17 +58,31 @@ class Separate:
 Atom = Softmax | Separate
 
 
+class Structure(NamedTuple):
+    """The atoms of a loss.
+
+    Attributes:
+        atoms: none, where the loss is piecewise linear in the outputs.
+        simple: whether they all begin at variables that are piecewise linear in the outputs. Where atoms are made of
+            others, their Hessians may cancel each other in part, and with them their precision.
+    """
+
+    atoms: tuple[Atom, ...]
+    simple: bool
+
+
 class State(NamedTuple):
     """Where a variable stands.
 
     Attributes:
-        curved: whether it is not piecewise linear in the outputs, but in them and the results of atoms.
-        source: the first variable of which each of its entries is a function of the same entry; None where there is
-            none. A variable that is not curved has at least itself.
+        curved: whether it is not piecewise linear in the outputs.
+        source: the first variable of which each of its entries is a function of the same entry; itself at least.
+        bent: whether that function is not piecewise linear.
     """
 
     curved: bool
-    source: Var | None
+    source: Var
+    bent: bool
 
 
 # What may stand between an exponential, its sum and the logarithm: entry for entry the same numbers.
@@ -78,54 +92,51 @@ SAME_NUMBERS = frozenset(
 )
 
 
-def find_atoms(flow: Flow) -> tuple[Atom, ...] | str:
+def find_atoms(flow: Flow) -> Structure | str:
     """The atoms of a loss.
 
     Args:
         flow: a program and what is known of it; its outputs are where the loss begins.
 
     Returns:
-        The atoms, of which there are none where the loss is piecewise linear in the outputs; or a text that says which
-        operation stood in the way.
+        The atoms; or a text that says which operation stood in the way.
     """
     begin = flow.program.begin_of_loss
     softmaxes, inside = _softmaxes(flow, begin)
-    states = {var: State(False, var) for var in flow.program.outputs}
+    states = {var: State(False, var, False) for var in flow.program.outputs}
     separate: dict[Var, list[int]] = {}
     for index, eqn, slots, results in flow.equations[begin:]:
-        operands = [eqn.invars[slot] for slot in slots if eqn.invars[slot] in states]
-        if index in inside or not (operands or index in softmaxes):
+        if index in softmaxes:
+            if softmaxes[index].logits not in states:
+                return "curved by a logarithm, of which the trace proves no structure"
+            states |= {var: State(True, var, False) for var in results}
             continue
-        state = _after_softmax(softmaxes[index], states) if index in softmaxes else _state(flow, index, states)
-        if state is None:
+        if index in inside or not any(eqn.invars[slot] in states for slot in slots):
+            continue
+        found = _states(flow, index, states)
+        if found is None:
             return f"curved by {eqn.primitive.name}, of which the trace proves no structure"
-        if state.curved and state.source is not None:
-            separate.setdefault(state.source, []).append(index)
-        states |= {var: state._replace(source=state.source if state.curved else state.source or var) for var in results}
+        states |= found
+        for source in {state.source for state in found.values() if state.bent}:
+            separate.setdefault(source, []).append(index)
     groups = [Separate(var, tuple(places), _read_outside(flow, places)) for var, places in separate.items()]
-    return (*(softmaxes[index] for index in sorted(softmaxes)), *groups)
+    atoms = (*(softmaxes[index] for index in sorted(softmaxes)), *groups)
+    begins = [atom.logits if isinstance(atom, Softmax) else atom.operand for atom in atoms]
+    return Structure(atoms, not any(states[var].curved for var in begins))
 
 
-def _after_softmax(softmax: Softmax, states: Mapping[Var, State]) -> State | None:
-    known = softmax.logits in states and not states[softmax.logits].curved
-    return State(True, None) if known else None
-
-
-def _state(flow: Flow, index: int, states: Mapping[Var, State]) -> State | None:
-    """What the results of an equation are, from what its operands are; None where nothing is known of them.
-
-    A source of None, of results that are not curved, stands for the results themselves.
-    """
-    eqn = flow.program.jaxpr.eqns[index]
-    slots = [slot for slot in flow.links[index][0] if eqn.invars[slot] in states]
+def _states(flow: Flow, index: int, states: Mapping[Var, State]) -> dict[Var, State] | None:
+    """What the results of an equation are, from what its operands are; None where nothing is known of them."""
+    eqn, (slots, results) = flow.program.jaxpr.eqns[index], flow.links[index]
+    slots = [slot for slot in slots if eqn.invars[slot] in states]
     operands = [states[eqn.invars[slot]] for slot in slots]
     bends = bool(added_curvature(eqn, slots, [1] * len(slots), flow.rules.get(index)))
     curved = bends or any(operand.curved for operand in operands)
     sources = {operand.source for operand in operands}
-    source = sources.pop() if len(sources) == 1 else None
-    if source is not None and not _entry_by_entry(eqn, slots, source):
-        source = None
-    return None if bends and source is None else State(curved, source)
+    if len(sources) == 1 and _entry_by_entry(eqn, slots, *sources):
+        bent = bends or any(operand.bent for operand in operands)
+        return dict.fromkeys(results, State(curved, *sources, bent))
+    return None if bends else {var: State(curved, var, False) for var in results}
 
 
 def _entry_by_entry(eqn: JaxprEqn, slots: Sequence[int], source: Var) -> bool:

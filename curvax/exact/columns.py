@@ -16,6 +16,7 @@ that sum to Q,
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -31,6 +32,9 @@ from curvax.exact.dataflow import Flow, between
 from curvax.exact.layers import examples_first
 from curvax.exact.primitives import Axis
 from curvax.exact.sweep import sweep
+
+# Entries of logits of which a random column is drawn at once.
+PART = 2**22
 
 
 class Columns(NamedTuple):
@@ -64,13 +68,15 @@ class Curved(NamedTuple):
         atom: the atom.
         curvature: the derivative of the loss in the result of a softmax, with its summed dimensions kept at length one;
             or the second derivative of the loss in each entry.
-        probabilities: of a softmax; None for separate functions.
+        exps: of a softmax, its exponentials; None for separate functions.
+        total: their sum.
         axis: where the examples lie, in both; None where they are not told apart.
     """
 
     atom: Atom
     curvature: jax.Array
-    probabilities: jax.Array | None
+    exps: jax.Array | None
+    total: jax.Array | None
     axis: Axis | None
 
     @property
@@ -93,14 +99,21 @@ def num_columns(flow: Flow, atom: Atom) -> int:
 
 
 def evaluate_atoms(flow: Flow, env: Mapping[Var, jax.Array], atoms: Sequence[Atom]) -> list[Curved]:
-    """The numbers of all atoms, from one sweep back through what follows them."""
-    targets = [v for atom in atoms for v in ((atom.total,) if isinstance(atom, Softmax) else atom.results)]
-    skipped = {index for atom in atoms if isinstance(atom, Separate) for index in atom.equations}
-    losses = flow.program.losses
-    slopes = sweep(flow, env, [losses], targets, skipped)([jnp.ones_like(env[losses])])
-    slope = dict(zip(targets, slopes, strict=True))
-    numbers = {Softmax: _softmax_numbers, Separate: _separate_numbers}
-    return [Curved(atom, *numbers[type(atom)](flow, env, atom, slope), flow.axes[origin(atom)]) for atom in atoms]
+    """The numbers of all atoms, from sweeps back through what follows them."""
+    losses, totals = flow.program.losses, [atom.total for atom in atoms if isinstance(atom, Softmax)]
+    back = lambda targets, skipped=(): dict(
+        zip(targets, sweep(flow, env, [losses], targets, skipped)([jnp.ones_like(env[losses])]), strict=True)
+    )
+    of_totals = back(totals)
+    found = []
+    for atom in atoms:
+        if isinstance(atom, Softmax):
+            numbers = _softmax_numbers(flow, env, atom, of_totals)
+        else:
+            # Its results may lead to one another, but that is inside of it.
+            numbers = _separate_numbers(flow, env, atom, back(atom.results, atom.equations))
+        found.append(Curved(atom, *numbers, flow.axes[origin(atom)]))
+    return found
 
 
 def _softmax_numbers(flow, env, atom: Softmax, slope):
@@ -110,7 +123,7 @@ def _softmax_numbers(flow, env, atom: Softmax, slope):
     # The derivative in the logarithm of the sum; a row that is masked as a whole has none.
     empty = total == 0
     weight = jnp.where(empty, 0, weight * total)
-    return weight, env[atom.exps].astype(dtype) / jnp.where(empty, 1, total)
+    return weight, env[atom.exps].astype(dtype), jnp.where(empty, 1, total)
 
 
 def _separate_numbers(flow, env, atom: Separate, slope):
@@ -120,7 +133,7 @@ def _separate_numbers(flow, env, atom: Separate, slope):
     second = along(along(functions))(value)
     dtype = diag_dtype(value.dtype)
     parts = [slope[var].astype(dtype) * bent.astype(dtype) for var, bent in zip(atom.results, second, strict=True)]
-    return sum(parts[1:], parts[0]), None
+    return sum(parts[1:], parts[0]), None, None
 
 
 # All columns, example by example.
@@ -148,7 +161,7 @@ def _separate_source(flow: Flow, curved: Curved) -> Source:
 def _softmax_source(flow: Flow, curved: Curved) -> Source:
     variable, examples = curved.variable, flow.program.num_examples
     layout = Layout(curved.axis, examples, variable.aval.shape, curved.atom.axes)
-    p, weight = layout.rows(curved.probabilities), layout.rows(curved.curvature)[..., 0]
+    p, weight = layout.rows(curved.exps / curved.total), layout.rows(curved.curvature)[..., 0]
     rows, classes = p.shape[1:]
     tails = jnp.flip(jnp.cumsum(jnp.flip(p, -1), -1), -1)
     after = jnp.concatenate([tails[..., 1:], jnp.zeros_like(tails[..., :1])], -1)
@@ -277,27 +290,48 @@ def draw_part(key: jax.Array, positive: jax.Array, everything: jax.Array) -> tup
 
 
 def _random_column(curved: Curved, key: jax.Array, lengths: jax.Array) -> jax.Array:
-    signs = random_signs(key, curved.variable.aval.shape, lengths.dtype)
-    if curved.probabilities is None:
-        return lengths * signs
-    p, axes = curved.probabilities, curved.atom.axes
-    total = lambda x: jnp.sum(x, axes, keepdims=True)
-    top = _first_maximum(p, axes)
-    others = jnp.where(top, 0, p)
-    rest = total(others)
-    steps = jnp.sqrt(others) * signs
-    length = jnp.sqrt(total(jnp.where(top, p, 0)) * rest) * total(jnp.where(top, signs, 0))
-    share = _quotient(others, rest)
-    return lengths * (length * (top.astype(p.dtype) - share) + steps - share * total(steps))
+    if curved.exps is None:
+        return lengths * random_signs(key, lengths.shape, lengths.dtype)
+    column = functools.partial(_softmax_column, axes=curved.atom.axes)
+    return _in_parts(column, key, curved.exps, curved.total, lengths, axes=curved.atom.axes)
 
 
-def _first_maximum(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """Where the first of the largest entries over some axes is; nowhere if there is a NaN."""
-    places = jnp.zeros(x.shape, jnp.int32)
-    for axis in axes:
-        places = places * x.shape[axis] + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
-    among = jnp.where(x == jnp.max(x, axes, keepdims=True), places, math.prod(x.shape))
-    return places == jnp.min(among, axes, keepdims=True)
+def _softmax_column(key, exps, total, lengths, *, axes):
+    sum_of = lambda x: jnp.sum(x, axes, keepdims=True)
+    largest = jnp.max(exps, axes, keepdims=True)
+    rest = sum_of(jnp.where(exps == largest, 0, exps))
+    # Of several classes that are the most likely none is set apart.
+    apart = jnp.round((total - rest) / largest) == 1
+    rest = jnp.where(apart, rest, total)
+    top = apart & (exps == largest)
+    key, top_key = jax.random.split(key)
+    signs, one = random_signs(key, exps.shape, exps.dtype), random_signs(top_key, rest.shape, exps.dtype)
+    steps = jnp.sqrt(_quotient(jnp.where(top, 0, exps), rest)) * signs
+    likely = jnp.sqrt(largest / total * (rest / total)) * apart * one
+    length = jnp.sqrt(rest / total)
+    slope = likely + length * sum_of(steps)
+    # `likely (top - share) + length (steps - share sum(steps))`, whose share is the square of a step.
+    return lengths * jnp.where(top, likely, steps * (length - slope * steps))
+
+
+def _in_parts(function, key, like, *rows, axes):
+    """`function(key, like, *rows)`, like `like`: part by part where it is large, so that what it needs is not.
+
+    The parts are along the last dimension that is not summed, of an array of logits the positions of the examples.
+    """
+    dims = [d for d in range(like.ndim) if d not in axes]
+    length = like.shape[dims[-1]] if dims else 1
+    size = next(n for n in range(length, 0, -1) if length % n == 0 and (n == 1 or like.size * n <= PART * length))
+    if size == length:
+        return function(key, like, *rows)
+
+    def step(index, array):
+        pick = lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size, dims[-1]) if x.shape[dims[-1]] > 1 else x
+        part = function(jax.random.fold_in(key, index), *map(pick, (array, *rows)))
+        return jax.lax.dynamic_update_slice_in_dim(array, part, index * size, dims[-1])
+
+    # Each part takes the place of what it is made of: no second array is needed.
+    return jax.lax.fori_loop(0, length // size, step, like)
 
 
 def random_signs(key: jax.Array, shape: Sequence[int], dtype) -> jax.Array:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from jax.extend.core import Var
 
-from curvax.exact.atoms import Atom, find_atoms
+from curvax.exact.atoms import Atom, Structure, find_atoms
 from curvax.exact.columns import num_columns, origin
 from curvax.exact.dataflow import Flow, cuts
 from curvax.exact.factor import plan_columns
@@ -83,13 +83,14 @@ def plan_gauss_newton(flow: Flow) -> list[Route]:
 
 def loss_origins(flow: Flow) -> tuple[Origin, ...] | str:
     """Where the columns of the loss's Hessian start: its atoms, or the outputs; a text where there are no columns."""
-    atoms = find_atoms(flow)
-    if isinstance(atoms, tuple):
+    structure, outputs = find_atoms(flow), flow.program.outputs
+    known = isinstance(structure, Structure)
+    alone = len(outputs) == 1
+    factored = alone and flow.axes.get(outputs[0]) is not None and plan_columns(flow, outputs[0]).factored
+    if known and (structure.simple or not factored):
         # A softmax of one class is a constant.
-        return tuple(atom for atom in atoms if num_columns(flow, atom))
-    if len(flow.program.outputs) == 1:
-        return tuple(flow.program.outputs)
-    return f"{atoms}, and the outputs are not one array"
+        return tuple(atom for atom in structure.atoms if num_columns(flow, atom))
+    return tuple(outputs) if alone else f"{structure}, and the outputs are not one array"
 
 
 def variable(place: Origin) -> Var:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from curvax.layers import path_name
@@ -131,18 +132,39 @@ def leaf_paths(params: Any) -> tuple[str, ...]:
     return tuple(path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
 
 
-def inline(closed: ClosedJaxpr, *inputs: jax.Array, also: Sequence[str] = ()) -> list[jax.Array]:
-    """Evaluates a jaxpr call by call; traced, it leaves none of the calls in `INLINED`, and in `also`."""
+def inline(closed: ClosedJaxpr, *inputs: jax.Array, also: Sequence[str] = (), seen: dict | None = None) -> list:
+    """Evaluates a jaxpr call by call; traced, it leaves none of the calls in `INLINED`, and in `also`.
+
+    What is computed twice is computed once: `seen` has the results of every operation on the same operands.
+    """
+    seen = {} if seen is None else seen
     env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     env |= zip(closed.jaxpr.invars, inputs, strict=True)
     for eqn in closed.jaxpr.eqns:
         values = [read(env, atom) for atom in eqn.invars]
         if eqn.primitive.name in (*INLINED, *also):
-            results = inline(callee(eqn), *values, also=also)
+            results = inline(callee(eqn), *values, also=also, seen=seen)
         else:
-            results = apply(eqn, *values)
+            key = _identity(eqn, values)
+            results = seen[key][0] if key in seen else apply(eqn, *values)
+            if key is not None:
+                # The operands are kept, lest another one get the place of one that is gone.
+                seen[key] = results, values
         env |= zip(eqn.outvars, results, strict=True)
     return [read(env, atom) for atom in closed.jaxpr.outvars]
+
+
+def _identity(eqn: JaxprEqn, values: Sequence[Any]) -> Any:
+    """What tells an operation on these operands from all others; None where nothing does."""
+    known = lambda x: id(x) if isinstance(x, jax.core.Tracer) else (np.asarray(x).tobytes(), jax.typeof(x))
+    if eqn.effects or any(isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in values):
+        return None
+    key = (eqn.primitive, tuple(map(known, values)), tuple(sorted(eqn.params.items(), key=lambda item: item[0])))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
 
 
 def evaluate(eqns: Sequence[JaxprEqn], env: dict[Var, jax.Array]) -> dict[Var, jax.Array]:
