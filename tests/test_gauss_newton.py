@@ -10,8 +10,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from curvax import Objective
+from curvax.curvature import gauss_newton
 from curvax.curvature.gauss_newton import plan_sampling, sampled_gauss_newton
-from curvax.exact import exact_diag, explain, ggn_diag
+from curvax.exact import columns, exact_diag, explain, ggn_diag
 from curvax.exact.atoms import Separate, Softmax, find_atoms
 from curvax.exact.dataflow import analyse
 from curvax.exact.independence import example_axes
@@ -137,6 +138,28 @@ def test_both_forms_of_the_estimate_are_unbiased(name, x64):
         np.testing.assert_allclose(exact[name], expected[name], rtol=1e-7, atol=1e-12)
     for estimate in found:
         assert_within_errors(estimate.diag, estimate.standard_error, expected)
+
+
+@pytest.mark.parametrize("name", ["z-loss", "soft cap", "focal"])
+def test_large_outputs_have_columns_made_of_atoms_of_atoms(name, x64, monkeypatch):
+    """Where they are too many to be factored."""
+    monkeypatch.setattr(gauss_newton, "FACTORED", 0)
+    objective, params = Objective(network, LOSSES[name][0], batch()), parameters()
+    run = jax.jit(lambda o, p, key: (dense(o, p), sampled_gauss_newton(o, p, key, num_samples=400)))
+    expected, estimate = run(objective, params, jax.random.key(3))
+    assert_within_errors(estimate.diag, estimate.standard_error, expected)
+
+
+@pytest.mark.parametrize("part", [4 * CLASSES * 2, 2**22])
+def test_a_random_column_is_drawn_in_parts_where_it_is_large(part, x64, monkeypatch):
+    monkeypatch.setattr(columns, "PART", part)
+    tokens = jnp.asarray(np.random.default_rng(5).integers(0, CLASSES, (4, 6)))
+    predict = lambda p, d: jnp.tanh(d["x"][:, None, :] * jnp.arange(1.0, 7)[None, :, None] @ p["w"]) @ p["v"]
+    loss = lambda z, d: optax.softmax_cross_entropy_with_integer_labels(z, d["tokens"])
+    objective, params = Objective(predict, loss, {"x": jnp.asarray(batch(4)["x"]), "tokens": tokens}), parameters()
+    run = jax.jit(lambda o, p, key: (dense(o, p), sampled_gauss_newton(o, p, key, num_samples=300)))
+    expected, estimate = run(objective, params, jax.random.key(4))
+    assert_within_errors(estimate.diag, estimate.standard_error, expected)
 
 
 @pytest.mark.parametrize("classes", [10, 100, 1000])
