@@ -307,7 +307,7 @@ def _softmax_column(key, exps, total, lengths, *, axes):
     key, top_key = jax.random.split(key)
     signs, one = random_signs(key, exps.shape, exps.dtype), random_signs(top_key, rest.shape, exps.dtype)
     steps = jnp.sqrt(_quotient(jnp.where(top, 0, exps), rest)) * signs
-    likely = jnp.sqrt(largest / total * (rest / total)) * apart * one
+    likely = jnp.where(apart, jnp.sqrt(largest / total * (rest / total)), 0) * one
     length = jnp.sqrt(rest / total)
     slope = likely + length * sum_of(steps)
     # `likely (top - share) + length (steps - share sum(steps))`, whose share is the square of a step.
