@@ -10,8 +10,10 @@ on the Large Batch Size Training of Neural Networks Based on the Second Order Gr
 
 from curvax.curvature.estimate import Estimate
 from curvax.curvature.hessian import explain, hessian_diag, hvp, value_grad_and_hessian_diag
-from curvax.curvature.methods import Auto, Basis, Exact, GaussNewton, Hutchinson, XDiag
+from curvax.curvature.hutchinson import Hutchinson
+from curvax.curvature.methods import Auto, Basis, Exact, GaussNewton
 from curvax.curvature.refresh import HessianDiagState, with_hessian_diag
+from curvax.curvature.xdiag import XDiag
 from curvax.large_batch import discard_random_losses, discard_small_losses
 from curvax.objective import Objective
 from curvax.optimizers import cblr, lamb, lars, mclr, percent_delta

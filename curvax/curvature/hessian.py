@@ -1,7 +1,7 @@
 """Second derivatives: Hessian-vector products, and the diagonal of the Hessian by any method.
 
-Everything rests on `H v = d/dt grad L(w + t v)`, forward over reverse: `jax.jvp` of `jax.grad`. `methods` names the
-ways to a diagonal; here is what they share: which leaves are wanted, what is refused, and what comes back.
+Everything rests on `H v = d/dt grad L(w + t v)`, forward over reverse: `jax.jvp` of `jax.grad`. The ways to a
+diagonal are methods (see `method`); here is what they share: what is refused, and what comes back.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from curvax.curvature.estimate import Estimate, at_least_float32, check_real
-from curvax.curvature.methods import as_method, needs_key
 from curvax.curvature.scalar import aux_of, scalar_objective
+from curvax.curvature.short_forms import as_method, needs_key
 from curvax.exact import Explanation, explain_products
 from curvax.keys import Key, check_key
 from curvax.meshes import on_auto_axes
@@ -77,7 +77,7 @@ def hessian_diag(
       objective: an `Objective`, or any function `params -> scalar`.
       params: a tree of real arrays.
       method: a string of the table, or a method as a value, such as `Hutchinson(num_samples=4)` or one of your own: see
-        `curvax.curvature.methods`.
+        `curvax.curvature.method`.
       key: a seed or a `jax.random.key`; required by the stochastic methods.
       where: a tree of booleans like `params` (or a prefix of it), or a function from `params` to one: the leaves whose
         diagonal is wanted. Others are constants, cost nothing, and come back as `optax.MaskedNode()`.

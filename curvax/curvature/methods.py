@@ -1,109 +1,20 @@
-"""Ways to the diagonal of a Hessian, as values.
+"""The methods whose work is done elsewhere: exact diagonals, Gauss-Newton diagonals, and the choice of a method."""
 
-A method is any object with
-
-    estimate(objective, params, key) -> Estimate
-
-which is all that `hessian_diag`, `with_hessian_diag` and `cblr` ask of it: users write their own. Those of curvax are
-frozen dataclasses, checked when they are made. A string stands for one of them, and options beside the string for its
-fields: `"hutchinson", num_samples=4` is `Hutchinson(num_samples=4)`. Beyond `estimate`, a method may have
-
-    stochastic                      whether it needs a key; `False` where it does not say
-    explain(objective, params)      what it would do and what that costs, an `Explanation`, with nothing computed
-"""
-
-import abc
 import dataclasses
-import operator
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from curvax.checks import check_number
 from curvax.curvature.basis import basis
 from curvax.curvature.estimate import Estimate, check_real
 from curvax.curvature.gauss_newton import explain_sampling, plan_sampling, sampled_gauss_newton
-from curvax.curvature.hutchinson import hutchinson
-from curvax.curvature.micro_batches import mean_over_micro_batches
-from curvax.curvature.products import product_matrix
-from curvax.curvature.xdiag import xdiag
-from curvax.exact import BUDGET, Explanation, exact_diag, explain, explain_ggn, explain_products, ggn_diag
+from curvax.curvature.hutchinson import Hutchinson
+from curvax.curvature.method import Method
+from curvax.exact import BUDGET, exact_diag, explain, explain_ggn, explain_products, ggn_diag
 from curvax.exact.diagonals import check_objective
-from curvax.keys import Key, as_key
+from curvax.keys import as_key
 from curvax.objective import Objective
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class Method(abc.ABC):
-    """What the methods of curvax share.
-
-    Attributes:
-      chunk_size: how many unit vectors, columns or probes share a pass. Memory grows with it, time falls. By default 16
-        unit vectors, and one probe; of columns, so many as make 128 rows with the examples.
-      micro_batches: into how many parts the batch is split (the largest divisor of its size up to this), one after the
-        other: memory falls in proportion, the result stays. The examples have to be independent, which is proved, and
-        `predict` and `loss` treat them alike.
-    """
-
-    chunk_size: int | None = dataclasses.field(default=None, kw_only=True)
-    micro_batches: int | None = dataclasses.field(default=None, kw_only=True)
-
-    #: What the string is that stands for it, and the state of `with_hessian_diag` names it by.
-    name: ClassVar[str]
-    stochastic: ClassVar[bool] = False
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None or not isinstance(None, field.type):
-                self._check(field.name, value)
-
-    def _check(self, name: str, value: Any) -> None:
-        check_number(name, value, "[0, inf)" if name == "budget" else "[1, inf)", whole=True)
-        if isinstance(value, jax.core.Tracer):
-            raise ValueError(f"{name} is traced, and decides how much is computed; pass a number that is known before.")
-        object.__setattr__(self, name, operator.index(value))
-
-    def estimate(self, objective: Any, params: Any, key: Key | None = None) -> Estimate:
-        """The diagonal of the Hessian of `objective` at `params`.
-
-        Args:
-          objective: an `Objective`, or any function `params -> scalar`.
-          params: a tree of real arrays.
-          key: of the stochastic methods.
-
-        Returns:
-          An `Estimate`.
-
-        Raises:
-          ValueError: as `hessian_diag`.
-        """
-        check_real(params)
-        key = as_key(key) if self.stochastic else None
-        if (self.micro_batches or 1) == 1:
-            return self._estimate(objective, params, key)
-        if not isinstance(objective, Objective):
-            raise ValueError(
-                "micro_batches splits a batch, which a plain function does not show; pass a curvax.Objective, or leave"
-                " micro_batches out."
-            )
-        part = lambda part, key: self._estimate(part, params, key)
-        return mean_over_micro_batches(part, objective, params, key, self.micro_batches)
-
-    @abc.abstractmethod
-    def _estimate(self, objective: Any, params: Any, key: jax.Array | None) -> Estimate:
-        """`estimate` of the whole batch at once."""
-
-    @abc.abstractmethod
-    def explain(self, objective: Any, params: Any) -> Explanation:
-        """What `estimate` would do, why, and at what cost; nothing is computed."""
-
-    def __repr__(self) -> str:
-        fields = ((field.name, getattr(self, field.name), field.default) for field in dataclasses.fields(self))
-        said = ", ".join(f"{name}={value!r}" for name, value, default in fields if value != default)
-        return f"{type(self).__name__}({said})"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -232,73 +143,6 @@ class GaussNewton(Method):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Hutchinson(Method):
-    """The mean of `z * H z` over random signs z (Bekas et al. 2007), for any function.
-
-    Formula:
-      Unbiased; the standard error falls as `1 / sqrt(num_samples)`. Where the trace proves that the Gauss-Newton matrix
-      has the same diagonal, as for a ReLU network, that matrix takes the place of H, at fewer operations.
-
-    Args:
-      num_samples: how many products are averaged.
-      chunk_size: how many of them share a pass.
-      micro_batches: into how many parts the batch is split.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from curvax import Hutchinson, hessian_diag
-      >>> hessian_diag(lambda w: jnp.sum(w**3), jnp.array([1.0, 2.0]), Hutchinson(num_samples=4), key=0).tolist()
-      [6.0, 12.0]
-    """
-
-    num_samples: int = 1
-
-    name = "hutchinson"
-    stochastic = True
-
-    def _estimate(self, objective, params, key):
-        return hutchinson(objective, params, key, num_samples=self.num_samples, chunk_size=self.chunk_size)
-
-    def explain(self, objective, params):
-        matrix, why = product_matrix(objective, params)
-        return explain_products(params, [self.num_samples], f"signs, {matrix} products", why)
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class XDiag(Method):
-    """Hutchinson's estimate of what a few products leave unknown of the Hessian (Epperly, Tropp and Webber 2024).
-
-    Formula:
-      `k = num_samples` probes, each judged by the others: `2 k` products, and memory for several copies of the
-      parameters for each. Where the spectrum decays its error falls faster than Hutchinson's.
-
-    Args:
-      num_samples: how many probes.
-      chunk_size: how many of them share a pass.
-      micro_batches: into how many parts the batch is split.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from curvax import XDiag, hessian_diag
-      >>> loss = lambda w: (w[0] + w[1] + w[2]) ** 2
-      >>> hessian_diag(loss, jnp.ones(3), XDiag(num_samples=2), key=0).round(3).tolist()
-      [2.0, 2.0, 2.0]
-    """
-
-    num_samples: int = 5
-
-    name = "xdiag"
-    stochastic = True
-
-    def _estimate(self, objective, params, key):
-        return xdiag(objective, params, key, num_samples=self.num_samples, chunk_size=self.chunk_size)
-
-    def explain(self, objective, params):
-        matrix, why = product_matrix(objective, params)
-        return explain_products(params, [2 * self.num_samples], f"probes, {matrix} products", why)
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
 class Auto(Method):
     """What `method=None` stands for: the estimate that the objective allows, by the fewest passes.
 
@@ -347,73 +191,3 @@ class Auto(Method):
 def _without_error(found: tuple[jax.Array, Any, Any]) -> Estimate:
     value, grad, diag = found
     return Estimate(value, grad, diag, jax.tree.map(jnp.zeros_like, diag))
-
-
-SHORT: Mapping[str | None, Callable[..., Method]] = {
-    "exact": Exact,
-    "basis": Basis,
-    "ggn": GaussNewton,
-    "ggn_mc": lambda num_samples=1, **options: GaussNewton(num_samples, **options),
-    "hutchinson": Hutchinson,
-    "xdiag": XDiag,
-    None: Auto,
-}
-
-
-def as_method(method: Any, options: Mapping[str, Any]) -> Any:
-    """The method that a string and options stand for; a method as it is.
-
-    Args:
-      method: a string of `SHORT`, `None` for `Auto`, or a method.
-      options: fields of the method for which a string stands.
-
-    Returns:
-      A method.
-
-    Raises:
-      ValueError: if it is unknown, an option is not one of its, or is out of range.
-
-    Example:
-      >>> from curvax.curvature.methods import as_method
-      >>> as_method("ggn_mc", {"num_samples": 3})
-      GaussNewton(num_samples=3)
-    """
-    if method is None or isinstance(method, str):
-        return _made(method, options)
-    if isinstance(method, type) or not callable(getattr(method, "estimate", None)):
-        raise ValueError(
-            f"method={method!r} is no method; pass {_names()}, or an object with estimate(objective, params, key) such"
-            " as curvax.Hutchinson(num_samples=4)."
-        )
-    if options:
-        raise ValueError(
-            f"{_list(options)} cannot stand beside method={method!r}, which has its own options: give them to the"
-            " method when it is made."
-        )
-    return method
-
-
-def _made(method: str | None, options: Mapping[str, Any]) -> Method:
-    if method not in SHORT:
-        raise ValueError(f"method={method!r} is unknown; pass {_names()}, or a method such as curvax.Exact().")
-    fields = [field.name for field in dataclasses.fields(SHORT[method]())]
-    if method == "ggn":
-        fields = [name for name in fields if name not in ("num_samples", "squares")]
-    unknown = [name for name in options if name not in fields]
-    if unknown:
-        more = "; 'ggn_mc' takes it" if set(unknown) <= {"num_samples", "squares"} and method == "ggn" else ""
-        raise ValueError(f"method={method!r} takes no {_list(unknown)}{more}; its options are {', '.join(fields)}.")
-    return SHORT[method](**options)
-
-
-def _names() -> str:
-    return f"one of {', '.join(repr(name) for name in SHORT if name)}, or None"
-
-
-def _list(names: Any) -> str:
-    return ", ".join(f"{name}=..." for name in names)
-
-
-def needs_key(method: Any) -> bool:
-    """Whether a method draws random numbers."""
-    return bool(getattr(method, "stochastic", False))

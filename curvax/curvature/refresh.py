@@ -16,8 +16,9 @@ from curvax.curvature.eager import once
 from curvax.curvature.estimate import diag_dtype
 from curvax.curvature.hessian import check_method_key, estimated
 from curvax.curvature.line_search import bound, tolerant
-from curvax.curvature.methods import Auto, as_method
+from curvax.curvature.methods import Auto
 from curvax.curvature.scalar import scalar_objective, select
+from curvax.curvature.short_forms import as_method
 from curvax.keys import Key, as_key
 from curvax.layers import path_name
 from curvax.varying import varying_over

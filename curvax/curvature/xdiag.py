@@ -7,46 +7,70 @@ direction `s_i`, and the mean is taken over i. Epperly, Tropp and Webber, "XTrac
 stochastic trace estimation" (SIAM J. Matrix Anal. Appl. 2024), section 1.4.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from curvax.curvature.estimate import UNROLLED, Estimate, Moments, at_least_float32
-from curvax.curvature.products import same_diagonal
+from curvax.curvature.method import Method
+from curvax.curvature.products import product_matrix, same_diagonal
+from curvax.exact import explain_products
 
 
-def xdiag(
-    objective: Callable[[Any], jax.Array],
-    params: Any,
-    key: jax.Array,
-    *,
-    num_samples: int,
-    chunk_size: int | None = None,
-) -> Estimate:
-    """XDiag with `num_samples` probes, at two products each."""
-    wide = jax.tree.map(at_least_float32, params)
-    flat, unflatten = ravel_pytree(wide)
-    value, grad, multiply = same_diagonal(objective, params)
+@dataclasses.dataclass(frozen=True, repr=False)
+class XDiag(Method):
+    """Hutchinson's estimate of what a few products leave unknown of the Hessian (Epperly, Tropp and Webber 2024).
 
-    def product(vector):
-        tangent = jax.tree.map(lambda v, x: v.astype(x.dtype), unflatten(vector), params)
-        return ravel_pytree(jax.tree.map(at_least_float32, multiply(tangent)))[0]
+    Formula:
+      `k = num_samples` probes, each judged by the others: `2 k` products, and memory for several copies of the
+      parameters for each. Where the spectrum decays its error falls faster than Hutchinson's.
 
-    def products(vectors):
-        # As in `add_samples`: convolutions are slow in loops.
-        if vectors.shape[1] <= UNROLLED:
-            return jnp.stack([product(vector) for vector in vectors.T], 1)
-        return jax.lax.map(product, vectors.T, batch_size=chunk_size or 1).T
+    Args:
+      num_samples: how many probes.
+      chunk_size: how many of them share a pass.
+      micro_batches: into how many parts the batch is split.
 
-    signs = jax.random.rademacher(key, (flat.size, num_samples), flat.dtype)
-    estimates = _leave_one_out(signs, products)
-    mean = jnp.mean(estimates, 1)
-    moments = Moments(num_samples, mean, jnp.sum((estimates - mean[:, None]) ** 2, 1))
-    error = moments.standard_error()
-    return Estimate(value, grad, unflatten(mean), None if error is None else unflatten(error))
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from curvax import XDiag, hessian_diag
+      >>> loss = lambda w: (w[0] + w[1] + w[2]) ** 2
+      >>> hessian_diag(loss, jnp.ones(3), XDiag(num_samples=2), key=0).round(3).tolist()
+      [2.0, 2.0, 2.0]
+    """
+
+    num_samples: int = 5
+
+    name = "xdiag"
+    stochastic = True
+
+    def _estimate(self, objective, params, key):
+        wide = jax.tree.map(at_least_float32, params)
+        flat, unflatten = ravel_pytree(wide)
+        value, grad, multiply = same_diagonal(objective, params)
+
+        def product(vector):
+            tangent = jax.tree.map(lambda v, x: v.astype(x.dtype), unflatten(vector), params)
+            return ravel_pytree(jax.tree.map(at_least_float32, multiply(tangent)))[0]
+
+        def products(vectors):
+            # As in `add_samples`: convolutions are slow in loops.
+            if vectors.shape[1] <= UNROLLED:
+                return jnp.stack([product(vector) for vector in vectors.T], 1)
+            return jax.lax.map(product, vectors.T, batch_size=self.chunk_size or 1).T
+
+        signs = jax.random.rademacher(key, (flat.size, self.num_samples), flat.dtype)
+        estimates = _leave_one_out(signs, products)
+        mean = jnp.mean(estimates, 1)
+        moments = Moments(self.num_samples, mean, jnp.sum((estimates - mean[:, None]) ** 2, 1))
+        error = moments.standard_error()
+        return Estimate(value, grad, unflatten(mean), None if error is None else unflatten(error))
+
+    def explain(self, objective, params):
+        matrix, why = product_matrix(objective, params)
+        return explain_products(params, [2 * self.num_samples], f"probes, {matrix} products", why)
 
 
 def _leave_one_out(signs: jax.Array, products: Callable[[jax.Array], jax.Array]) -> jax.Array:
