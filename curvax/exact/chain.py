@@ -1,10 +1,11 @@
 """From a layer's operand back to the parameter it is made of: casts, reshapes, scales, or any linear function."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Var
+import numpy as np
+from jax.extend.core import JaxprEqn, Var, jaxprs_in_params
 
 from curvax.curvature.estimate import diag_dtype
 from curvax.exact.dataflow import Flow
@@ -37,15 +38,35 @@ def _operand(flow, route, env, dtype) -> tuple[Callable[[jax.Array], jax.Array],
     def function(value):
         varying = {parameter: value}
         for eqn in (flow.program.jaxpr.eqns[index] for index in entry.chain):
-            values = [
-                varying[v] if isinstance(v, Var) and v in varying else _widen(read(env, v), dtype) for v in eqn.invars
-            ]
-            casts = eqn.primitive.name in ("convert_element_type", "reduce_precision")
-            varying |= zip(eqn.outvars, values[:1] if casts else apply(eqn, *values), strict=True)
+            values = [varying[v] if isinstance(v, Var) and v in varying else read(env, v) for v in eqn.invars]
+            varying |= zip(eqn.outvars, _apply_widely(eqn, values, dtype), strict=True)
         return varying[wanted]
 
     return function, env[parameter].astype(dtype)
 
 
-def _widen(value, dtype):
-    return jnp.asarray(value, dtype) if jnp.issubdtype(jnp.result_type(value), jnp.inexact) else value
+def _apply_widely(eqn: JaxprEqn, values: Sequence[jax.Array], dtype) -> list[jax.Array]:
+    """The results of an equation in `dtype`, casts to less than that left out."""
+    if eqn.primitive.name == "reduce_precision":
+        return [_widen(values[0], values[0].dtype, dtype)]
+    if eqn.primitive.name == "convert_element_type":
+        return [_widen(values[0], eqn.params["new_dtype"], dtype)]
+    # Equations inside an equation keep their own dtypes.
+    own = any(True for _ in jaxprs_in_params(eqn.params))
+    kinds = [jnp.result_type(value) for value in values]
+    wanted = [atom.aval.dtype if own else _wider(kind, dtype) for atom, kind in zip(eqn.invars, kinds, strict=True)]
+    casts = zip(values, kinds, wanted, strict=True)
+    results = apply(eqn, *(value if kind == to else jnp.asarray(value, to) for value, kind, to in casts))
+    return [_widen(result, result.dtype, dtype) for result in results]
+
+
+def _widen(value: jax.Array, kind, dtype) -> jax.Array:
+    value = jnp.real(value) if jnp.iscomplexobj(value) and not jnp.issubdtype(kind, jnp.complexfloating) else value
+    return value.astype(_wider(kind, dtype))
+
+
+def _wider(kind, dtype):
+    """`dtype`, or complex numbers of its precision; other numbers as they are."""
+    if jnp.issubdtype(kind, jnp.complexfloating):
+        return np.result_type(dtype, np.complex64)
+    return dtype if jnp.issubdtype(kind, jnp.floating) else kind

@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from curvax.exact.dataflow import meet, operand_axes
-from curvax.exact.indices import FOLDED, Counted, counted_dimensions
+from curvax.exact.indices import FOLDS, Counted, counted_dimensions
 from curvax.exact.primitives import Axis
 from curvax.exact.trace import inline, leaf_paths
 from curvax.objective import Objective
@@ -105,7 +105,7 @@ def _position(jaxpr: Jaxpr, axes: Axes, counted: Counted) -> str | None:
         # `logits[jnp.arange(B), labels]` is each example's own row, wherever it stands.
         if not read or (name == "gather" and eqn.invars[0] not in places and len(counted.get(index, {})) == 1):
             continue
-        folded = name in FOLDED and all(not jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)
+        folded = name in FOLDS and all(not jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)
         if results and not (folded and len(read) == 1):
             return "a loss depends on its example's place in the batch"
         places.update(results)

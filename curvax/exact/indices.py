@@ -5,7 +5,7 @@ folded into constants; where a component of the indices then turns out to count 
 dimension whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,18 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from curvax.exact.primitives import ELEMENTWISE
-from curvax.exact.trace import apply
-
 # Larger constants are not worth folding: they would be data.
 LARGEST = 2**20
-
-# What says where values are, not which.
-PLACEMENTS = frozenset("mesh_cast pcast pvary reshard sharding_constraint".split())
-# What computes indices. Collectives are not among them: they mean nothing outside their mesh.
-FOLDED = ELEMENTWISE | frozenset(
-    "broadcast_in_dim concatenate cumsum dynamic_slice iota pad reduce_sum reshape rev slice squeeze transpose".split()
-)
 
 # For each gather, by its place: which dimension of the operand each dimension of the result counts.
 Counted = dict[int, dict[int, int]]
@@ -39,21 +29,14 @@ def counted_dimensions(jaxpr: Jaxpr, consts: Sequence[Any]) -> Counted:
         if eqn.primitive.name == "gather":
             counted[index] = _counted(eqn, known, makers)
         elif (
-            eqn.primitive.name in FOLDED
+            eqn.primitive.name in FOLDS
             and all(_is_index(var) for var in eqn.outvars)
             and all(_is_known(atom, known) for atom in eqn.invars)
         ):
-            values = _fold(eqn, [a.val if isinstance(a, Literal) else known[a] for a in eqn.invars])
-            known |= {var: np.asarray(value) for var, value in zip(eqn.outvars, values, strict=True)}
+            values = [np.asarray(a.val if isinstance(a, Literal) else known[a]) for a in eqn.invars]
+            (var,) = eqn.outvars
+            known[var] = np.asarray(FOLDS[eqn.primitive.name](eqn, *values), var.aval.dtype)
     return counted
-
-
-def _fold(eqn: JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
-    """The results of an equation whose operands are constants."""
-    if eqn.primitive.name in PLACEMENTS:
-        return values
-    with jax.ensure_compile_time_eval():
-        return apply(eqn, *values)
 
 
 def _counted(eqn: JaxprEqn, known, makers) -> dict[int, int]:
@@ -93,3 +76,66 @@ def _is_index(var: Var) -> bool:
 
 def _is_concrete(value) -> bool:
     return not isinstance(value, jax.core.Tracer) and jnp.result_type(value).kind in "iub"
+
+
+# What computes indices, by NumPy: what JAX computes inside a `shard_map` is traced, even from constants.
+
+
+def _elementwise(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    return lambda eqn, *values: function(*values)
+
+
+def _broadcast(eqn, value):
+    shape = eqn.outvars[0].aval.shape
+    dims = eqn.params["broadcast_dimensions"]
+    return np.broadcast_to(
+        value.reshape([value.shape[dims.index(d)] if d in dims else 1 for d in range(len(shape))]), shape
+    )
+
+
+def _count(eqn):
+    shape, dim = eqn.outvars[0].aval.shape, eqn.params["dimension"]
+    return np.broadcast_to(np.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))]), shape)
+
+
+def _reshape(eqn, value):
+    # Of a reshape, the order in which dimensions are read; of a squeeze, those that go.
+    order = eqn.params["dimensions"] if eqn.primitive.name == "reshape" else None
+    return np.transpose(value, order).reshape(eqn.outvars[0].aval.shape)
+
+
+def _slice(eqn, value):
+    names = ("start_indices", "limit_indices", "strides")
+    starts, limits, strides = (eqn.params[name] or [None] * value.ndim for name in names)
+    return value[tuple(map(slice, starts, limits, strides))]
+
+
+FOLDS: dict[str, Callable[..., np.ndarray]] = {
+    "add": _elementwise(np.add),
+    "sub": _elementwise(np.subtract),
+    "mul": _elementwise(np.multiply),
+    "neg": _elementwise(np.negative),
+    "rem": _elementwise(np.fmod),
+    "max": _elementwise(np.maximum),
+    "min": _elementwise(np.minimum),
+    "clamp": _elementwise(lambda low, value, high: np.minimum(np.maximum(value, low), high)),
+    "eq": _elementwise(np.equal),
+    "ne": _elementwise(np.not_equal),
+    "lt": _elementwise(np.less),
+    "le": _elementwise(np.less_equal),
+    "gt": _elementwise(np.greater),
+    "ge": _elementwise(np.greater_equal),
+    "and": _elementwise(np.bitwise_and),
+    "or": _elementwise(np.bitwise_or),
+    "not": _elementwise(np.invert),
+    "select_n": _elementwise(lambda which, *cases: np.choose(which.astype(int), cases)),
+    **dict.fromkeys("convert_element_type copy pvary reshard sharding_constraint".split(), _elementwise(np.asarray)),
+    "iota": _count,
+    "broadcast_in_dim": _broadcast,
+    "reshape": _reshape,
+    "squeeze": _reshape,
+    "transpose": lambda eqn, value: np.transpose(value, eqn.params["permutation"]),
+    "concatenate": lambda eqn, *values: np.concatenate(values, eqn.params["dimension"]),
+    "slice": _slice,
+    "rev": lambda eqn, value: np.flip(value, eqn.params["dimensions"]),
+}

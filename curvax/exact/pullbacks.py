@@ -35,7 +35,8 @@ def _convolution(eqn, images, kernel) -> Pull:
     batch, inputs, pixels = shape[0], shape[1], shape[2:]
 
     def pull(cotangent):
-        cotangent = cotangent.transpose(channels_last(spec.out_spec))
+        # The result may be wider than what is convolved.
+        cotangent = cotangent.transpose(channels_last(spec.out_spec)).astype(images.dtype)
         total = jnp.zeros((batch, *pixels, inputs), cotangent.dtype)
         for offset, (seen, reached) in offsets(lines):
             part = pick(cotangent, [range(batch), *reached]) @ kernel[offset]
