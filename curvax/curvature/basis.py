@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.curvature.estimate import Estimate, at_least_float32
+from curvax.exact.derivatives import hessian_product
 
 # Unit vectors in a pass, where the caller does not say.
 CHUNK = 16
@@ -15,14 +16,13 @@ CHUNK = 16
 
 def basis(objective: Callable[[Any], jax.Array], params: Any, *, chunk_size: int | None = None) -> Estimate:
     """`e_i . H e_i` for every unit vector, `chunk_size` of them in a pass."""
-    (value, grad), tangents = jax.linearize(jax.value_and_grad(objective), params)
+    value, grad, product = hessian_product(objective, params)
     leaves, treedef = jax.tree.flatten(params)
 
     def entry(leaf: int, index):
         unit = [jnp.zeros_like(x) for x in leaves]
         unit[leaf] = unit[leaf].ravel().at[index].set(1).reshape(leaves[leaf].shape)
-        _, product = tangents(treedef.unflatten(unit))
-        return jax.tree.leaves(product)[leaf].ravel()[index]
+        return jax.tree.leaves(product(treedef.unflatten(unit)))[leaf].ravel()[index]
 
     def diagonal(leaf: int, x):
         entries = functools.partial(entry, leaf)

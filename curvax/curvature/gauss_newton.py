@@ -25,12 +25,13 @@ from jax.extend.core import Var
 
 from curvax.curvature.estimate import Estimate, add_samples, at_least_float32, no_samples
 from curvax.curvature.micro_batches import mean_over_micro_batches
-from curvax.curvature.products import gauss_newton_product, hessian_product
+from curvax.curvature.products import gauss_newton_product
 from curvax.exact import factor
 from curvax.exact.atoms import Separate, Softmax, Structure, find_atoms
 from curvax.exact.backprop import diagonals
 from curvax.exact.columns import Columns, RandomColumns, Source, evaluate_atoms
 from curvax.exact.dataflow import Flow, analyse, between
+from curvax.exact.derivatives import hessian_product
 from curvax.exact.diagonals import zeros
 from curvax.exact.explanation import Explanation, Row
 from curvax.exact.routes import Route, plan_gauss_newton

@@ -14,6 +14,7 @@ from curvax.curvature.estimate import Estimate, at_least_float32, check_real
 from curvax.curvature.scalar import aux_of, scalar_objective
 from curvax.curvature.short_forms import as_method, needs_key
 from curvax.exact import Explanation, explain_products
+from curvax.exact.derivatives import hessian_product
 from curvax.keys import Key, check_key
 from curvax.meshes import on_auto_axes
 from curvax.objective import Objective
@@ -44,7 +45,7 @@ def hvp(objective: Callable[[Any], jax.Array], params: Any, v: Any) -> Any:
       [4.0, 2.0]
     """
     check_real(params)
-    return jax.jvp(jax.grad(objective), (params,), (v,))[1]
+    return hessian_product(objective, params)[2](v)
 
 
 def hessian_diag(

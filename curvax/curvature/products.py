@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from curvax.exact import piecewise_linear
+from curvax.exact.derivatives import Product, hessian_product, jacobian_products
 from curvax.objective import Objective
-
-Product = Callable[[Any], Any]
 
 
 def same_diagonal(objective: Callable[[Any], jax.Array], params: Any) -> tuple[jax.Array, Any, Product]:
@@ -36,20 +35,12 @@ def product_matrix(objective: Callable[[Any], jax.Array], params: Any) -> tuple[
     return "Gauss-Newton", "the outputs are piecewise linear in every array, so that the diagonals are the same"
 
 
-def hessian_product(function: Callable[[Any], jax.Array], params: Any) -> tuple[jax.Array, Any, Product]:
-    """The value of a function, its gradient, and `v -> H v`."""
-    (value, grad), tangents = jax.linearize(jax.value_and_grad(function), params)
-    return value, grad, lambda vector: tangents(vector)[1]
-
-
 def gauss_newton_product(objective: Objective, params: Any) -> tuple[jax.Array, Any, Product]:
     """The mean loss, its gradient, and `v -> J^T H J v`, by one pass forward, through the loss, and one back."""
-    outputs, forward = jax.linearize(lambda params: objective.predict(params, objective.data), params)
-    backward = jax.linear_transpose(forward, params)
-    value, slope, curvature = hessian_product(
-        lambda outputs: jnp.mean(objective.example_losses(outputs, objective.data)), outputs
-    )
-    return value, backward(slope)[0], lambda vector: backward(curvature(forward(vector)))[0]
+    outputs, forward, backward = jacobian_products(lambda params: objective.predict(params, objective.data), params)
+    loss = lambda outputs: jnp.mean(objective.example_losses(outputs, objective.data))
+    value, slope, curvature = hessian_product(loss, outputs)
+    return value, backward(slope), lambda vector: backward(curvature(forward(vector)))
 
 
 def _sum(one: tuple[jax.Array, Any, Product], other: tuple[jax.Array, Any, Product]) -> tuple[jax.Array, Any, Product]:

@@ -6,13 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.extend.core import Var
 
-from curvax.curvature.estimate import check_real, diag_dtype
+from curvax.curvature.estimate import at_least_float32, check_real, diag_dtype
 from curvax.exact import columns, factor, units
 from curvax.exact.backprop import diagonals
 from curvax.exact.columns import Source, evaluate_atoms
 from curvax.exact.dataflow import Flow, analyse, between, total_loss
+from curvax.exact.derivatives import hessian_product, jacobian_products
 from curvax.exact.explanation import Explanation, Row, explain_routes
 from curvax.exact.penalty import mixed_arrays, penalty_diagonal
 from curvax.exact.routes import Route, plan, plan_gauss_newton, variable
@@ -193,9 +195,14 @@ def _hessian_units(flow, env, var, *, chunk_size) -> jax.Array:
 def _gauss_newton_units(flow, env, var, *, chunk_size) -> jax.Array:
     outputs = flow.program.outputs
     values, loss = [env[output] for output in outputs], total_loss(flow, env, outputs)
-    push = units.pushforward(between(flow, env, [var], outputs), env[var])
-    curvature = lambda direction: units.second_derivative(lambda u: loss(*u), values, push(direction))
-    return units.along_units(curvature, env[var], chunk_size)
+    _, push, _ = jacobian_products(between(flow, env, [var], outputs), env[var])
+    _, _, curvature = hessian_product(lambda u: loss(*u), values)
+
+    def entry(unit, index):
+        moved = push(unit)
+        return optax.tree.vdot(*jax.tree.map(at_least_float32, (moved, curvature(moved))))
+
+    return units.along_units(entry, env[var], chunk_size)
 
 
 def _explain_function(params) -> Explanation:

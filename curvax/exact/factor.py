@@ -18,6 +18,7 @@ from jax.extend.core import Var
 from curvax.curvature.estimate import diag_dtype
 from curvax.exact.columns import Columns, Layout, Source, draw_part
 from curvax.exact.dataflow import Flow, total_loss
+from curvax.exact.derivatives import hessian_product
 from curvax.varying import varying_like
 
 # Entries of a slice up to which eigenvectors are computed: their cost grows as the cube. Streamed columns are twice as
@@ -134,7 +135,7 @@ def _streamed(flow, env, cut) -> Source:
 def _hessian_row(flow, env, cut) -> Callable[[jax.Array], jax.Array]:
     """Row `index` of every example's Hessian, `(B, n)`."""
     layout = _layout(flow, cut)
-    _, product = jax.linearize(jax.grad(total_loss(flow, env, [cut])), env[cut])
+    product = hessian_product(total_loss(flow, env, [cut]), env[cut])[2]
     like = jax.eval_shape(layout.rows, env[cut])
 
     def row(index):

@@ -6,7 +6,7 @@ part is computed by the user's functions anew, the program that they are for a p
 for the batch: operation by operation the same, in shapes that differ along the axis of the examples alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from curvax.exact.dataflow import meet, operand_axes
 from curvax.exact.indices import FOLDS, Counted, counted_dimensions
 from curvax.exact.primitives import Axis
-from curvax.exact.trace import inline, leaf_paths
+from curvax.exact.trace import equations, inline, leaf_paths
 from curvax.objective import Objective
 
 CALLS = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
@@ -141,14 +141,3 @@ def _same_literals(one: Jaxpr, other: Jaxpr) -> bool:
         if not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(numbers(ours), numbers(theirs), strict=True)):
             return False
     return True
-
-
-def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-    """All equations, those of loops and branches included."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, tuple) else (value,):
-                inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
-                if isinstance(inner, Jaxpr):
-                    yield from equations(inner)

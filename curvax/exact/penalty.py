@@ -15,6 +15,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from curvax.curvature.estimate import at_least_float32
 from curvax.exact import units
+from curvax.exact.derivatives import hessian_product
 from curvax.exact.primitives import BILINEAR, ELEMENTWISE
 from curvax.exact.trace import inline
 
@@ -49,7 +50,7 @@ def penalty_diagonal(
     """
     leaves, treedef = jax.tree.flatten(params)
     ones = [jnp.full_like(leaf, bit not in mixed) for bit, leaf in enumerate(leaves)]
-    product = jax.jvp(jax.grad(penalty), (params,), (jax.tree.unflatten(treedef, ones),))[1]
+    product = hessian_product(penalty, params)[2](jax.tree.unflatten(treedef, ones))
     diagonal = [at_least_float32(row) for row in jax.tree.leaves(product)]
     for bit in mixed:
         alone = lambda leaf, bit=bit: penalty(jax.tree.unflatten(treedef, [*leaves[:bit], leaf, *leaves[bit + 1 :]]))

@@ -7,13 +7,13 @@ differentiates.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
 
 from curvax.layers import path_name
 from curvax.objective import Objective
@@ -173,6 +173,14 @@ def evaluate(eqns: Sequence[JaxprEqn], env: dict[Var, jax.Array]) -> dict[Var, j
         results = apply(eqn, *(read(env, atom) for atom in eqn.invars))
         env |= zip(eqn.outvars, results, strict=True)
     return env
+
+
+def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """All equations, those of calls, loops and branches included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from equations(inner)
 
 
 def apply(eqn: JaxprEqn, *values: jax.Array) -> list[jax.Array]:

@@ -1,0 +1,70 @@
+"""Products with Jacobians and Hessians, also of functions that JAX differentiates in reverse only.
+
+A `custom_vjp` has no forward derivative. But the product with a Jacobian from the right is the transpose of that from
+the left, and a Hessian is symmetric. `jax.linearize` is silent until the product is computed, so it is traced and read.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from curvax.exact.trace import equations
+
+Product = Callable[[Any], Any]
+
+
+def hessian_product(function: Callable[[Any], jax.Array], x: Any) -> tuple[jax.Array, Any, Product]:
+    """The value of a scalar function of a tree, its gradient, and `v -> H v`: forward over reverse if there is forward.
+
+    Raises:
+        ValueError: if JAX can differentiate the function once, but not twice.
+    """
+    try:
+        (value, grad), tangents = jax.linearize(jax.value_and_grad(function), x)
+    except Exception as refusal:
+        return _reverse_over_reverse(function, x, refusal)
+    if not _has_forward(tangents, x):
+        return _reverse_over_reverse(function, x, TypeError("a jax.custom_vjp has no forward derivative"))
+    return value, grad, lambda vector: tangents(vector)[1]
+
+
+def _reverse_over_reverse(function, x, refusal: Exception) -> tuple[jax.Array, Any, Product]:
+    # Raises what JAX says of the first derivative, if there is none either.
+    value, grad = jax.value_and_grad(function)(x)
+    try:
+        pull = jax.vjp(jax.grad(function), x)[1]
+        jax.eval_shape(pull, grad)
+    except Exception:
+        raise ValueError(
+            "this objective can be differentiated once, but not twice, as its Hessian must be"
+            f" ({type(refusal).__name__}: {refusal}). Give the operation behind this, such as a jax.custom_vjp, rules"
+            ' that JAX can differentiate; or, if it is part of the network, choose method="ggn" or "ggn_mc", which'
+            " differentiate the network once."
+        ) from refusal
+    return value, grad, lambda vector: pull(vector)[0]
+
+
+def jacobian_products(function: Callable[[Any], Any], x: Any) -> tuple[Any, Product, Product]:
+    """The value of a function from a tree to a tree, `v -> J v`, and `u -> J^T u`."""
+    linearized = _linearize(function, x)
+    if linearized is None:
+        out, pull = jax.vjp(function, x)
+        # Pulling back is linear: its own transpose pushes forward.
+        push = lambda vector: jax.linear_transpose(lambda u: pull(u)[0], out)(vector)[0]
+    else:
+        out, push = linearized
+        pull = jax.linear_transpose(push, x)
+    return out, push, lambda cotangent: pull(cotangent)[0]
+
+
+def _linearize(function, x) -> tuple[Any, Product] | None:
+    try:
+        out, push = jax.linearize(function, x)
+    except Exception:
+        return None
+    return (out, push) if _has_forward(push, x) else None
+
+
+def _has_forward(product: Product, x: Any) -> bool:
+    return all(eqn.primitive.name != "custom_lin" for eqn in equations(jax.make_jaxpr(product)(x).jaxpr))
