@@ -50,15 +50,13 @@ def test_basis_in_float64():
 
 
 @pytest.mark.parametrize("loss", [problems.cross_entropy, problems.weighted_cross_entropy, problems.squared_error])
-@pytest.mark.parametrize("method", ["exact", "ggn", "ggn_mc"])
+@pytest.mark.parametrize("method", ["exact", "ggn"])
 def test_routes_through_the_traced_network(method, loss):
     """A ReLU network is piecewise linear in each array, so that its Hessian's diagonal is the Gauss-Newton one."""
     objective, params = problems.mlp_objective(loss), problems.mlp_params()
-    value = curvax.GaussNewton(num_samples=4000) if method == "ggn_mc" else method
-    diag = jax.jit(functools.partial(curvax.hessian_diag, method=value, key=0))(objective, params)
-    tolerance = 0.03 if method == "ggn_mc" else 1e-5
-    assert relative_error(diag, problems.dense_ggn_diag(objective, params)) < tolerance
-    assert relative_error(diag, problems.dense_hessian_diag(objective, params)) < tolerance
+    diag = jax.jit(functools.partial(curvax.hessian_diag, method=method))(objective, params)
+    assert relative_error(diag, problems.dense_ggn_diag(objective, params)) < 1e-5
+    assert relative_error(diag, problems.dense_hessian_diag(objective, params)) < 1e-5
 
 
 def test_hutchinson_is_exact_where_the_hessian_is_diagonal():
@@ -114,31 +112,31 @@ def test_xdiag_is_unbiased_and_beats_hutchinson_at_the_same_number_of_products()
 SQUARES_OF_BATCHES = functools.partial(curvax.GaussNewton, squares="batch")
 
 
-@pytest.mark.parametrize("chunk_size", [4, 100])
 @pytest.mark.parametrize("method", [curvax.Hutchinson, SQUARES_OF_BATCHES, curvax.XDiag, curvax.GaussNewton])
-def test_the_number_of_samples_in_a_pass_changes_nothing(method, chunk_size):
+def test_the_number_of_samples_in_a_pass_changes_nothing(method):
     objective, params = problems.mlp_objective(), problems.mlp_params()
 
     @jax.jit
     def both(key):
         draw = functools.partial(curvax.hessian_diag, objective, params, key=key, standard_error=True)
-        return draw(method(10, chunk_size=chunk_size)), draw(method(10))
+        return draw(method(10, chunk_size=4)), draw(method(10))
 
     together, apart = both(jax.random.key(0))
     chex.assert_trees_all_close(together, apart, rtol=2e-3, atol=1e-4)
 
 
-SAMPLES = {"hutchinson": {"num_samples": 3000}, "ggn_mc": {"num_samples": 1000}, "xdiag": {"num_samples": 50}}
-
-
 @pytest.mark.parametrize("method", ["exact", "basis", "ggn", "hutchinson", "ggn_mc", "xdiag"])
 def test_micro_batches_average_to_the_whole_batch(method):
     objective, params = problems.mlp_objective(), problems.mlp_params()
-    draw = functools.partial(curvax.value_grad_and_hessian_diag, method=method, key=0, **SAMPLES.get(method, {}))
+    samples = {} if method in ("exact", "basis", "ggn") else {"num_samples": 40}
+    draw = functools.partial(curvax.value_grad_and_hessian_diag, method=method, key=0, **samples)
     draw = jax.jit(draw, static_argnames="micro_batches")
     whole, parts = draw(objective, params), draw(objective, params, micro_batches=4)
     chex.assert_trees_all_close(parts[:2], whole[:2], rtol=1e-4, atol=1e-6)
-    assert relative_error(parts.diag, whole.diag) < (0.2 if method in SAMPLES else 1e-5)
+    allowed = lambda h, one, other: 1e-5 * jnp.max(jnp.abs(h)) + 5 * jnp.hypot(one, other)
+    allowed = jax.tree.map(allowed, whole.diag, whole.standard_error, parts.standard_error)
+    within = jax.tree.map(lambda a, b, most: jnp.all(jnp.abs(a - b) <= most), whole.diag, parts.diag, allowed)
+    assert all(jax.tree.leaves(within)), within
 
 
 def test_micro_batches_hold_less_memory():
@@ -166,7 +164,7 @@ def test_micro_batches_of_coupled_examples_are_refused():
         curvax.hessian_diag(double, jnp.ones(2), method="basis", micro_batches=2)
 
 
-@pytest.mark.parametrize("method", ["exact", "basis", SQUARES_OF_BATCHES(1)])
+@pytest.mark.parametrize("method", ["exact", "hutchinson"])
 def test_other_output_is_handed_through(method):
     plain, params = problems.mlp_objective(), problems.mlp_params()
     pair = curvax.Objective(lambda p, d: (problems.mlp(p, d), {"seen": d["x"].sum()}), plain.loss, plain.data)
@@ -188,38 +186,30 @@ def test_exact_above_its_budget_names_the_dearest_parameter():
         curvax.hessian_diag(lambda p: double(p["w"]), {"w": jnp.ones(5)}, method="exact", budget=3)
 
 
-@pytest.mark.parametrize("method", [curvax.Hutchinson, SQUARES_OF_BATCHES])
-def test_stochastic_estimates_converge_like_one_over_the_root_of_their_number(method):
-    """The error at 100 times the samples is a tenth; over 40 seeds the ratio is known to about a sixth."""
-    objective, params = problems.mlp_objective(), problems.mlp_params()
-    exact = problems.dense_hessian_diag if method is curvax.Hutchinson else problems.dense_ggn_diag
-    exact = exact(objective, params)
+@pytest.mark.parametrize(
+    "method",
+    [curvax.Hutchinson(3), curvax.GaussNewton(3, "example"), SQUARES_OF_BATCHES(2, micro_batches=2)],
+    ids=str,
+)
+def test_estimates_are_unbiased_and_know_their_error(method):
+    """Over many keys the mean is the diagonal, and the mean square of the reported error is the variance."""
+    objective = problems.mlp_objective(examples=8, features=3, classes=3)
+    params = problems.mlp_params(sizes=(3, 4, 3))
+    dense = problems.dense_hessian_diag if isinstance(method, curvax.Hutchinson) else problems.dense_ggn_diag
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def mean_squared_error(keys, num_samples):
-        def error(key):
-            diag = curvax.hessian_diag(objective, params, method(num_samples), key=key)
-            return optax.tree.norm(jax.tree.map(jnp.subtract, diag, exact), squared=True)
+    @jax.jit
+    def draw(keys):
+        one = functools.partial(curvax.hessian_diag, objective, params, method, standard_error=True)
+        return jax.vmap(lambda key: [jax.flatten_util.ravel_pytree(tree)[0] for tree in one(key=key)])(keys)
 
-        return jnp.mean(jax.vmap(error)(keys))
-
-    few, many = (mean_squared_error(jax.random.split(jax.random.key(1), 40), n) for n in (4, 400))
-    assert 7 < float(jnp.sqrt(few / many)) < 14
-
-
-@pytest.mark.parametrize("method", [curvax.Hutchinson, SQUARES_OF_BATCHES, curvax.GaussNewton])
-def test_standard_error_covers_the_truth(method):
-    """Of the entries, those within two standard errors should be 95 %."""
-    objective, params = problems.mlp_objective(), problems.mlp_params()
-    dense = problems.dense_hessian_diag if method is curvax.Hutchinson else problems.dense_ggn_diag
-    exact = dense(objective, params)
-    options = {"method": method(200, micro_batches=1), "standard_error": True}
-    estimate = jax.jit(functools.partial(curvax.hessian_diag, **options))
-    diag, error = estimate(objective, params, key=jax.random.key(3))
-    (d, _), (e, _), (x, _) = (jax.flatten_util.ravel_pytree(tree) for tree in (diag, error, exact))
-    covered = np.abs(d - x) <= 2 * e + 1e-7
-    assert 0.85 < covered.mean() <= 1
-    assert np.median(e) < 0.5 * np.median(np.abs(x))
+    count = 400
+    diag, error = np.asarray(draw(jax.random.split(jax.random.key(0), count)), np.float64)
+    exact, _ = jax.flatten_util.ravel_pytree(dense(objective, params))
+    spread = diag.std(0, ddof=1) / np.sqrt(count)
+    assert np.max(np.abs(diag.mean(0) - exact) / (spread + 1e-6)) < 5
+    off = np.sum((diag - diag.mean(0)) ** 2 * count / (count - 1) - error**2, 1)
+    assert abs(off.mean()) < 5 * off.std() / np.sqrt(count)
+    assert np.sum(error.mean(0) ** 2) > 0
 
 
 def test_more_micro_batches_have_less_variance():
@@ -239,43 +229,17 @@ def test_more_micro_batches_have_less_variance():
     assert mean_squared_error(keys, 6) < 0.4 * mean_squared_error(keys, 1)
 
 
-def test_squares_of_batches_give_the_hessian_of_a_linear_model():
-    """Without curvature of the network the Gauss-Newton matrix is the Hessian: for logistic regression, say."""
-    data = problems.classification(features=3)
-    params = problems.mlp_params(sizes=(3, 4))
-    objective = curvax.Objective(problems.mlp, problems.cross_entropy, data)
-    method = SQUARES_OF_BATCHES(4000, micro_batches=1)
-    diag = jax.jit(functools.partial(curvax.hessian_diag, method=method, key=0))(objective, params)
-    assert relative_error(diag, problems.dense_hessian_diag(objective, params)) < 0.03
-
-
-def test_a_penalty_is_part_of_every_method():
+def test_a_penalty_is_part_of_the_diagonal():
     def penalty(params):
         return sum(jnp.sum(3 * jnp.square(x)) for x in jax.tree.leaves(params))
 
     plain = problems.mlp_objective()
     penalised = curvax.Objective(plain.predict, plain.loss, plain.data, penalty)
     params = problems.mlp_params()
-    for method in ("exact", "basis", "ggn", "ggn_mc", "hutchinson", SQUARES_OF_BATCHES(1)):
+    for method in ("exact", "ggn_mc", "hutchinson"):
         diag = jax.jit(functools.partial(curvax.hessian_diag, method=method, key=jax.random.key(0)))
         expected = jax.tree.map(lambda h: h + 6, diag(plain, params))
         chex.assert_trees_all_close(diag(penalised, params), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_tokens_are_labels_too():
-    """Outputs (B, T, C) whose loss sums a cross-entropy over T."""
-
-    def predict(params, data):
-        return data["x"][:, :, None] * params["w"][None, None]
-
-    def loss(outputs, data):
-        return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(outputs, data["y"]), axis=-1)
-
-    data = {"x": jax.random.normal(jax.random.key(0), (8, 5)), "y": jnp.zeros((8, 5), jnp.int32)}
-    objective, params = curvax.Objective(predict, loss, data), {"w": jnp.array([0.5, -1.0, 0.2])}
-    sample = functools.partial(curvax.hessian_diag, method=SQUARES_OF_BATCHES(3000))
-    diag = jax.jit(sample)(objective, params, key=jax.random.key(1))
-    assert relative_error(diag, problems.dense_hessian_diag(objective, params)) < 0.03
 
 
 @pytest.mark.parametrize("method", ["exact", "basis", "ggn", "ggn_mc", "hutchinson", "xdiag", None])
@@ -290,7 +254,7 @@ def test_value_and_gradient_are_those_of_the_objective(method):
     chex.assert_trees_all_close(diag, alone(objective, params), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["exact", "basis", "ggn_mc", "hutchinson", None])
+@pytest.mark.parametrize("method", ["exact", "hutchinson", None])
 def test_where_restricts_to_a_subtree(method):
     objective, params = problems.mlp_objective(), problems.mlp_params()
     last_kernel = [{"kernel": False, "bias": False}, {"kernel": True, "bias": False}]
