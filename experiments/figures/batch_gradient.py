@@ -10,15 +10,14 @@ which falls as n^(-1/2) only up to n = (sigma / mu)^2, the gradient noise scale,
 (Eq. 4 as printed is sqrt(2) too large.)
 """
 
-from collections import defaultdict
-
 import numpy as np
 from scipy import optimize
 
+from experiments import plots
 from experiments.figures import statistics
 from experiments.figures.base import Claim, Figure, Measurement, Place, count, describe
 from experiments.figures.first_step import first_step, linear_kernel, mean_abs
-from experiments.plots import MARKS, batch_axis, name_axes
+from experiments.figures.rows import column, distinct
 
 # The paper's largest batch is 60000; CIFAR-10 has 50000 training images.
 SIZES = {"smoke": (32, 64, 128, 256, 512), "cpu": (*(2**k for k in range(5, 16)), 50_000)}
@@ -35,18 +34,6 @@ def config(place: Place, seed: int):
     return place.config(init="pytorch", train_images=None, batch_size=32, dropout=0.0, seed=seed)
 
 
-def rows(place: Place, trained):
-    """The layer's mean gradient in several disjoint batches of each size."""
-    del trained
-    for seed in range(SEEDS[place.preset]):
-        step = first_step(config(place, seed), CHUNK[place.preset])
-        sums = chunk_sums(step)
-        for size in SIZES[place.preset]:
-            gradients = [gradient(step, sums, i, size) for i in range(min(REPEATS, len(step) // size))]
-            for repeat, value in enumerate(map(mean_abs, gradients)):
-                yield {"seed": seed, "batch_size": size, "repeat": repeat, "mean_abs_gradient": float(value)}
-
-
 def chunk_sums(step):
     """The layer's gradient summed over each chunk of the images: larger batches are made of these."""
     chunks = [(start, min(step.chunk, len(step) - start)) for start in range(0, len(step), step.chunk)]
@@ -61,13 +48,10 @@ def gradient(step, sums, number: int, size: int):
     return sum(sums[first:last]) / size
 
 
-def by_size(rows, seed=None):
-    """Mean over batches and seeds for each batch size."""
-    groups = defaultdict(list)
-    for row in rows:
-        if seed in (None, row["seed"]):
-            groups[row["batch_size"]].append(row["mean_abs_gradient"])
-    return {size: float(np.mean(values)) for size, values in sorted(groups.items())}
+def by_size(rows, **about):
+    """Batch sizes in order, and the mean over batches and seeds at each."""
+    sizes = np.array(distinct(rows, "batch_size"))
+    return sizes, np.array([np.mean(column(rows, "mean_abs_gradient", batch_size=n, **about)) for n in sizes])
 
 
 def law(n, mu, sigma):
@@ -77,82 +61,70 @@ def law(n, mu, sigma):
 
 def fit(sizes, values) -> tuple[float, float]:
     """mu and sigma that are closest to the values on a logarithmic scale."""
-    sizes, values = np.asarray(sizes, float), np.asarray(list(values), float)
     start = np.log([values[-1], values[0] * np.sqrt(sizes[0])])
     found = optimize.least_squares(lambda p: np.log(law(sizes, *np.exp(p)) / values), start)
     return tuple(np.exp(found.x))
 
 
-def judge(rows):
-    """Does it fall, does it fall as the root, and does the corrected law describe it?"""
-    means = by_size(rows)
-    sizes, values = list(means), list(means.values())
-    half = len(sizes) // 2
-    order = statistics.rank_correlation(sizes, values)
-    early, late = statistics.slope(sizes[: half + 1], values[: half + 1]), statistics.slope(sizes[half:], values[half:])
-    mu, sigma = fit(sizes, values)
-    error = np.max(np.abs(np.array(values) / law(np.array(sizes), mu, sigma) - 1))
-    critical = [float((s / m) ** 2) for m, s in (fit(sizes, by_size(rows, seed).values()) for seed in seeds(rows))]
-    return [
-        Claim("The mean gradient falls with the batch size.", f"rank correlation {order}", order.below(0)),
-        Claim(
-            "It falls as batch^(-1/2) (eq. 4) to the largest batch.",
-            f"exponent up to batch {sizes[half]}: {early}; from there on: {late}",
-            late.within(-0.5 - TOLERANCE, -0.5 + TOLERANCE),
-        ),
-        Claim(
-            "The law with a mean, sqrt(2/pi) sqrt(mu² + sigma²/n), describes it (ours).",
-            f"largest error {error:.1%}; noise scale (sigma/mu)² = {statistics.spread(critical)} images",
-            statistics.Estimate(error, error, error).below(0.1),
-        ),
-    ]
+class BatchGradient(Figure):
+    """Means over disjoint batches, beside both laws."""
+
+    number, title = 3, "Mean gradient of the first fully connected layer at step 1"
+    claim = "The mean absolute gradient falls as the inverse root of the batch size, to zero."
+
+    def rows(self, place, trained):
+        for seed in range(SEEDS[place.preset]):
+            step = first_step(config(place, seed), CHUNK[place.preset])
+            sums = chunk_sums(step)
+            for size in SIZES[place.preset]:
+                gradients = [gradient(step, sums, i, size) for i in range(min(REPEATS, len(step) // size))]
+                for repeat, value in enumerate(map(mean_abs, gradients)):
+                    yield {"seed": seed, "batch_size": size, "repeat": repeat, "mean_abs_gradient": float(value)}
+
+    def judge(self, rows):
+        sizes, values = by_size(rows)
+        half = len(sizes) // 2
+        order = statistics.rank_correlation(sizes, values)
+        early, late = (statistics.slope(sizes[part], values[part]) for part in np.s_[: half + 1, half:])
+        error = np.max(np.abs(values / law(sizes, *fit(sizes, values)) - 1))
+        fits = [fit(*by_size(rows, seed=seed)) for seed in distinct(rows, "seed")]
+        scale = statistics.spread([float((sigma / mu) ** 2) for mu, sigma in fits])
+        verdict = late.within(-0.5 - TOLERANCE, -0.5 + TOLERANCE)
+        exponents = f"exponent up to batch {sizes[half]}: {early}; from there on: {late}"
+        ours = "The law with a mean, sqrt(2/pi) sqrt(mu² + sigma²/n), describes it (ours)."
+        fitted = f"largest error {error:.1%}; noise scale (sigma/mu)² = {scale} images"
+        return [
+            Claim("The mean gradient falls with the batch size.", f"rank correlation {order}", order.below(0)),
+            Claim("It falls as batch^(-1/2) (eq. 4) to the largest batch.", exponents, verdict),
+            Claim(ours, fitted, statistics.exactly(error, 0.1)),
+        ]
+
+    def draw(self, axes, rows):
+        [panel] = axes
+        for seed, look in zip(distinct(rows, "seed"), plots.LOOKS, strict=False):
+            style = {"color": "black", "fillstyle": "none", "label": f"seed {seed}"}
+            panel.plot(*by_size(rows, seed=seed), look["marker"], **style)
+        sizes, values = by_size(rows)
+        mu, sigma = fit(sizes, values)
+        for mean, line, label in (
+            (mu, {"color": "#d55e00"}, "sqrt(2/pi) sqrt(mu² + sigma²/n), fitted"),
+            (0, {"color": "#0072b2", "linestyle": ":"}, "the same with mu = 0 (eq. 4)"),
+        ):
+            panel.plot(sizes, law(sizes, mean, sigma), label=label, **line)
+        panel.set_yscale("log")
+        plots.batch_axis(panel, sizes)
+        plots.name_axes(panel, "batch size n (images)", "mean |gradient| (loss / parameter)")
+
+    def settings(self, place):
+        return (
+            f"{describe(config(place, 0))}. Up to {REPEATS} disjoint batches of each size,"
+            f" {count(SEEDS[place.preset], 'seed')}; the largest batch is the data set."
+        )
+
+    def measurement(self, place):
+        sizes, chunk = SIZES[place.preset], CHUNK[place.preset]
+        images = max(sizes) + sum(REPEATS * size for size in sizes if size < chunk)
+        return Measurement(config(place, 0), chunk, SEEDS[place.preset] * images)
 
 
-def seeds(rows):
-    """Of the rows, in order."""
-    return sorted({row["seed"] for row in rows})
-
-
-def draw(axes, rows):
-    """Means with the fitted law, and eq. 4 with its mean of 0 for comparison."""
-    [panel] = axes
-    means = by_size(rows)
-    sizes = np.array(list(means))
-    for i, seed in enumerate(seeds(rows)):
-        own = by_size(rows, seed)
-        panel.plot(list(own), list(own.values()), MARKS[i], color="black", fillstyle="none", label=f"seed {seed}")
-    mu, sigma = fit(sizes, list(means.values()))
-    panel.plot(sizes, law(sizes, mu, sigma), "-", color="#d55e00", label="sqrt(2/pi) sqrt(mu² + sigma²/n), fitted")
-    panel.plot(sizes, law(sizes, 0, sigma), ":", color="#0072b2", label="the same with mu = 0 (eq. 4)")
-    panel.set_yscale("log")
-    batch_axis(panel, sizes)
-    name_axes(panel, "batch size n (images)", "mean |gradient| (loss / parameter)")
-
-
-def settings(place: Place) -> str:
-    """The small print."""
-    return (
-        f"{describe(config(place, 0))}. Up to {REPEATS} disjoint batches of each size,"
-        f" {count(SEEDS[place.preset], 'seed')}; the largest batch is the data set."
-    )
-
-
-def measurement(place: Place) -> Measurement:
-    """How many gradients that is."""
-    sizes, chunk = SIZES[place.preset], CHUNK[place.preset]
-    images = max(sizes) + sum(REPEATS * size for size in sizes if size < chunk)
-    return Measurement(config(place, 0), chunk, SEEDS[place.preset] * images)
-
-
-FIGURES = (
-    Figure(
-        3,
-        "Mean gradient of the first fully connected layer at step 1",
-        "The mean absolute gradient falls as the inverse root of the batch size, to zero.",
-        rows,
-        judge,
-        draw,
-        settings,
-        measurement=measurement,
-    ),
-)
+FIGURES = (BatchGradient(),)

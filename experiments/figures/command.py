@@ -1,8 +1,9 @@
 """The command `figure`: runs what a figure needs, keeps its numbers, draws it and says how its claims came out."""
 
 import contextlib
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -82,7 +83,7 @@ def make(figure: Figure, place: Place, folder: Path):
     start = time.perf_counter()
     with training_bars() as bars:
         task, rows = bars.start(f"figure {figure.number:>2}", None), []
-        for row in figure.rows(place, Trainer(figure, place, bars)):
+        for row in figure.rows(place, trainer(figure, place, bars)):
             rows.append(row)
             bars.say(task, f"{len(rows)} numbers")
         bars.finish(task)
@@ -98,23 +99,15 @@ def make(figure: Figure, place: Place, folder: Path):
     show_table(("claim", "evidence", "verdict"), rows, text=range(3), title=title(figure))
 
 
-class Trainer:
-    """Gives the records of the runs of a figure, and shows how far they are.
+def trainer(figure: Figure, place: Place, bars: TrainingBars) -> Callable[[TrainConfig], list[Row]]:
+    """A function that gives the records of the runs of a figure, and shows how far they are."""
+    run, numbers, total = Runner(bars, tell=True), itertools.count(1), len(figure.runs(place))
 
-    Args:
-        figure: for which.
-        place: where.
-        bars: the display.
-    """
+    def trained(config: TrainConfig) -> list[Row]:
+        number = next(numbers)
+        return run(config, f"figure {figure.number:>2}, run {number} of {max(number, total)}")
 
-    def __init__(self, figure: Figure, place: Place, bars: TrainingBars):
-        self._run, self._number = Runner(bars, tell=True), figure.number
-        self._done, self._total = 0, len(figure.runs(place))
-
-    def __call__(self, config: TrainConfig) -> list[Row]:
-        """The records of a run. One that diverged has no last epoch."""
-        self._done += 1
-        return self._run(config, f"figure {self._number:>2}, run {self._done} of {max(self._done, self._total)}")
+    return trained
 
 
 def draw(figure: Figure, path: Path) -> tuple[Row, Sequence[Claim]]:

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 import curvax
+from experiments import plots
 from experiments.figures import statistics
 from experiments.figures.base import Claim, Figure, Measurement, Place, count, describe
 from experiments.figures.first_step import first_step, linear_kernel, mean_abs
-from experiments.plots import curves, name_axes
+from experiments.figures.rows import column, lines
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # Of the control a few are enough: it goes as the law of Figure 3 says.
@@ -21,6 +22,7 @@ BATCH = {"smoke": 512, "cpu": 8192, "paper": 8192}
 CHUNK = {"smoke": 512, "cpu": 1024, "paper": 1024}
 SEEDS = {"smoke": 2, "cpu": 5, "paper": 5}
 ARMS = {"loss": "the smallest losses left out", "chance": "as many left out at random"}
+GRADIENT = "mean_abs_gradient"
 
 
 def config(place: Place, seed: int):
@@ -29,96 +31,61 @@ def config(place: Place, seed: int):
     return place.config(init="pytorch", train_images=batch, batch_size=batch, dropout=0.0, seed=seed)
 
 
-def rows(place: Place, trained):
-    """The layer's mean gradient at each ratio."""
-    del trained
-    batch = BATCH[place.preset]
-    for seed in range(SEEDS[place.preset]):
-        step = first_step(config(place, seed), CHUNK[place.preset])
-        losses = step.losses(0, batch)
-        kept = np.asarray(curvax.discard_small_losses(losses, 0.3)) > 0
-        yield {"seed": seed, "arm": "class", "explained": explained(kept, np.asarray(step.batch(0, batch)["labels"]))}
-        for fraction in FRACTIONS:
-            weights = {
-                "loss": curvax.discard_small_losses(losses, fraction),
-                "chance": curvax.discard_random_losses(jax.random.key(seed), losses, fraction),
-            }
-            for arm in ARMS if fraction in CONTROLS else ("loss",):
-                value = float(mean_abs(linear_kernel(step.gradient(0, batch, weights[arm]), 1)))
-                yield {"seed": seed, "arm": arm, "fraction": fraction, "mean_abs_gradient": value}
-
-
 def explained(kept, labels) -> float:
     """The share of the variance of a choice that the class explains: 1 if it falls on whole classes."""
     shares = np.bincount(labels, weights=kept) / np.maximum(np.bincount(labels), 1)
     return float(np.var(shares[labels]) / np.var(kept))
 
 
-def column(rows, arm, fraction):
-    """The values of the seeds, in order."""
-    chosen = [row for row in rows if row["arm"] == arm and row["fraction"] == fraction]
-    return [row["mean_abs_gradient"] for row in sorted(chosen, key=lambda row: row["seed"])]
+class DiscardRatio(Figure):
+    """Both arms, at step 1."""
+
+    number, title = 9, "Mean gradient of the second fully connected layer against the discard ratio"
+    claim = "Discarding small-loss samples enlarges the gradient."
+
+    def rows(self, place, trained):
+        batch = BATCH[place.preset]
+        for seed in range(SEEDS[place.preset]):
+            step = first_step(config(place, seed), CHUNK[place.preset])
+            losses = step.losses(0, batch)
+            kept, labels = curvax.discard_small_losses(losses, 0.3), step.batch(0, batch)["labels"]
+            yield {"seed": seed, "arm": "class", "explained": explained(np.asarray(kept) > 0, np.asarray(labels))}
+            for fraction in FRACTIONS:
+                weights = {"loss": curvax.discard_small_losses(losses, fraction)}
+                if fraction in CONTROLS:
+                    weights["chance"] = curvax.discard_random_losses(jax.random.key(seed), losses, fraction)
+                for arm, some in weights.items():
+                    value = float(mean_abs(linear_kernel(step.gradient(0, batch, some), 1)))
+                    yield {"seed": seed, "arm": arm, "fraction": fraction, GRADIENT: value}
+
+    def judge(self, rows):
+        at = lambda fraction, arm="loss": column(rows, GRADIENT, arm=arm, fraction=fraction)
+        order = statistics.rank_correlation(FRACTIONS, [np.mean(at(fraction)) for fraction in FRACTIONS])
+        gain, excess = (statistics.mean(np.divide(at(0.3), base)) for base in (at(0.0), at(0.3, "chance")))
+        by_class = statistics.mean(column(rows, "explained", arm="class"))
+        evidence = f"rank correlation with the ratio {order}; at 30 %: {gain} times"
+        whole = "What is left out at step 1 are mostly whole classes, not easy images (ours)."
+        share = f"share of the choice at 30 % that the class explains: {by_class}"
+        random = "More so than leaving out as many images at random (ours)."
+        return [
+            Claim("Leaving out small losses enlarges the mean gradient.", evidence, order.above(0)),
+            Claim(random, f"at 30 %: {excess} times the control's", excess.above(1)),
+            Claim(whole, share, by_class.above(0.5)),
+        ]
+
+    def draw(self, axes, rows):
+        percent = [{**row, "fraction": 100 * row["fraction"]} for row in rows if row["arm"] in ARMS]
+        plots.curves(axes[0], lines(percent, "arm", ARMS, GRADIENT, x="fraction"))
+        axes[0].set_yscale("log")
+        plots.name_axes(axes[0], "images left out (%)", "mean |gradient| (loss / parameter)")
+
+    def settings(self, place):
+        seeds = count(SEEDS[place.preset], "seed")
+        return f"{describe(config(place, 0))}; batch {BATCH[place.preset]}, step 1, {seeds}."
+
+    def measurement(self, place):
+        gradients = SEEDS[place.preset] * (len(FRACTIONS) + len(CONTROLS))
+        return Measurement(config(place, 0), CHUNK[place.preset], gradients * BATCH[place.preset])
 
 
-def judge(rows):
-    """Does the gradient grow, and more than for a batch that is smaller by chance?"""
-    grown = [np.mean(column(rows, "loss", fraction)) for fraction in FRACTIONS]
-    order = statistics.rank_correlation(FRACTIONS, grown)
-    whole, loss, chance = column(rows, "loss", 0.0), column(rows, "loss", 0.3), column(rows, "chance", 0.3)
-    gain = statistics.mean(np.divide(loss, whole))
-    by_class = statistics.mean([row["explained"] for row in rows if row["arm"] == "class"])
-    excess = statistics.mean(np.divide(loss, chance))
-    return [
-        Claim(
-            "Leaving out small losses enlarges the mean gradient.",
-            f"rank correlation with the ratio {order}; at 30 %: {gain} times",
-            order.above(0),
-        ),
-        Claim(
-            "More so than leaving out as many images at random (ours).",
-            f"at 30 %: {excess} times the control's",
-            excess.above(1),
-        ),
-        Claim(
-            "What is left out at step 1 are mostly whole classes, not easy images (ours).",
-            f"share of the choice at 30 % that the class explains: {by_class}",
-            by_class.above(0.5),
-        ),
-    ]
-
-
-def draw(axes, rows):
-    """Both arms over the ratio."""
-    [panel] = axes
-    seeds = sorted({row["seed"] for row in rows})
-    lines = {}
-    for (arm, label), fractions in zip(ARMS.items(), (FRACTIONS, CONTROLS), strict=True):
-        lines[label] = [[(100 * f, column(rows, arm, f)[i]) for f in fractions] for i in range(len(seeds))]
-    curves(panel, lines)
-    panel.set_yscale("log")
-    name_axes(panel, "images left out (%)", "mean |gradient| (loss / parameter)")
-
-
-def settings(place: Place) -> str:
-    """The small print."""
-    return f"{describe(config(place, 0))}; batch {BATCH[place.preset]}, step 1, {count(SEEDS[place.preset], 'seed')}."
-
-
-def measurement(place: Place) -> Measurement:
-    """How many gradients that is."""
-    gradients = SEEDS[place.preset] * (len(FRACTIONS) + len(CONTROLS))
-    return Measurement(config(place, 0), CHUNK[place.preset], gradients * BATCH[place.preset])
-
-
-FIGURES = (
-    Figure(
-        9,
-        "Mean gradient of the second fully connected layer against the discard ratio",
-        "Discarding small-loss samples enlarges the gradient.",
-        rows,
-        judge,
-        draw,
-        settings,
-        measurement=measurement,
-    ),
-)
+FIGURES = (DiscardRatio(),)

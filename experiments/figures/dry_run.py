@@ -9,6 +9,7 @@ micro-batches of all the runs.
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +19,6 @@ from experiments.config import TrainConfig
 from experiments.console import progress_bar, say, show_table
 from experiments.figures.base import Figure, Measurement, Place
 from experiments.figures.first_step import first_step
-from experiments.step import Stepper
 
 # Two guesses: 40 % of the 156 TFLOP/s that an A100 has for float32 matrices (TF32), and that no step of a small batch
 # is shorter than the launch of its kernels.
@@ -26,23 +26,13 @@ FLOPS_PER_SECOND = 6e13
 SHORTEST_STEP = 2e-3
 
 
-@dataclasses.dataclass
-class Kind:
-    """Runs that share what is compiled.
-
-    Attributes:
-        name: for the table.
-        steps: optimizer steps in all of them.
-        micro_batches: in all these steps.
-        here: seconds of one step on this machine, with its compilation.
-        micro_batches_here: of that step.
-        flops: of one micro-batch.
-    """
+class Kind(NamedTuple):
+    """Runs that share what is compiled: steps and micro-batches of all; of one step here; FLOP of a micro-batch."""
 
     name: str
     steps: int
     micro_batches: int
-    here: float
+    seconds_here: float
     micro_batches_here: int
     flops: float
 
@@ -50,6 +40,13 @@ class Kind:
     def hours(self) -> float:
         """Estimated, of all steps on one accelerator."""
         return self.micro_batches * max(self.flops / FLOPS_PER_SECOND, SHORTEST_STEP) / 3600
+
+    def cells(self) -> list[str]:
+        """Of the table."""
+        several = f" ({self.micro_batches_here} micro-batches)" if self.micro_batches_here > 1 else ""
+        here = f"{self.seconds_here:.3g} s{several}"
+        numbers = (f"{self.steps:,}", f"{self.micro_batches:,}", f"{self.flops / 1e12:.3g}", f"{self.hours:.2g}")
+        return [self.name, *numbers, here]
 
 
 def dry_run(figures: Sequence[Figure], place: Place):
@@ -61,14 +58,20 @@ def dry_run(figures: Sequence[Figure], place: Place):
         for (config, micro), steps in groups.items():
             bar.update(task, description=f"{config.model}, {config.optimizer}, micro-batches of {micro}")
             kinds.append(one_step(config, micro, steps))
-            say(f"{kinds[-1].name}: one step in {kinds[-1].here:.3g} s")
+            say(f"{kinds[-1].name}: one step in {kinds[-1].seconds_here:.3g} s")
             bar.advance(task)
         for figure in figures:
-            if figure.measurement:
+            if measurement := figure.measurement(place):
                 bar.update(task, description=f"figure {figure.number}")
-                kinds.append(one_gradient(figure.number, figure.measurement(place)))
+                kinds.append(one_gradient(figure.number, measurement))
             bar.advance(task)
-    show(kinds)
+    caption = (
+        f"accelerator: {FLOPS_PER_SECOND / 1e12:g} TFLOP/s sustained, at least {1000 * SHORTEST_STEP:g} ms a"
+        " micro-batch; evaluation not counted. One step here: with its compilation"
+    )
+    columns = ("runs", "steps", "micro-batches", "TFLOP each", "accelerator hours", "one step here")
+    total = ["all", "", "", "", f"{sum(kind.hours for kind in kinds):.3g}", ""]
+    show_table(columns, [*(kind.cells() for kind in kinds), total], caption=caption)
 
 
 def grouped(configs: Sequence[TrainConfig]) -> dict[tuple[TrainConfig, int], dict[int, int]]:
@@ -96,32 +99,22 @@ def one_step(config: TrainConfig, micro: int, steps: Mapping[int, int]) -> Kind:
     """Compiles a step, and carries it out."""
     sizes = sorted(steps)
     batch = next((size for size in sizes if size > micro), sizes[0])
-    config = dataclasses.replace(config, batch_size=batch)
-    stepper = runs.stepper_of(config)
-    [epoch] = config.plan(0.01).epochs(len(stepper.train))
+    stepper = runs.stepper_of(dataclasses.replace(config, batch_size=batch))
+    [epoch] = stepper.config.plan(0.01).epochs(len(stepper.train))
     state = stepper.init(0)
     order, start = stepper.shuffle(state, 0), time.perf_counter()
-    state, metrics = stepper.step(state, order, epoch, 0)
-    jax.block_until_ready(metrics)
+    state, _ = stepper.step(state, order, epoch, 0)
     seconds = time.perf_counter() - start
-    # The pass forward that finds the losses to leave out is a third of a gradient.
-    count = flops(stepper, state, micro) * (4 / 3 if config.discard else 1)
-    micro_batches = sum(number * size // micro for size, number in steps.items())
-    return Kind(title(config, sizes), sum(steps.values()), micro_batches, seconds, batch // micro, count)
 
-
-def title(config: TrainConfig, sizes: Sequence[int]) -> str:
-    """Of a kind of run."""
-    out = f", {config.discard:.0%} left out by {config.discard_by}" if config.discard else ""
-    batches = f"batch {sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
-    return f"{config.model}, {config.optimizer}{out}, {batches}"
-
-
-def flops(stepper: Stepper, state, micro: int) -> float:
-    """Floating-point operations of the gradient of one micro-batch, as XLA counts them."""
-    sums, order, zero = stepper.programs.zeros(state), stepper.shuffle(state, 0), np.int32(0)
+    sums, zero = stepper.programs.zeros(state), np.int32(0)
     lowered = stepper.programs.gradient.lower(sums, state, stepper.train, order, zero, zero, None, size=micro)
-    return lowered.cost_analysis()["flops"]
+    # The pass forward that finds the losses to leave out is a third of a gradient.
+    flops = lowered.cost_analysis()["flops"] * (4 / 3 if config.discard else 1)
+    out = f", {config.discard:.0%} left out by {config.discard_by}" if config.discard else ""
+    batches = f"batch {sizes[0]:,}" + f" to {sizes[-1]:,}" * (len(sizes) > 1)
+    micro_batches = sum(number * size // micro for size, number in steps.items())
+    name = f"{config.model}, {config.optimizer}{out}, {batches}"
+    return Kind(name, sum(steps.values()), micro_batches, seconds, batch // micro, flops)
 
 
 def one_gradient(number: int, measurement: Measurement) -> Kind:
@@ -131,21 +124,5 @@ def one_gradient(number: int, measurement: Measurement) -> Kind:
     jax.block_until_ready(step.gradient(0, measurement.chunk))
     seconds = time.perf_counter() - start
     chunks = -(-measurement.images // measurement.chunk)
-    name, cost = f"figure {number}, chunk of {measurement.chunk}", step.cost() * measurement.chunk
-    return Kind(name, chunks, chunks, seconds, 1, cost)
-
-
-def show(kinds: Sequence[Kind]):
-    """One row per kind, and the sum."""
-    caption = (
-        f"accelerator: {FLOPS_PER_SECOND / 1e12:g} TFLOP/s sustained, at least {1000 * SHORTEST_STEP:g} ms a"
-        " micro-batch; evaluation not counted. One step here: with its compilation"
-    )
-    rows = []
-    for kind in kinds:
-        several = f" ({kind.micro_batches_here} micro-batches)" if kind.micro_batches_here > 1 else ""
-        counts = (f"{kind.steps:,}", f"{kind.micro_batches:,}", f"{kind.flops / 1e12:.3g}")
-        rows.append((kind.name, *counts, f"{kind.hours:.2g}", f"{kind.here:.3g} s{several}"))
-    rows.append(("all", *[""] * 3, f"{sum(kind.hours for kind in kinds):.3g}", ""))
-    columns = ("runs", "steps", "micro-batches", "TFLOP each", "accelerator hours", "one step here")
-    show_table(columns, rows, caption=caption)
+    name, flops = f"figure {number}, chunk of {measurement.chunk}", step.cost() * measurement.chunk
+    return Kind(name, chunks, chunks, seconds, 1, flops)

@@ -10,10 +10,10 @@ import dataclasses
 
 import numpy as np
 
+from experiments import plots
 from experiments.figures import batch_sweep, statistics
-from experiments.figures.base import Claim, Figure, Place, Trained, count, describe
-from experiments.figures.rows import epoch_rows, sizes
-from experiments.plots import COLORS, MARKS, batch_axis, name_axes
+from experiments.figures.base import Claim, Figure, Place, count, describe
+from experiments.figures.rows import distinct, epoch_rows, where
 
 # As in Figure 3.
 TOLERANCE = 0.05
@@ -33,91 +33,69 @@ def grid(place: Place):
     return {key: config(place, *key) for key in keys}
 
 
-def rows(place: Place, trained: Trained):
-    """The first epoch of each run."""
-    for (init, batch, seed), configuration in grid(place).items():
-        for row in epoch_rows(trained(configuration), {"init": init, "batch_size": batch, "seed": seed}):
-            if row["epoch"] == 1:
-                yield row
+class FirstEpoch(Figure):
+    """A stride, by its name and in words, and how the law says that it falls."""
 
+    def __init__(self, number, what, claim, name, exponent, law, label):
+        self.number, self.claim, self.name_of_stride, self.exponent = number, claim, name, exponent
+        self.what, self.law, self.label = what, law, label
+        self.title = f"Normalised {what} in the first epoch"
 
-def points(rows, init: str, name: str):
-    """Batch sizes and normalised strides, a point per run."""
-    own = [row for row in rows if row["init"] == init]
-    return [row["batch_size"] for row in own], [row[name] / row["learning_rate"] for row in own]
+    def runs(self, place):
+        return list(grid(place).values())
 
+    def rows(self, place, trained):
+        for (init, batch, seed), configuration in grid(place).items():
+            about = {"init": init, "batch_size": batch, "seed": seed}
+            yield from (row for row in epoch_rows(trained(configuration), about) if row["epoch"] == 1)
 
-def judge(name: str, exponent: float, what: str, law: str):
-    """Judges a stride: does it fall, and as the law says?"""
+    def points(self, rows, init):
+        """Batch sizes and normalised strides, a point per run."""
+        own = where(rows, init=init)
+        strides = [row[self.name_of_stride] / row["learning_rate"] for row in own]
+        return np.array([row["batch_size"] for row in own]), np.array(strides)
 
-    def judge_rows(rows):
+    def judge(self, rows):
         claims = []
         for init, words in INITS.items():
-            x, y = points(rows, init, name)
+            x, y = self.points(rows, init)
             order, slope = statistics.rank_correlation(x, y), statistics.slope(x, y)
-            band = 2 * TOLERANCE * abs(exponent)
-            verdict = slope.within(exponent - band, exponent + band)
-            claims += [
-                Claim(f"The normalised {what} falls, from {words}.", f"rank correlation {order}", order.below(0)),
-                Claim(f"It falls as {law}, from {words}.", f"exponent {slope}", verdict),
-            ]
+            band = 2 * TOLERANCE * abs(self.exponent)
+            verdict = slope.within(self.exponent - band, self.exponent + band)
+            falls = f"The normalised {self.what} falls, from {words}."
+            claims.append(Claim(falls, f"rank correlation {order}", order.below(0)))
+            claims.append(Claim(f"It falls as {self.law}, from {words}.", f"exponent {slope}", verdict))
         return claims
 
-    return judge_rows
-
-
-def draw(name: str, exponent: float, label: str):
-    """Draws the runs of both, and the slope of the law."""
-
-    def draw_rows(axes, rows):
+    def draw(self, axes, rows):
         [panel] = axes
-        for place, (init, words) in enumerate(INITS.items()):
-            x, y = (np.array(values) for values in points(rows, init, name))
-            panel.plot(x, y, MARKS[place], color=COLORS[place], fillstyle="none", label=words)
+        for init, look in zip(INITS, plots.LOOKS, strict=False):
+            x, y = self.points(rows, init)
+            panel.plot(x, y, look["marker"], color=look["color"], fillstyle="none", label=INITS[init])
             first = np.exp(np.mean(np.log(y[x == x.min()])))
             line = np.array([x.min(), x.max()], float)
-            law = {"label": f"batch^({exponent:g}), the law's slope"} if place == 0 else {}
-            panel.plot(line, first * (line / line[0]) ** exponent, "--", color=COLORS[place], **law)
+            law = {"label": f"batch^({self.exponent:g}), the law's slope"} if init == "pytorch" else {}
+            panel.plot(line, first * (line / line[0]) ** self.exponent, "--", color=look["color"], **law)
         panel.set_yscale("log")
-        batch_axis(panel, sizes(rows))
-        name_axes(panel, "batch size (images)", label)
+        plots.batch_axis(panel, distinct(rows, "batch_size"))
+        plots.name_axes(panel, "batch size (images)", self.label)
 
-    return draw_rows
-
-
-def settings(place: Place) -> str:
-    """The small print."""
-    return (
-        f"{describe(config(place, 'he', 32, 0), 'either')} {batch_sweep.RATE} at every batch size;"
-        f" {count(batch_sweep.SEEDS[place.preset], 'seed')}, a point each; strides are of the first fully connected"
-        " layer."
-    )
-
-
-def figure(number: int, what: str, claim: str, name: str, exponent: float, law: str, label: str) -> Figure:
-    """One of the two."""
-    verdicts, picture = judge(name, exponent, what, law), draw(name, exponent, label)
-    title = f"Normalised {what} in the first epoch"
-    return Figure(number, title, claim, rows, verdicts, picture, settings, lambda place: list(grid(place).values()))
+    def settings(self, place):
+        return (
+            f"{describe(config(place, 'he', 32, 0), 'either')} {batch_sweep.RATE} at every batch size;"
+            f" {count(batch_sweep.SEEDS[place.preset], 'seed')}, a point each; strides are of the first fully connected"
+            " layer."
+        )
 
 
 FIGURES = (
-    figure(
-        4,
-        "parameter stride",
+    FirstEpoch(
+        *(4, "parameter stride"),
         "The parameter stride over the learning rate shrinks as the inverse root of the batch size.",
-        "mean_parameter_stride",
-        -0.5,
-        "batch^(-1/2) (eq. 6)",
-        "mean |step| / learning rate (loss / parameter)",
+        *("mean_parameter_stride", -0.5, "batch^(-1/2) (eq. 6)", "mean |step| / learning rate (loss / parameter)"),
     ),
-    figure(
-        7,
-        "loss stride",
-        "The loss stride over the learning rate shrinks as the inverse of the batch size.",
-        "mean_loss_stride",
-        -1.0,
-        "1 / batch (eq. 8)",
-        "mean loss stride / learning rate (loss² / parameter²)",
+    FirstEpoch(
+        *(7, "loss stride", "The loss stride over the learning rate shrinks as the inverse of the batch size."),
+        *("mean_loss_stride", -1.0, "1 / batch (eq. 8)", "mean loss stride / learning rate (loss² / parameter²)"),
     ),
 )

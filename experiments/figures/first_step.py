@@ -28,13 +28,13 @@ class FirstStep:
 
     def __init__(self, config: TrainConfig, chunk: int):
         dataset = data.load(config)
-        self.chunk, self._images = chunk, dataset.train.images
+        self.chunk, self._train = chunk, dataset.train
         self._mean, self._std = data.channel_statistics(dataset.train.images)
-        order = np.random.default_rng(config.seed).permutation(len(dataset.train))
-        self._order, self._labels = order, dataset.train.labels
+        self._order = np.random.default_rng(config.seed).permutation(len(dataset.train))
         key = jax.random.key(config.seed)
         self._definition, self.params, self._stats = models.build(config, dataset.num_classes, key)
-        self._sum, self._losses = jax.jit(jax.grad(self._loss)), jax.jit(self._each)
+        self._sum = jax.jit(jax.grad(lambda *arguments, weights: jnp.sum(weights * self._each(*arguments))))
+        self._losses = jax.jit(self._each)
 
     def __len__(self) -> int:
         return len(self._order)
@@ -42,22 +42,21 @@ class FirstStep:
     def batch(self, start: int, size: int) -> dict[str, jax.Array]:
         """Images from a place in the order on, normalised, and their labels."""
         chosen = self._order[start : start + size]
-        images = data.normalise(jnp.asarray(self._images[chosen]), self._mean, self._std)
-        return {"images": images, "labels": jnp.asarray(self._labels[chosen])}
+        images = data.normalise(jnp.asarray(self._train.images[chosen]), self._mean, self._std)
+        return {"images": images, "labels": jnp.asarray(self._train.labels[chosen])}
 
     def gradient(self, start: int, size: int, weights: jax.Array | None = None):
         """The gradient of the mean loss of a batch, each example's loss multiplied by its weight."""
         weights = jnp.ones(size) if weights is None else weights
         total = optax.tree.zeros_like(self.params)
-        for place, length in self._chunks(size):
-            part = self._sum(self.params, self.batch(start + place, length), weights[place : place + length])
+        for place, batch in self._chunks(start, size):
+            part = self._sum(self.params, batch, weights=weights[place : place + len(batch["labels"])])
             total = optax.tree.add(total, part)
         return optax.tree.scale(1 / size, total)
 
     def losses(self, start: int, size: int) -> jax.Array:
         """The loss of each example of a batch, `(size,)`."""
-        parts = [self._losses(self.params, self.batch(start + p, n)) for p, n in self._chunks(size)]
-        return jnp.concatenate(parts)
+        return jnp.concatenate([self._losses(self.params, batch) for _, batch in self._chunks(start, size)])
 
     def objective(self, start: int, size: int) -> curvax.Objective:
         """The loss of a batch, for its curvature."""
@@ -65,21 +64,18 @@ class FirstStep:
 
     def cost(self) -> float:
         """Floating-point operations of the gradient of one image."""
-        lowered = self._sum.lower(self.params, self.batch(0, self.chunk), jnp.ones(self.chunk))
+        lowered = self._sum.lower(self.params, self.batch(0, self.chunk), weights=jnp.ones(self.chunk))
         return lowered.cost_analysis()["flops"] / self.chunk
 
-    def _chunks(self, size: int) -> Iterator[tuple[int, int]]:
+    def _chunks(self, start: int, size: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
         for place in range(0, size, self.chunk):
-            yield place, min(self.chunk, size - place)
+            yield place, self.batch(start + place, min(self.chunk, size - place))
 
     def _predict(self, params, batch):
         return models.apply(self._definition, params, self._stats, batch["images"])[0]
 
     def _each(self, params, batch):
         return cross_entropy(self._predict(params, batch), batch)
-
-    def _loss(self, params, batch, weights):
-        return jnp.sum(weights * self._each(params, batch))
 
 
 def linear_kernel(grads, layer: int) -> jax.Array:
@@ -88,9 +84,5 @@ def linear_kernel(grads, layer: int) -> jax.Array:
 
 
 mean_abs = jax.jit(lambda x: jnp.mean(jnp.abs(x)))
-
-
-@functools.cache
-def first_step(config: TrainConfig, chunk: int) -> FirstStep:
-    """Shared between figures."""
-    return FirstStep(config, chunk)
+# Shared between figures.
+first_step = functools.cache(FirstStep)

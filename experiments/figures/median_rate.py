@@ -9,10 +9,10 @@ behind as the batch grows: the second panel.
 
 import itertools
 
+from experiments import plots
 from experiments.figures import statistics
-from experiments.figures.base import Claim, Figure, Place, describe, last_epoch
-from experiments.figures.rows import by_label, epoch_curves
-from experiments.plots import batch_axis, curves, name_axes
+from experiments.figures.base import Claim, Figure, Place, describe
+from experiments.figures.rows import column, distinct, epoch_curves, last_epoch, lines, where
 
 BATCHES = {"smoke": (128, 256), "cpu": (1024, 2048), "paper": (1024, 2048, 4096, 8192, 16384)}
 SEEDS = {"smoke": 2, "cpu": 8, "paper": 5}
@@ -33,17 +33,8 @@ NEGLIGIBLE = 0.02
 def config(place: Place, method: str, batch: int, rate: float, seed: int):
     """One run: warm-up, then a cosine, as LARS is used."""
     scale = SCALES[place.preset]
-    return place.config(
-        optimizer=method,
-        batch_size=batch,
-        learning_rate=rate,
-        momentum=0.9,
-        weight_decay=5e-4,
-        schedule="cosine",
-        warmup_epochs=0.1 * scale["epochs"],
-        seed=seed,
-        **scale,
-    )
+    usual = {"momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine", "warmup_epochs": 0.1 * scale["epochs"]}
+    return place.config(optimizer=method, batch_size=batch, learning_rate=rate, seed=seed, **usual, **scale)
 
 
 def grid(place: Place, method: str):
@@ -58,18 +49,9 @@ def entrants(place: Place, batch: int):
     return tuple(GRIDS) if batch == BATCHES[place.preset][0] else ("lars", "mclr")
 
 
-def runs(place: Place):
-    """Those of the tuning."""
-    keys = [(m, b, rate) for b in BATCHES[place.preset] for m in entrants(place, b) for rate in grid(place, m)]
-    return [config(place, *key, seed=0) for key in keys]
-
-
 def tuned(place: Place, trained, method: str, batch: int) -> dict[float, float]:
     """The final test accuracy at each learning rate that was tried, in their order."""
-
-    def accuracy(rate):
-        return last_epoch(trained(config(place, method, batch, rate, 0)))["test_accuracy"]
-
+    accuracy = lambda rate: last_epoch(trained(config(place, method, batch, rate, 0)))["test_accuracy"]
     trials = {rate: accuracy(rate) for rate in grid(place, method)}
     for _ in range(EXTENSIONS[place.preset]):
         low, *_, high = rates = sorted(trials)
@@ -81,113 +63,87 @@ def tuned(place: Place, trained, method: str, batch: int) -> dict[float, float]:
     return dict(sorted(trials.items()))
 
 
-def rows(place: Place, trained):
-    """One row per trial; then, per run of the race, one for each epoch and one for its end."""
-    for batch in BATCHES[place.preset]:
-        for method in entrants(place, batch):
-            trials = tuned(place, trained, method, batch)
-            for rate, accuracy in trials.items():
-                row = {"kind": "trial", "method": method, "batch_size": batch, "learning_rate": rate}
-                yield {**row, "test_accuracy": accuracy}
-            best = max(trials, key=trials.get)
-            for seed in range(1, 1 + SEEDS[place.preset]):
-                records = trained(config(place, method, batch, best, seed))
-                about = {"method": method, "batch_size": batch, "seed": seed, "learning_rate": best}
-                yield from epoch_curves(records, {"kind": "epoch", **about})
-                last = last_epoch(records)
-                yield {"kind": "final", **about, **{name: last[name] for name in ("accuracy", "test_accuracy")}}
-
-
 def final(rows, method: str, batch: int, name: str = "test_accuracy"):
     """A column at the end of the race, a value per seed."""
-    chosen = [r for r in rows if (r["kind"], r["method"], r["batch_size"]) == ("final", method, batch)]
-    return [row[name] for row in sorted(chosen, key=lambda row: row["seed"])]
-
-
-def batches(rows):
-    """Batch sizes, in order."""
-    return sorted({row["batch_size"] for row in rows})
+    return column(rows, name, kind="final", method=method, batch_size=batch)
 
 
 def best(rows, method: str, batch: int):
     """The learning rate of the race, and whether it lies at an edge of the grid."""
-    [rate] = {r["learning_rate"] for r in rows if (r["kind"], r["method"], r["batch_size"]) == ("final", method, batch)}
-    rates = sorted(
-        r["learning_rate"] for r in rows if (r["kind"], r["method"], r["batch_size"]) == ("trial", method, batch)
-    )
-    return f"{rate:g}" + (" (edge of its grid)" if rate in (rates[0], rates[-1]) else "")
+    rate = final(rows, method, batch, "learning_rate")[0]
+    rates = column(rows, "learning_rate", kind="trial", method=method, batch_size=batch)
+    return f"{rate:g}" + " (edge of its grid)" * (rate in (min(rates), max(rates)))
 
 
-def judge(rows):
-    """Is MCLR as good as LARS at the first batch size, and does it fall behind after?"""
-    first, *larger = batches(rows)
-    gap = {b: statistics.difference(final(rows, "mclr", b), final(rows, "lars", b)) for b in batches(rows)}
-    training = statistics.difference(*(final(rows, method, first, "accuracy") for method in ("mclr", "lars")))
-    levels = ", ".join(
-        f"{m} {statistics.spread(final(rows, m, first), 100)} % at {best(rows, m, first)}" for m in GRIDS
-    )
-    claims = [
-        Claim(
-            f"At batch {first} the training accuracies of MCLR and LARS differ negligibly (by less than 2 points).",
-            f"difference {training}; test accuracy: {levels}; difference {gap[first]}",
-            training.within(-NEGLIGIBLE, NEGLIGIBLE),
-        )
-    ]
-    for batch in larger[-1:]:
-        pairs = [final(rows, method, size) for size in (batch, first) for method in ("mclr", "lars")]
-        change = statistics.mean([a - b - (c - d) for a, b, c, d in zip(*pairs, strict=True)])
-        tuned = ", ".join(f"{m} at {best(rows, m, batch)}" for m in ("mclr", "lars"))
-        evidence = f"MCLR minus LARS: {gap[first]} at batch {first}, {gap[batch]} at {batch} ({tuned}); change {change}"
-        claims.append(Claim("MCLR falls behind LARS as the batch grows.", evidence, change.below(0)))
-    tuned = statistics.difference(final(rows, "lars", first), final(rows, "sgd", first))
-    claims.append(
-        Claim(f"LARS is more accurate than a tuned SGD at batch {first} (ours).", f"difference {tuned}", tuned.above(0))
-    )
-    return claims
-
-
-def draw(axes, rows):
+class MedianRate(Figure):
     """Training accuracy over epochs at the first batch size; final test accuracy at all."""
-    first = batches(rows)[0]
-    own = [row for row in rows if row["kind"] == "epoch" and row["batch_size"] == first]
-    labels = {method: f"{method} ({best(rows, method, first).split()[0]})" for method in GRIDS}
-    curves(axes[0], by_label(own, "method", labels, "accuracy", 100))
-    axes[0].set_title(f"batch {first}", fontsize=10)
-    name_axes(axes[0], "epoch", "training accuracy (%)")
-    lines = {}
-    for method in ("lars", "mclr"):
-        values = [final(rows, method, batch) for batch in batches(rows)]
-        lines[method] = [
-            [(batch, 100 * value) for batch, value in zip(batches(rows), seed, strict=True)]
-            for seed in zip(*values, strict=True)
+
+    number, title, panels = 16, "MCLR, LARS and SGD on ResNet18", 2
+    claim = "The discrepancy of MCLR and LARS is negligibly small, and grows for large batches."
+
+    def runs(self, place):
+        keys = [(m, b, rate) for b in BATCHES[place.preset] for m in entrants(place, b) for rate in grid(place, m)]
+        return [config(place, *key, seed=0) for key in keys]
+
+    def rows(self, place, trained):
+        keys = [(batch, method) for batch in BATCHES[place.preset] for method in entrants(place, batch)]
+        for batch, method in keys:
+            about = {"method": method, "batch_size": batch}
+            trials = tuned(place, trained, method, batch)
+            for rate, accuracy in trials.items():
+                yield {"kind": "trial", **about, "learning_rate": rate, "test_accuracy": accuracy}
+            rate = max(trials, key=trials.get)
+            for seed in range(1, 1 + SEEDS[place.preset]):
+                records = trained(config(place, method, batch, rate, seed))
+                one, last = {**about, "seed": seed, "learning_rate": rate}, last_epoch(records)
+                yield from epoch_curves(records, {"kind": "epoch", **one})
+                yield {"kind": "final", **one, **{name: last[name] for name in ("accuracy", "test_accuracy")}}
+
+    def judge(self, rows):
+        first, *larger = distinct(rows, "batch_size")
+        gap = {b: statistics.difference(final(rows, "mclr", b), final(rows, "lars", b)) for b in (first, *larger)}
+        training = statistics.difference(*(final(rows, method, first, "accuracy") for method in ("mclr", "lars")))
+        spreads = {m: statistics.spread(final(rows, m, first), 100) for m in GRIDS}
+        levels = ", ".join(f"{m} {spread} % at {best(rows, m, first)}" for m, spread in spreads.items())
+        claims = [
+            Claim(
+                f"At batch {first} the training accuracies of MCLR and LARS differ negligibly (by less than 2 points).",
+                f"difference {training}; test accuracy: {levels}; difference {gap[first]}",
+                training.within(-NEGLIGIBLE, NEGLIGIBLE),
+            )
         ]
-    curves(axes[1], lines)
-    batch_axis(axes[1], batches(rows))
-    axes[1].set_title("each at its best gamma", fontsize=10)
-    name_axes(axes[1], "batch size (images)", "final test accuracy (%)")
+        for batch in larger[-1:]:
+            pairs = [final(rows, method, size) for size in (batch, first) for method in ("mclr", "lars")]
+            change = statistics.mean([a - b - (c - d) for a, b, c, d in zip(*pairs, strict=True)])
+            rates = ", ".join(f"{m} at {best(rows, m, batch)}" for m in ("mclr", "lars"))
+            gaps = f"MCLR minus LARS: {gap[first]} at batch {first}, {gap[batch]} at {batch} ({rates}); change {change}"
+            claims.append(Claim("MCLR falls behind LARS as the batch grows.", gaps, change.below(0)))
+        ahead = statistics.difference(final(rows, "lars", first), final(rows, "sgd", first))
+        ours = f"LARS is more accurate than a tuned SGD at batch {first} (ours)."
+        return [*claims, Claim(ours, f"difference {ahead}", ahead.above(0))]
+
+    def draw(self, axes, rows):
+        first = distinct(rows, "batch_size")[0]
+        labels = {method: f"{method} ({best(rows, method, first).split()[0]})" for method in GRIDS}
+        own = where(rows, kind="epoch", batch_size=first)
+        plots.curves(axes[0], lines(own, "method", labels, "accuracy", 100))
+        axes[0].set_title(f"batch {first}", fontsize=10)
+        plots.name_axes(axes[0], "epoch", "training accuracy (%)")
+        ends = [row for row in sorted(rows, key=lambda row: row["batch_size"]) if row["kind"] == "final"]
+        both = {method: method for method in ("lars", "mclr")}
+        plots.curves(axes[1], lines(ends, "method", both, "test_accuracy", 100, x="batch_size"))
+        plots.batch_axis(axes[1], distinct(rows, "batch_size"))
+        axes[1].set_title("each at its best gamma", fontsize=10)
+        plots.name_axes(axes[1], "batch size (images)", "final test accuracy (%)")
+
+    def settings(self, place):
+        example = config(place, "mclr", BATCHES[place.preset][0], 1.0, 0)
+        tried = "; ".join(f"{method} {', '.join(map(str, grid(place, method)))}" for method in GRIDS)
+        beyond = ", and on while the best was at an edge" if EXTENSIONS[place.preset] else ""
+        return (
+            f"{describe(example)} after {example.warmup_epochs:g} epochs of warm-up; {example.epochs} epochs; tuned by"
+            f" one seed over {tried}{beyond}; raced by {SEEDS[place.preset]} others (mean and range)."
+        )
 
 
-def settings(place: Place) -> str:
-    """The small print."""
-    example = config(place, "mclr", BATCHES[place.preset][0], 1.0, 0)
-    tried = "; ".join(f"{method} {', '.join(map(str, grid(place, method)))}" for method in GRIDS)
-    beyond = ", and on while the best was at an edge" if EXTENSIONS[place.preset] else ""
-    return (
-        f"{describe(example)} after {example.warmup_epochs:g} epochs of warm-up; {example.epochs} epochs; tuned by one"
-        f" seed over {tried}{beyond}; raced by {SEEDS[place.preset]} others (mean and range)."
-    )
-
-
-FIGURES = (
-    Figure(
-        16,
-        "MCLR, LARS and SGD on ResNet18",
-        "The discrepancy of MCLR and LARS is negligibly small, and grows for large batches.",
-        rows,
-        judge,
-        draw,
-        settings,
-        runs,
-        panels=2,
-    ),
-)
+FIGURES = (MedianRate(),)

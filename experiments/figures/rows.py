@@ -1,7 +1,7 @@
 """From the records of runs to the rows of figures, and from these to columns and lines."""
 
-import collections
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from experiments.figures.base import Row
 LAYER = "linears/0/kernel"
 
 
-def epoch_curves(records: Sequence[Row], about: Row):
+def epoch_curves(records: Sequence[Row], about: Row) -> Iterator[Row]:
     """The epochs of a run; none of the last, where it diverged."""
     names = ("epoch", "step", "loss", "accuracy", "test_loss", "test_accuracy")
     for record in records:
@@ -19,53 +19,52 @@ def epoch_curves(records: Sequence[Row], about: Row):
             yield {**about, **{name: record[name] for name in names}}
 
 
-def epoch_rows(records: Sequence[Row], about: Row):
+def epoch_rows(records: Sequence[Row], about: Row) -> Iterator[Row]:
     """The epochs of a run, with the means of the probes over their steps."""
-    steps = collections.defaultdict(list)
-    for record in records:
-        if record["kind"] == "step":
-            steps[record["epoch"]].append(record)
-    for record in records:
-        if record["kind"] == "epoch":
-            own = steps[record["epoch"]]
-            probes = {f"mean_{name}": mean(own, f"{name}/{LAYER}") for name in ("parameter_stride", "loss_stride")}
-            [row] = epoch_curves([record], about)
-            yield {**row, **probes, "steps": len(own), "learning_rate": own[0]["learning_rate"]}
+    for row in epoch_curves(records, about):
+        own = [record for record in records if (record["kind"], record["epoch"]) == ("step", row["epoch"])]
+        mean = lambda name, own=own: float(np.mean([step[f"{name}/{LAYER}"] for step in own]))
+        probes = {f"mean_{name}": mean(name) for name in ("parameter_stride", "loss_stride")}
+        yield {**row, **probes, "steps": len(own), "learning_rate": own[0]["learning_rate"]}
 
 
-def mean(steps: Sequence[Row], name: str) -> float:
-    """Of a column over the steps of an epoch."""
-    return float(np.mean([step[name] for step in steps]))
+def last_epoch(records: Sequence[Row]) -> Row:
+    """The last epoch of a run; of one that diverged, an accuracy of 0 and no loss."""
+    if records[-1]["kind"] == "epoch":
+        return records[-1]
+    return {**records[-1], "accuracy": 0.0, "test_accuracy": 0.0, "loss": None, "test_loss": None}
 
 
-def column(rows: Sequence[Row], name: str, batch: int, **about) -> list[float]:
-    """A column at one batch size, a value per seed."""
-    chosen = [r for r in rows if r["batch_size"] == batch and all(r[key] == value for key, value in about.items())]
-    return [row[name] for row in sorted(chosen, key=lambda row: row["seed"])]
+def where(rows: Sequence[Row], **about: Any) -> list[Row]:
+    """The rows with these values, by seed; a row may lack a column that is to be None."""
+    chosen = [row for row in rows if all(row.get(name) == value for name, value in about.items())]
+    return sorted(chosen, key=lambda row: row.get("seed", 0))
 
 
-def sizes(rows: Sequence[Row]) -> list[int]:
-    """Batch sizes in order."""
-    return sorted({row["batch_size"] for row in rows})
+def column(rows: Sequence[Row], name: str, **about: Any) -> list[Any]:
+    """A column of these rows, by seed."""
+    return [row[name] for row in where(rows, **about)]
 
 
-def by_label(rows, key, labels, name: str, scale: float = 1.0, x: str = "epoch"):
-    """Lines of a column over epochs: for each label the points of each seed.
+def distinct(rows: Sequence[Row], name: str) -> list[Any]:
+    """The values of a column, in order."""
+    return sorted({row[name] for row in rows})
+
+
+def lines(rows: Sequence[Row], key: str, labels: Mapping[Any, str], name: str, scale: float = 1.0, x: str = "epoch"):
+    """Lines of a column over another: for each label the points of each seed.
 
     Args:
-        rows: one per epoch.
+        rows: one per point.
         key: the column that tells lines apart.
         labels: from the values of that column to labels, in order.
         name: the column to draw.
         scale: by which it is multiplied.
-        x: `"epoch"` or `"step"`.
+        x: the column below.
     """
-    lines = {}
-    for value, label in labels.items():
-        own = [row for row in rows if row[key] == value]
-        seeds = sorted({row["seed"] for row in own})
-        lines[label] = [[(r[x], scale * r[name]) for r in own if r["seed"] == seed] for seed in seeds]
-    return lines
+    points = lambda seed, own: [(row[x], scale * row[name]) for row in own if row["seed"] == seed]
+    own = {label: where(rows, **{key: value}) for value, label in labels.items()}
+    return {label: [points(seed, some) for seed in distinct(some, "seed")] for label, some in own.items()}
 
 
 def fluctuation(values: Sequence[float]) -> float:

@@ -4,8 +4,8 @@ A claim holds where the whole interval of its number lies where the claim says, 
 elsewhere, and is not decidable otherwise: more seeds would tell, this scale does not.
 """
 
-import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -14,8 +14,7 @@ HELD, FAILED, UNDECIDED = VERDICTS = ("held", "did not hold", "not decidable at 
 CONFIDENCE = 0.95
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A number and the 95 % interval around it."""
 
     value: float
@@ -47,9 +46,15 @@ class Estimate:
         return FAILED if self.high <= low or self.low >= high else UNDECIDED
 
 
+def exactly(value: float, bound: float) -> str:
+    """The verdict on the claim that a number without noise is smaller than a bound."""
+    return Estimate(value, value, value).below(bound)
+
+
 def slope(x: Sequence[float], y: Sequence[float]) -> Estimate:
     """The exponent of a power law: the slope of log y against log x by least squares, with Student's interval."""
     fit = stats.linregress(np.log(x), np.log(y))
+    # Not `stats.t.interval`, which knows no interval of length 0.
     reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 2) * fit.stderr
     return Estimate(fit.slope, fit.slope - reach, fit.slope + reach)
 
@@ -60,13 +65,13 @@ def mean(values: Sequence[float]) -> Estimate:
     # Accuracies are counts: seeds that agree to the last image by chance say nothing of how far seeds lie apart.
     if len(values) < 2 or np.ptp(values) == 0:
         return Estimate(float(values.mean()), -np.inf, np.inf)
-    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * standard_error(values)
-    return Estimate(values.mean(), values.mean() - reach, values.mean() + reach)
+    interval = stats.t.interval(CONFIDENCE, len(values) - 1, values.mean(), standard_error(values))
+    return Estimate(values.mean(), *map(float, interval))
 
 
 def standard_error(values: Sequence[float]) -> float:
     """Of the mean; NaN for a single value."""
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+    return float(stats.sem(values)) if len(values) > 1 else float("nan")
 
 
 def difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
@@ -79,11 +84,10 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> Estimate:
     value = float(stats.spearmanr(x, y).statistic)
     if len(x) < 4:
         return Estimate(value, -1.0, 1.0)
-    reach = stats.norm.ppf((1 + CONFIDENCE) / 2) * 1.03 / np.sqrt(len(x) - 3)
     # A perfect order has an infinite transform; half a step short of it is as close as n ranks can tell.
-    bounded = np.clip(value, -1 + 1e-3, 1 - 1e-3)
-    low, high = np.tanh(np.arctanh(bounded) + np.array([-reach, reach]))
-    return Estimate(value, float(low), float(high))
+    middle = np.arctanh(np.clip(value, -1 + 1e-3, 1 - 1e-3))
+    interval = stats.norm.interval(CONFIDENCE, middle, 1.03 / np.sqrt(len(x) - 3))
+    return Estimate(value, *map(float, np.tanh(interval)))
 
 
 def spread(values: Sequence[float], scale: float = 1.0) -> str:

@@ -32,7 +32,7 @@ def width(monkeypatch):
 def test_an_epoch_is_one_line_without_what_matters_least(columns, there, gone, width):
     width(columns)
     line = single.describe(EPOCH, 100)
-    assert "epoch  12/100" in line and "test accuracy 43.75%" in line or columns == 20
+    assert ("epoch  12/100" in line and "test accuracy 43.75%" in line) or columns == 20
     assert len(line) <= columns
     assert all(word in line for word in there) and not any(word in line for word in gone)
 
