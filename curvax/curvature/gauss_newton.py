@@ -34,9 +34,10 @@ from curvax.exact.dataflow import Flow, analyse, between
 from curvax.exact.derivatives import hessian_product
 from curvax.exact.diagonals import zeros
 from curvax.exact.explanation import Explanation, Row
+from curvax.exact.primitives import is_complex
 from curvax.exact.routes import Route, plan_gauss_newton
 from curvax.exact.sweep import sweep
-from curvax.exact.trace import is_floating, trace, trace_loss
+from curvax.exact.trace import is_inexact, trace, trace_loss
 from curvax.objective import Objective
 
 Squares = Literal["example", "batch"]
@@ -116,7 +117,7 @@ def _columns_of(flow: Flow) -> tuple[bool, str]:
 def _is_small(flow: Flow) -> bool:
     """Whether the Hessian of each example's loss may be factored."""
     outputs = flow.program.outputs
-    if len(outputs) != 1 or flow.axes.get(outputs[0]) is None:
+    if len(outputs) != 1 or is_complex(outputs[0]) or flow.axes.get(outputs[0]) is None:
         return False
     return outputs[0].aval.size <= FACTORED * flow.program.num_examples
 
@@ -192,7 +193,7 @@ def _linearised(objective: Objective, params: Any) -> tuple[list[jax.Array], Cal
 
     def predict(params):
         outputs = objective.predict(params, objective.data)
-        return [x for x in jax.tree.leaves(outputs) if is_floating(x)], outputs
+        return [x for x in jax.tree.leaves(outputs) if is_inexact(x)], outputs
 
     return jax.vjp(predict, params, has_aux=True)
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from curvax.exact.dataflow import Flow, added_curvature, differentiable_slots, rule_jaxpr
-from curvax.exact.primitives import ELEMENTWISE
+from curvax.exact.primitives import ELEMENTWISE, is_complex
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,9 @@ def _states(flow: Flow, index: int, states: Mapping[Var, State]) -> dict[Var, St
 
 def _entry_by_entry(eqn: JaxprEqn, slots: Sequence[int], source: Var) -> bool:
     shapes = {var.aval.shape for var in (source, *eqn.outvars, *(eqn.invars[slot] for slot in slots))}
-    return len(shapes) == 1 and _keeps_entries_apart(eqn, slots, source.aval.shape, frozenset())
+    apart = len(shapes) == 1 and _keeps_entries_apart(eqn, slots, source.aval.shape, frozenset())
+    # The real and imaginary part of an entry are two.
+    return apart and not is_complex(source)
 
 
 def _keeps_entries_apart(eqn: JaxprEqn, slots: Sequence[int], shape: tuple[int, ...], outer: frozenset[str]) -> bool:
@@ -208,7 +210,7 @@ def _softmax(flow: Flow, var: Var, makers, reads, chain: list[int]) -> Softmax |
         return None
     # A mask may stand between the exponentials and their sum, not after it.
     _, exponential = back(summed.invars[0], lambda eqn, slot: _masks(flow, eqn, slot))
-    if exponential is None or exponential.primitive.name != "exp":
+    if exponential is None or exponential.primitive.name != "exp" or is_complex(exponential.invars[0]):
         return None
     return Softmax(exponential.invars[0], summed.invars[0], total, tuple(summed.params["axes"]))
 

@@ -30,7 +30,7 @@ from curvax.curvature.estimate import diag_dtype
 from curvax.exact.atoms import Atom, Separate, Softmax
 from curvax.exact.dataflow import Flow, between
 from curvax.exact.layers import examples_first
-from curvax.exact.primitives import Axis
+from curvax.exact.primitives import Axis, is_complex
 from curvax.exact.sweep import sweep
 
 # Entries of logits of which a random column is drawn at once.
@@ -132,7 +132,14 @@ def _separate_numbers(flow, env, atom: Separate, slope):
     along = lambda function: lambda x: jax.jvp(function, (x,), (jnp.ones_like(x),))[1]
     second = along(along(functions))(value)
     dtype = diag_dtype(value.dtype)
-    parts = [slope[var].astype(dtype) * bent.astype(dtype) for var, bent in zip(atom.results, second, strict=True)]
+
+    def curvature(var, bent):
+        # Of a complex function of real entries: a cotangent times a tangent is real, in JAX, up to what is left out.
+        if is_complex(var):
+            return jnp.real(slope[var] * bent).astype(dtype)
+        return slope[var].astype(dtype) * bent.astype(dtype)
+
+    parts = [curvature(*part) for part in zip(atom.results, second, strict=True)]
     return sum(parts[1:], parts[0]), None, None
 
 

@@ -200,7 +200,8 @@ def _gauss_newton_units(flow, env, var, *, chunk_size) -> jax.Array:
 
     def entry(unit, index):
         moved = push(unit)
-        return optax.tree.vdot(*jax.tree.map(at_least_float32, (moved, curvature(moved))))
+        parts = jax.tree.map(lambda a, b: jnp.sum(at_least_float32(jnp.real(a * b))), moved, curvature(moved))
+        return optax.tree.sum(parts)
 
     return units.along_units(entry, env[var], chunk_size)
 

@@ -99,11 +99,13 @@ def _eigencolumns(flow, env, cut, chunk_size) -> tuple[jax.Array, jax.Array]:
     rows = jax.lax.map(_hessian_row(flow, env, cut), jnp.arange(size), batch_size=min(chunk_size or PRODUCTS, size))
     matrices = jnp.moveaxis(rows, 0, 1)
     matrices = (matrices + matrices.mT) / 2
-    # Eigenvectors err relative to the largest eigenvalue. Scaled to a diagonal of ones, or to rows of that order where
-    # the diagonal is zero, no entry is small beside another, and each keeps its own precision.
-    diagonal = jnp.abs(jnp.diagonal(matrices, axis1=1, axis2=2))
-    largest = jnp.max(jnp.abs(matrices), 2)
-    scale = jnp.sqrt(jnp.where(diagonal > 0, diagonal, largest))
+    # Eigenvectors err relative to the largest entry. Scaled to a diagonal of ones, none is small beside another, and
+    # each keeps its own precision; so where no entry is large beside its two diagonal ones, as in any definite matrix.
+    # Elsewhere, and where the diagonal is rounding noise, rows are scaled to largest entries of that order.
+    diagonal = jnp.sqrt(jnp.abs(jnp.diagonal(matrices, axis1=1, axis2=2)))
+    bounded = jnp.abs(matrices) <= 2 * diagonal[:, :, None] * diagonal[:, None, :]
+    largest = jnp.sqrt(jnp.max(jnp.abs(matrices), 2))
+    scale = jnp.where(jnp.all(bounded, (1, 2))[:, None], diagonal, largest)
     scale = jnp.where((scale > 0) & (scale < jnp.inf), scale, 1)
     values, vectors = jnp.linalg.eigh(matrices / scale[:, :, None] / scale[:, None, :])
     columns = scale[:, :, None] * vectors * jnp.sqrt(jnp.abs(values))[:, None, :]

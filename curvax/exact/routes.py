@@ -18,6 +18,7 @@ from curvax.exact.columns import num_columns, origin
 from curvax.exact.dataflow import Flow, cuts
 from curvax.exact.factor import plan_columns
 from curvax.exact.layers import supported
+from curvax.exact.primitives import is_complex
 
 # What turns a parameter into an operand without mixing its entries, by name; `chain_is_monomial` checks the rest.
 MONOMIAL = frozenset(
@@ -85,12 +86,12 @@ def loss_origins(flow: Flow) -> tuple[Origin, ...] | str:
     """Where the columns of the loss's Hessian start: its atoms, or the outputs; a text where there are no columns."""
     structure, outputs = find_atoms(flow), flow.program.outputs
     known = isinstance(structure, Structure)
-    alone = len(outputs) == 1
+    alone = len(outputs) == 1 and not is_complex(outputs[0])
     factored = alone and flow.axes.get(outputs[0]) is not None and plan_columns(flow, outputs[0]).factored
     if known and (structure.simple or not factored):
         # A softmax of one class is a constant.
         return tuple(atom for atom in structure.atoms if num_columns(flow, atom))
-    return tuple(outputs) if alone else f"{structure}, and the outputs are not one array"
+    return tuple(outputs) if alone else f"{structure}, and the outputs are not one real array"
 
 
 def variable(place: Origin) -> Var:
@@ -177,7 +178,7 @@ def _cheaper(flow: Flow, route: Route, routes: Sequence[Route]) -> Route:
 def _entry(flow: Flow, bit: int) -> Entry | Route:
     """Where a parameter meets the examples, or the route that is left if there is no one such place."""
     path, var = flow.program.paths[bit], flow.program.params[bit]
-    if var not in flow.axes or not var.aval.size:
+    if var not in flow.axes or not all(v.aval.size for v in (var, *cuts(flow, bit))):
         return Route(path, bit, "zero", "no derivative reaches the losses")
     chain, doors = [], []
     for index, eqn, slots, results in flow.equations:

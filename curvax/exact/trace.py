@@ -13,11 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
 
 from curvax.layers import path_name
 from curvax.objective import Objective
 
+_OUTPUT = "curvax.outputs"
 INLINED = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
 
 
@@ -27,7 +29,7 @@ class Program:
 
     Attributes:
         jaxpr: its inputs are the parameter leaves, then the data leaves; its results are those leaves of the outputs
-            that are floating-point, and `losses`.
+            that are real or complex, and `losses`.
         consts: the values of `jaxpr.constvars`.
         paths: one readable path for each parameter leaf.
         inputs: the values of the inputs.
@@ -83,8 +85,8 @@ def trace(objective: Objective, params: Any) -> Program:
     """
 
     def run(params, data):
-        outputs = objective.predict(params, data)
-        return [x for x in jax.tree.leaves(outputs) if is_floating(x)], objective.example_losses(outputs, data)
+        outputs = jax.tree.map(_end_of_network, objective.predict(params, data))
+        return [x for x in jax.tree.leaves(outputs) if is_inexact(x)], objective.example_losses(outputs, data)
 
     return _program(run, params, objective.data)
 
@@ -97,13 +99,13 @@ def trace_loss(objective: Objective, outputs: Any) -> Program:
         outputs: what the network returned, any pytree.
 
     Returns:
-        The program. Its parameters, and its outputs, are those leaves of `outputs` that are floating-point.
+        The program. Its parameters, and its outputs, are those leaves of `outputs` that are real or complex.
 
     Raises:
         ValueError: if the losses are not one value per example.
     """
     leaves, treedef = jax.tree.flatten(outputs)
-    floating = [i for i, leaf in enumerate(leaves) if is_floating(leaf)]
+    floating = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
 
     def run(varying, others):
         fixed, data = others
@@ -115,9 +117,14 @@ def trace_loss(objective: Objective, outputs: Any) -> Program:
     return _program(run, [leaves[i] for i in floating], (fixed, objective.data))
 
 
-def is_floating(x: Any) -> bool:
-    """Whether an array has real numbers, which can be differentiated."""
-    return jnp.issubdtype(jnp.result_type(x), jnp.floating)
+def is_inexact(x: Any) -> bool:
+    """Whether an array has real or complex numbers, which can be differentiated."""
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def _end_of_network(output: Any) -> Any:
+    """Marks an output, for what comes after it is the loss, even where it computes the same as the network."""
+    return checkpoint_name(output, _OUTPUT) if isinstance(output, jax.Array) and is_inexact(output) else output
 
 
 def _program(run: Callable, params: Any, data: Any) -> Program:
@@ -135,14 +142,18 @@ def leaf_paths(params: Any) -> tuple[str, ...]:
 def inline(closed: ClosedJaxpr, *inputs: jax.Array, also: Sequence[str] = (), seen: dict | None = None) -> list:
     """Evaluates a jaxpr call by call; traced, it leaves none of the calls in `INLINED`, and in `also`.
 
-    What is computed twice is computed once: `seen` has the results of every operation on the same operands.
+    What is computed twice is computed once: `seen` has the results of every operation on the same operands. Not so by
+    the network and by the loss, which must be a function of the outputs.
     """
     seen = {} if seen is None else seen
     env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     env |= zip(closed.jaxpr.invars, inputs, strict=True)
     for eqn in closed.jaxpr.eqns:
         values = [read(env, atom) for atom in eqn.invars]
-        if eqn.primitive.name in (*INLINED, *also):
+        if eqn.primitive.name == "name" and eqn.params["name"] == _OUTPUT:
+            results = values
+            seen.clear()
+        elif eqn.primitive.name in (*INLINED, *also):
             results = inline(callee(eqn), *values, also=also, seen=seen)
         else:
             key = _identity(eqn, values)
