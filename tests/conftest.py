@@ -26,6 +26,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 NOT_STRICT = {
     "contract",
     "experiments",
+    "fuzz",
     "test_devices.py",
     "test_optimizers.py",
     "test_refresh.py",

@@ -1,0 +1,1 @@
+"""Random programs: every method of `hessian_diag` against a dense matrix."""

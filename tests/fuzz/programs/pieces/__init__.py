@@ -1,0 +1,1 @@
+"""What programs are made of. Every public function writes a piece, into a `Build`."""
