@@ -26,11 +26,7 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Checkpoints:
-    """The checkpoints of one run.
-
-    Args:
-        folder: made with the first of them.
-    """
+    """The checkpoints of one run, in a folder that is made with the first of them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -46,11 +42,7 @@ class Checkpoints:
             )
 
     def save(self, arrays: Arrays, step: int):
-        """Writes a state; once it is whole, removes all but the last two.
-
-        Raises:
-            RunError: if it cannot be written. The checkpoints before it stay.
-        """
+        """Writes a state, or raises a RunError; once it is whole, removes all but the last two."""
         with records.explained(self.folder):
             self.folder.mkdir(exist_ok=True)
         draft = self.folder / f"step-{step}.draft"
@@ -59,17 +51,9 @@ class Checkpoints:
         self.keep(sorted({step for step, _ in self._own()})[-KEPT:])
 
     def restore(self, at_most: int, like: Arrays) -> tuple[int, Arrays]:
-        """The last state, not after `at_most` steps, that is whole; says which were not.
+        """The last state that is whole, of so many steps at most, and its steps; says which were not.
 
-        Args:
-            at_most: how far the records go.
-            like: arrays of the names, shapes and dtypes that are wanted.
-
-        Returns:
-            The number of steps, and the arrays; 0 and `like` if there are none.
-
-        Raises:
-            RunError: if the arrays in the checkpoint are others than those of `like`.
+        Or 0 and `like`, arrays of the names, shapes and dtypes that are wanted; raises a RunError if others are there.
         """
         for step, path in sorted(self._own(), reverse=True):
             if step > at_most:

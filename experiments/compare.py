@@ -1,30 +1,15 @@
 """What is read off the runs of several methods on one problem: shared by `race` and `tune`."""
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 from experiments.config import TrainConfig
-from experiments.problems import Problem
 from experiments.records import Record
 from experiments.timing import compile_seconds, step_seconds
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """One run.
-
-    Attributes:
-        method: its name.
-        learning_rate: peak.
-        seed: of the run.
-        loss: mean training loss over its last epoch; infinite if it diverged.
-        test_loss: after its last epoch; infinite if it diverged.
-        test_accuracy: after its last epoch, between 0 and 1; 0 if it diverged.
-        steps_to_target: optimizer steps until the target accuracy was first seen at the end of an epoch, if ever.
-        step_seconds: see `timing.step_seconds`.
-        compile_seconds: see `timing.compile_seconds`.
-    """
+class Outcome(NamedTuple):
+    """One run, in its last epoch; if it diverged, with infinite losses and an accuracy of 0."""
 
     method: str
     learning_rate: float
@@ -32,6 +17,7 @@ class Outcome:
     loss: float
     test_loss: float
     test_accuracy: float
+    # Until the target accuracy was first seen at the end of an epoch, if ever.
     steps_to_target: int | None
     step_seconds: float
     compile_seconds: float
@@ -53,8 +39,3 @@ def outcome(config: TrainConfig, records: Sequence[Record], target: float) -> Ou
         step_seconds=step_seconds(steps),
         compile_seconds=compile_seconds(steps),
     )
-
-
-def change(problem: Problem, **changes: Any) -> Problem:
-    """A problem with other fields in its configuration."""
-    return dataclasses.replace(problem, config=dataclasses.replace(problem.config, **changes))

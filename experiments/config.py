@@ -52,31 +52,21 @@ class TrainConfig:
         "digits (scikit-learn's, no download), generated (random patterns, no download), or any image classification"
         " data set of TensorFlow Datasets, such as cifar10, cifar100, mnist or svhn_cropped.",
     )
-    data_dir: Path | None = images(
-        None,
-        "Folder where TFDS keeps, or has prepared, its data sets; else TFDS_DATA_DIR, or ~/tensorflow_datasets.",
-    )
+    data_dir: Path | None = images(None, "Folder of TFDS's data sets; else TFDS_DATA_DIR, or ~/tensorflow_datasets.")
     image_size: int = images(32, "Side in pixels to which every image is resized.")
-    augment: bool = images(
-        True, "Pad by 4 pixels, crop at random, flip left to right at random; digits are never flipped."
-    )
+    augment: bool = images(True, "Pad by 4 pixels, crop and flip at random; digits are never flipped.")
     holdout: float = images(
-        0.0, "Fraction of the training images to test on, in place of the test images: what `tune` judges by."
+        0.0, "Test on this fraction of the training images, as `tune` does, not on the test images."
     )
     train_images: int | None = images(None, "Train on this many of the training images, the first ones; else on all.")
     test_images: int | None = images(None, "Test on this many of the test images, the first ones; else on all.")
 
     model: Literal["alexnet", "resnet18"] = network("alexnet", "The network.")
-    width: float = network(
-        1.0, "Fraction of the published channels (and, in AlexNet, of the features in the fully connected layers)."
-    )
+    width: float = network(1.0, "Fraction of the published channels, and of the features in fully connected layers.")
     hidden: int | None = network(None, "AlexNet: features of the fully connected layers; else 4096 times the width.")
-    dropout: float | None = network(
-        None, "AlexNet: share of the features dropped before each of the two fully connected layers.", usual=0.5
-    )
+    dropout: float | None = network(None, "AlexNet: share dropped before two fully connected layers.", usual=0.5)
     init: Literal["he", "pytorch"] = network(
-        "he",
-        "he: kernels from N(0, 2 / fan in), biases 0. pytorch: both uniform within 1 / sqrt(fan in), as torch.nn does.",
+        "he", "he: kernels from N(0, 2 / fan in), biases 0. pytorch: both uniform within 1 / sqrt(fan in)."
     )
     sharpness: float = network(
         1.0,
@@ -87,25 +77,16 @@ class TrainConfig:
     optimizer: Literal[METHODS] = method("mclr", "The method.")
     momentum: float = method(0.9, "Decay of the heavy-ball momentum (of Adam's first moment, for lamb).")
     weight_decay: float = method(0.0005, "Multiple of the parameters added to their update.")
-    damping: float | None = method(
-        None, "cblr: added to the curvature, in multiples of its mean over each layer.", usual=0.1
-    )
+    damping: float | None = method(None, "cblr: added to the curvature, times its mean over each layer.", usual=0.1)
     curvature_every: int | None = method(None, "cblr: steps from one curvature estimate to the next.", usual=10)
-    curvature_batch_size: int | None = method(
-        None, "cblr: images, the first of each batch, from which the curvature is estimated; else a micro-batch."
-    )
+    curvature_batch_size: int | None = method(None, "cblr: images of each batch for an estimate; else a micro-batch.")
 
-    learning_rate: float | None = plan(
-        None, "Peak learning rate; else the one that `tune` found (experiments/tuned.json)."
-    )
-    batch_size: int | None = plan(
-        None, "Images per optimizer step. The incomplete last batch of an epoch is dropped.", usual=1024
-    )
+    learning_rate: float | None = plan(None, "Peak; else the one that `tune` found (experiments/tuned.json).")
+    batch_size: int | None = plan(None, "Images per step. An epoch's incomplete last batch is dropped.", usual=1024)
     epochs: int | None = plan(None, "Passes over the training images.", usual=10)
     phases: tuple[str, ...] = plan(
         (),
-        "EPOCHS:BATCH:RATE ..., such as 1:512:0.005 79:8192:0.05, in place of --epochs, --batch-size and"
-        " --learning-rate.",
+        "As 1:512:0.005 79:8192:0.05, in place of --epochs, --batch-size and --learning-rate.",
         metavar="EPOCHS:BATCH:RATE",
     )
     schedule: Literal["cosine", "constant"] = plan("cosine", "How the learning rate goes on after the warm-up.")
@@ -116,19 +97,14 @@ class TrainConfig:
         " for dropout, which draws anew, and batch norm, which normalises over each micro-batch.",
     )
 
-    discard: float = special(
-        0.0,
-        "Fraction of each batch that is left out of its gradient; at a size of 0.3 the mean is over the other 70 %.",
-    )
+    discard: float = special(0.0, "Fraction of each batch left out of its gradient, which is the mean over the rest.")
     discard_by: Literal["loss", "chance"] | None = special(
         None, "--discard: which images to leave out, those with the smallest loss, or any.", usual="loss"
     )
     discard_epochs: int | None = special(None, "--discard: in the first so many epochs only; else in all.")
-    probes: bool = special(
-        False, "Also record the mean absolute gradient, parameter stride and loss stride of every array in every step."
-    )
+    probes: bool = special(False, "Record every array's mean gradient, parameter stride and loss stride in every step.")
 
-    devices: int = where(1, "Devices of each process over which each batch is split; on a CPU they are simulated.")
+    devices: int = where(1, "Of each process; each batch is split over all; on a CPU they are simulated.")
     parallel: Literal["jit", "pmap"] = where(
         "jit",
         "jit on a mesh, or pmap: the same step, with the same results but for rounding and for the curvature of cblr,"
@@ -141,13 +117,9 @@ class TrainConfig:
     )
     num_processes: int | None = where(None, "Number of processes, with --coordinator HOST:PORT.")
     process_id: int | None = where(None, "Which of them this is, counted from 0, with --coordinator HOST:PORT.")
-    seed: int = where(
-        0, "Determines the initial parameters, the order of the images, augmentation, dropout and probes."
-    )
+    seed: int = where(0, "Determines initial parameters, order of the images, augmentation, dropout and probes.")
     checkpoint_seconds: float | None = where(
-        60.0,
-        "Seconds from one checkpoint to the next; there is one at the end, too. With 0 every step has one, with none"
-        " there is none at all.",
+        60.0, "Seconds from one checkpoint to the next; one is at the end, too. 0: after every step. none: not at all."
     )
     out: Path = where(Path("runs"), "Folder for the run's own, which is named after what determines its results.")
 
@@ -157,7 +129,8 @@ class TrainConfig:
         self._settle(
             (self.model == "alexnet", "is for --model alexnet", ("hidden", "dropout")),
             (
-                *(self.optimizer in CURVED, f"is for --optimizer {', '.join(CURVED)}"),
+                self.optimizer in CURVED,
+                "is for --optimizer cblr",
                 ("damping", "curvature_every", "curvature_batch_size"),
             ),
             (self.discard > 0, "is for a --discard above 0", ("discard_by", "discard_epochs")),

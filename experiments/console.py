@@ -84,11 +84,7 @@ def progress_bar(*columns: progress.ProgressColumn) -> progress.Progress:
 
 
 class TrainingBars:
-    """Progress bars that follow the records of `train`, one bar per run.
-
-    Args:
-        bars: a progress bar display with the columns `step`, `test` and `speed`.
-    """
+    """Progress bars that follow the records of `train`, one per run, on a display with `step`, `test` and `speed`."""
 
     def __init__(self, bars: progress.Progress):
         self._bars = bars
@@ -110,9 +106,10 @@ class TrainingBars:
         if record["kind"] == "epoch":
             self._bars.update(task, test=f"test {record['test_accuracy']:6.1%}")
             return
-        speed = record["batch_size"] / record["seconds"]
+        # What a step that compiles takes is no speed.
+        speed = "" if record["compiled"] else f"{record['batch_size'] / record['seconds']:7,.0f} images/s"
         step = f"epoch {record['epoch']:>3} loss {record['loss']:6.3f}"
-        self._bars.update(task, completed=record["step"], step=step, speed=f"{speed:7,.0f} images/s")
+        self._bars.update(task, completed=record["step"], step=step, speed=speed)
 
 
 @contextlib.contextmanager

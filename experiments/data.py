@@ -34,37 +34,27 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Training and test images, and what has to be known to read them.
-
-    Attributes:
-        train: what the network learns from.
-        test: what it is judged by.
-        num_classes: labels run from 0 to `num_classes - 1`.
-        flips: whether a mirrored image is still of its class; a mirrored digit is not.
-    """
+    """Training and test images, and what has to be known to read them."""
 
     train: Split
     test: Split
+    # Labels run from 0 to this, exclusive.
     num_classes: int
+    # Whether a mirrored image is still of its class; a mirrored digit is not.
     flips: bool = True
 
 
 def load(config) -> Dataset:
-    """The data set of a configuration, in host memory.
-
-    Args:
-        config: an `experiments.config.TrainConfig`.
+    """The data set of a `TrainConfig`, in host memory.
 
     Raises:
         UsageError: for a name that nobody knows, or a batch larger than the training split.
         RunError: if the images cannot be had.
     """
-    makers = {"digits": digits, "generated": generated}
-    dataset = (
-        makers[config.dataset](config.image_size)
-        if config.dataset in makers
-        else tfds(config.dataset, config.data_dir, config.image_size)
-    )
+    if config.dataset in ("digits", "generated"):
+        dataset = {"digits": digits, "generated": generated}[config.dataset](config.image_size)
+    else:
+        dataset = tfds(config.dataset, config.data_dir, config.image_size)
     if config.holdout:
         dataset = hold_out(dataset, config.holdout)
     dataset = shorten(dataset, config)
@@ -153,16 +143,10 @@ def shuffle(key: jax.Array, num_images: int) -> jax.Array:
 
 
 def augment(key: jax.Array, positions: jax.Array, images: jax.Array, flips: bool) -> jax.Array:
-    """Crops each image at random out of itself padded by 4 pixels, and mirrors every second one.
+    """Crops each image at random out of itself padded by 4 pixels of 0, and mirrors every second one if it `flips`.
 
-    Args:
-        key: of the step.
-        positions: place of each image in the batch, `(B,)`: an image's randomness depends on it alone.
-        images: `(B, size, size, 3)`, any dtype; the padding is 0.
-        flips: whether to mirror at all.
-
-    Returns:
-        Images of the same shape and dtype.
+    Images are `(B, size, size, 3)`, of any dtype. What is random about one depends on its position in the batch alone,
+    `(B,)`, and on the key of the step.
     """
 
     def one(position, image):

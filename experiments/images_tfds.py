@@ -53,10 +53,6 @@ class Source:
 def open_source(name: str, data_dir: Path | None) -> Source:
     """Finds a data set, or downloads and prepares it.
 
-    Args:
-        name: as TFDS spells it.
-        data_dir: where TFDS keeps its data sets; its own default if None, which the variable TFDS_DATA_DIR sets.
-
     Raises:
         UsageError: if TFDS has no such data set, or it is not one of labelled images.
         RunError: if it cannot be read, or is not prepared and cannot be downloaded.

@@ -27,15 +27,7 @@ def keep(layer: int, x: jax.Array) -> jax.Array:
 class AlexNet(nnx.Module):
     """AlexNet as used on CIFAR-10: five convolutions, three poolings, three fully connected layers.
 
-    At width 1, image size 32 and 10 classes it has 23,272,266 parameters.
-
-    Args:
-        num_classes: features of the last layer.
-        width: fraction of 64-192-384-256-256 channels and of 4096 features.
-        image_size: side of the images in pixels, at least 16.
-        hidden: features of the fully connected layers, if not 4096 times the width.
-        init: `"he"` or `"pytorch"`.
-        rngs: source of the initial parameters.
+    At width 1, image size 32 and 10 classes it has 23,272,266 parameters; images have a side of at least 16 pixels.
     """
 
     def __init__(self, num_classes, *, width=1.0, image_size=32, hidden=None, init="he", rngs):
@@ -84,12 +76,6 @@ class ResNet18(nnx.Module):
     """ResNet18 as used on CIFAR-10: a 3 x 3 stem, eight basic blocks, the mean over positions, one linear layer.
 
     At width 1 and 10 classes it has 11,173,962 parameters.
-
-    Args:
-        num_classes: features of the last layer.
-        width: fraction of 64-128-256-512 channels.
-        init: `"he"` or `"pytorch"`.
-        rngs: source of the initial parameters.
     """
 
     def __init__(self, num_classes, *, width=1.0, init="he", rngs):
@@ -112,16 +98,7 @@ class ResNet18(nnx.Module):
 
 
 def build(config, num_classes: int, key: jax.Array) -> tuple[Any, Any, Any]:
-    """Makes the network of a configuration.
-
-    Args:
-        config: an `experiments.config.TrainConfig`.
-        num_classes: of the data set.
-        key: determines the initial parameters.
-
-    Returns:
-        Its definition (static), its parameters and its other state (the statistics of batch norm), both pytrees.
-    """
+    """The network of a configuration, from a key: its definition (static), parameters and statistics of batch norm."""
     options = {"width": config.width, "init": config.init, "rngs": nnx.Rngs(key)}
     if config.model == "resnet18":
         model = ResNet18(num_classes, **options)

@@ -22,11 +22,7 @@ AXIS = "data"
 
 
 class Jit:
-    """Runs functions under `jit`.
-
-    Args:
-        devices: of the mesh, those of all processes.
-    """
+    """Runs functions under `jit`, on a mesh of the devices of all processes."""
 
     # The name that `axis_name` of curvax and of batch norm want; None where a function sees the whole batch.
     axis_name: str | None = None
@@ -52,10 +48,8 @@ class Jit:
     def compile_same(self, function: Callable, static: Sequence[str] = (), donate: bool = False) -> Callable:
         """A compiled function that does the same on all devices, without `share` and `total`.
 
-        Args:
-            function: of arrays that are the same on all devices, to arrays that are.
-            static: keywords that are compiled in.
-            donate: whether the first argument is consumed.
+        It is of arrays that are the same on all devices, to such arrays. Static keywords are compiled in; the first
+        argument may be donated.
         """
         donated = (0,) if donate else ()
         return jax.jit(function, static_argnames=static, donate_argnums=donated, out_shardings=self.everywhere)
@@ -142,11 +136,7 @@ def on_data(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Arr
 
 
 def devices_of_run(number: int) -> list[jax.Device]:
-    """The first `number` devices of each process, process by process; a CPU counts as several if JAX starts here.
-
-    Raises:
-        UsageError: if there are fewer.
-    """
+    """The first so many devices of each process, one after the other; a CPU counts as several if JAX starts here."""
     processes.start_devices(number)
     if number > jax.local_device_count():
         raise UsageError(f"--devices {number}: there are {jax.local_device_count()}")

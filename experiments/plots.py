@@ -67,9 +67,7 @@ def batch_axis(panel, sizes: Sequence[int]):
 def curves(panel, lines: Mapping[str, Sequence[Sequence[tuple[float, float]]]]):
     """A line per label: the mean over its seeds, and a band from the lowest to the highest.
 
-    Args:
-        panel: axes.
-        lines: by label, for each seed, `(x, y)` points; a seed that diverged has fewer, and ends the line.
+    Of each seed there are `(x, y)` points; one that diverged has fewer, and ends the line.
     """
     for place, (label, seeds) in enumerate(lines.items()):
         length = min(map(len, seeds))
@@ -84,17 +82,7 @@ def curves(panel, lines: Mapping[str, Sequence[Sequence[tuple[float, float]]]]):
 
 
 def save(draw, panels: int, rows, title: str, caption: str, path: Path, size: tuple[float, float] = (4.4, 4.4)):
-    """Draws a figure into a PNG.
-
-    Args:
-        draw: from the panels and the rows to the plot.
-        panels: how many, side by side.
-        rows: of the figure.
-        title: above.
-        caption: below.
-        path: of the file.
-        size: of one panel, in inches.
-    """
+    """Draws a figure into a PNG: `draw(panels, rows)` of so many panels, side by side, each of a size in inches."""
     lines = textwrap.wrap(caption, round(52 + 14 * size[0] * panels))
     width, height = 2.4 + size[0] * panels, size[1] + 0.17 * len(lines)
     figure, axes = plt.subplots(1, panels, figsize=(width, height), squeeze=False)

@@ -21,23 +21,22 @@ TUNED_FILE = Path(__file__).with_name("tuned.json")
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is held fixed, and where each method's grid begins.
+    """What is held fixed, and where each method's grid begins."""
 
-    Attributes:
-        config: of every run, but for its optimizer and learning rate.
-        target: test accuracy; a method's steps until it reaches this are reported.
-        holdout: fraction of the training images by which learning rates are judged.
-        tune_seeds: number of runs per learning rate.
-        race_seeds: number of runs per method in a race.
-        lowest: the smallest learning rate of each method's grid.
-    """
-
+    # Of every run, but for its optimizer and learning rate.
     config: TrainConfig
+    # A test accuracy: a method's steps until it reaches this are reported.
     target: float
+    # Fraction of the training images by which learning rates are judged.
     holdout: float
     tune_seeds: int
     race_seeds: int
+    # The smallest learning rate of each method's grid.
     lowest: Mapping[str, float]
+
+    def change(self, **changes: Any) -> "Problem":
+        """A problem with other fields in its configuration."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
 
     def grid(self, method: str) -> list[float]:
         """The learning rates that `tune` tries."""
@@ -84,7 +83,7 @@ def load_tuned(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RunError(f"cannot read {path} ({error.strerror})") from error
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise UsageError(f"{path} does not hold the results of tune: give another --file, or none") from None
+        raise UsageError(f"{path} does not hold the results of tune: remove it, or give another --file") from None
     return results
 
 

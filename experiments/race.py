@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiments import records
 from experiments.commands import RaceConfig, TuneConfig
-from experiments.compare import Outcome, change, outcome
+from experiments.compare import Outcome, outcome
 from experiments.console import say, show_table, training_bars
 from experiments.errors import UsageError
 from experiments.options import line
@@ -21,7 +21,7 @@ def race(config: RaceConfig):
     """Runs a race, or what is left of it; prints the table, and where the records and the plot are."""
     rates = {method: learning_rate(config, method) for method in config.methods}
     changes = {"epochs": config.epochs} if config.epochs else {}
-    problem = change(PROBLEMS[config.problem], data_dir=config.data_dir, out=config.out, **changes)
+    problem = PROBLEMS[config.problem].change(data_dir=config.data_dir, out=config.out, **changes)
     seeds = range(config.seeds or problem.race_seeds)
     say(describe(problem, len(seeds)))
     runs = {method: [] for method in rates}
@@ -42,7 +42,7 @@ def race(config: RaceConfig):
                 for row in rows:
                     writer.write({"method": method, "seed": one.seed, **row})
         for result in itertools.chain(*outcomes.values()):
-            writer.write({"kind": "outcome", **dataclasses.asdict(result)})
+            writer.write({"kind": "outcome", **result._asdict()})
     plot(runs, rates, describe(problem, len(seeds)), folder / "race.png")
     say(f"records: {folder / 'race.jsonl'}\nplot:    {folder / 'race.png'}")
 

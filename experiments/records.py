@@ -25,11 +25,7 @@ def refuse_links(*paths: Path):
 
 
 def make_folder(path: Path, option: str = "--out") -> list[Path]:
-    """Makes a folder, and tries to write there.
-
-    Args:
-        path: may be there already.
-        option: that sets another.
+    """Makes a folder that is not there, and tries to write to it; `option` sets another.
 
     Returns:
         What was made, the innermost first: `remove_empty` takes it back.
@@ -55,11 +51,7 @@ def remove_empty(folders: Iterable[Path]):
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """Makes `parent/<date>-<time>-<name>`, numbered if it exists.
-
-    Raises:
-        RunError: if it cannot be written.
-    """
+    """Makes `parent/<date>-<time>-<name>`, numbered if it exists; raises a RunError if it cannot be written."""
     make_folder(parent)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for number in range(1, 1000):
@@ -83,11 +75,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def write(path: Path, content: str | bytes | Callable[[BinaryIO], Any]):
-    """Puts this, or what a function writes, in place of what is in a file: all or nothing of it, whatever happens.
-
-    Raises:
-        RunError: if the disk does not take it.
-    """
+    """Puts this, or what a function writes, in place of what is in a file: all or nothing, or a RunError."""
     content = content.encode() if isinstance(content, str) else content
     put = content if callable(content) else lambda file: file.write(content)
     draft = path.with_name(path.name + ".draft")
@@ -105,12 +93,7 @@ def write(path: Path, content: str | bytes | Callable[[BinaryIO], Any]):
 
 
 class Writer:
-    """Appends records to a file, each complete on the disk before the next.
-
-    Args:
-        path: of the file.
-        past: records that take the place of what is in it.
-    """
+    """Appends records to a file, each complete on the disk before the next; `past` replaces what is in it."""
 
     def __init__(self, path: Path, past: Iterable[Mapping[str, Any]] = ()):
         self.path = path
@@ -158,11 +141,7 @@ class Writer:
 
 
 def read(path: Path) -> list[Record]:
-    """All records of a file.
-
-    Raises:
-        RunError: if it cannot be read, or holds something else.
-    """
+    """All records of a file; raises a RunError if it cannot be read, or holds something else."""
     records, rest = read_whole(path)
     if rest:
         raise RunError(f"line {len(records) + 1} of {path} is damaged: remove it, and the same command makes it again")
@@ -170,14 +149,7 @@ def read(path: Path) -> list[Record]:
 
 
 def read_whole(path: Path) -> tuple[list[Record], bool]:
-    """The records of a file up to the first line that is not one, such as the last of a run that was killed.
-
-    Returns:
-        These, and whether there is anything after them.
-
-    Raises:
-        RunError: if it cannot be read.
-    """
+    """The records of a file up to the first line that is none, as of a run that was killed; and whether there is."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
@@ -196,8 +168,5 @@ def read_whole(path: Path) -> tuple[list[Record], bool]:
 
 def line(record: Mapping[str, Any]) -> str:
     """A record as it is written, with its end of line."""
-    return json.dumps({name: _finite(value) for name, value in record.items()}) + "\n"
-
-
-def _finite(value):
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    finite = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps({name: finite(value) for name, value in record.items()}) + "\n"

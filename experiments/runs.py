@@ -162,8 +162,7 @@ def saver(
 def opened(config: TrainConfig, folder: Path) -> Iterator[list[Record]]:
     """Makes the folder of a run, tries to write there, and keeps other runs out; gives the records that it holds.
 
-    Raises:
-        RunError: if any of this fails. What was made is removed if nothing was written to it.
+    What was made is removed if nothing was written to it.
     """
     records.refuse_links(folder, folder / METRICS, folder / "checkpoints")
     made = records.make_folder(folder)
@@ -186,11 +185,7 @@ def take(lock: int, folder: Path):
 
 
 def recover(config: TrainConfig, path: Path) -> list[Record]:
-    """The records of a run, if it was begun.
-
-    Raises:
-        RunError: if they are of a run with other results, or of another version.
-    """
+    """The records of a run, if it was begun; raises a RunError if they are of another one, or of another version."""
     if not path.exists():
         return []
     rows, damaged = records.read_whole(path)
@@ -229,12 +224,7 @@ def _stepper(config: TrainConfig) -> "Stepper":
 
 
 class Runner:
-    """Gives the records of runs, carrying out those that were not yet, and shows how far they are.
-
-    Args:
-        bars: the display.
-        tell: whether to print where each new run is.
-    """
+    """Gives the records of runs, carrying out those that were not yet, on bars; may `tell` where each new one is."""
 
     def __init__(self, bars: TrainingBars, tell: bool = False):
         self._bars, self._tell = bars, tell

@@ -72,11 +72,8 @@ class Programs(NamedTuple):
 class Stepper:
     """The compiled functions of one configuration on one data set.
 
-    The learning rate and the seed are arguments of these functions: one `Stepper` serves all trials of a method.
-
-    Args:
-        config: what to train, and how.
-        dataset: its images; they are copied to every device here.
+    The learning rate and the seed are arguments of these functions: one `Stepper` serves all trials of a method. The
+    images are copied to every device here.
 
     Raises:
         UsageError: if there are fewer devices than the configuration asks for, or they do not divide its batches.

@@ -14,12 +14,6 @@ def step_seconds(steps: Sequence[Mapping[str, Any]]) -> float:
     A plain median would never see the one step in ten that estimates curvature, and a plain mean sees every hiccup of
     the machine.
 
-    Args:
-        steps: records of kind `step`; at least one.
-
-    Returns:
-        Seconds per step.
-
     Example:
         >>> steps = [{"seconds": 9.0, "compiled": True}] + [{"seconds": 0.1, "compiled": False}] * 19
         >>> round(step_seconds(steps + [{"seconds": 0.2, "compiled": False}]), 6)

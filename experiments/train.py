@@ -30,7 +30,7 @@ def train(
 
     Args:
         stepper: what to train, and how.
-        seed: of the initial parameters and of all that follows.
+        seed: of all that is random.
         learning_rate: peak rate of the phases that do not state their own.
         state: where to go on; from the beginning if None.
         past: the records up to that state.

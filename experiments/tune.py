@@ -13,7 +13,7 @@ from pathlib import Path
 
 from experiments import problems, records
 from experiments.commands import TuneConfig
-from experiments.compare import Outcome, change, outcome
+from experiments.compare import Outcome, outcome
 from experiments.config import TrainConfig
 from experiments.console import say, show_table, training_bars
 from experiments.problems import GRID_FACTOR, GRID_POINTS, PROBLEMS, Problem
@@ -22,8 +22,8 @@ from experiments.runs import Runner
 
 def tune(config: TuneConfig):
     """Runs the trials that are missing, writes each as it ends, and prints the grid."""
-    problem = change(PROBLEMS[config.problem], holdout=PROBLEMS[config.problem].holdout, data_dir=config.data_dir)
-    problem = change(problem, out=config.out)
+    problem = PROBLEMS[config.problem]
+    problem = problem.change(holdout=problem.holdout, data_dir=config.data_dir, out=config.out)
     results = Results(config.file or problems.TUNED_FILE, config.problem, settings(problem), config.again)
     made = records.make_folder(results.path.parent, "--file")
     try:

@@ -4,7 +4,6 @@ A program for many devices needs a process in which there are so many. `python -
 WIDTH DEPTH` is that process: it prints one JSON object per rule.
 """
 
-import dataclasses
 import json
 import math
 import re
@@ -12,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,17 +35,10 @@ COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "
 COLLECTIVE = re.compile(rf"= (.*?) (?:{'|'.join(COLLECTIVES)})(?:-start)?\(")
 
 
-@dataclasses.dataclass(frozen=True)
-class Traffic:
-    """The collectives of one update.
+class Traffic(NamedTuple):
+    """The collectives of one update of so many layers: how many (those in loops once), and the bytes of their results.
 
-    Attributes:
-        rule: the optimizer's name.
-        layers: how many layers are updated.
-        parameters: how many they have in all.
-        count: collectives in the program, those in loops counted once.
-        largest: bytes of the largest result of one collective, on one device.
-        bytes: of all results, those in loops counted as often as they may run at most.
+    On one device, of the largest, and of all, those in loops counted as often as they may run at most.
     """
 
     rule: str
@@ -58,16 +50,7 @@ class Traffic:
 
 
 def measure(devices: int, width: int, depth: int) -> Iterator[Traffic]:
-    """Traffic of every rule in a process of its own with so many devices.
-
-    Args:
-        devices: the mesh's size; the devices are the CPU's, simulated.
-        width: the layers are `(width, width)` kernels with biases; the devices divide it.
-        depth: how many layers.
-
-    Yields:
-        Every rule's, as soon as it is compiled.
-    """
+    """Traffic of every rule in a process of its own with so many simulated devices, for dense layers of this width."""
     arguments = [sys.executable, "-m", "experiments.bench.collectives", *map(str, (devices, width, depth))]
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
@@ -137,7 +120,7 @@ def main(devices: int, width: int, depth: int) -> None:
     jax.config.update("jax_num_cpu_devices", devices)
     mesh = jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu"))
     for rule in RULES:
-        print(json.dumps(dataclasses.asdict(traffic(rule, mesh, width, depth))), flush=True)
+        print(json.dumps(traffic(rule, mesh, width, depth)._asdict()), flush=True)
 
 
 if __name__ == "__main__":

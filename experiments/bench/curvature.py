@@ -30,20 +30,11 @@ NUMBERS = ("NHWC", "HWIO", "NHWC")
 
 
 def rows(say: Say, repeats: int, quick: bool) -> Iterator[Row]:
-    """The table.
-
-    Args:
-        say: is told what is measured next.
-        repeats: timed calls of each program, of which the median counts.
-        quick: a batch of 4 in place of 128.
-
-    Yields:
-        One row for each figure.
-    """
+    """The table."""
     batch_size, costs = 4 if quick else 128, []
     for num_classes, bars in ((10, (8.0, 6.0)), (100, (60.0, 40.0))):
         say(f"the exact diagonal of AlexNet, C = {num_classes}")
-        costs.append(exact_cost(batch_size, num_classes, repeats))
+        costs.append(compare(exact_diag, *alexnet_problem(batch_size, num_classes), repeats))
         yield Row(f"exact diagonal / gradient, AlexNet, C = {num_classes}", costs[-1].ratio, bars, costs[-1].detail)
     few, many = (cost.compile_seconds for cost in costs)
     yield Row("compile, C = 100 over C = 10", many / few, (1.3,), f"{many:.1f} s over {few:.1f} s")
@@ -67,17 +58,10 @@ class Cost(NamedTuple):
     detail: str
 
 
-def exact_cost(batch_size: int, num_classes: int, repeats: int) -> Cost:
-    """The exact diagonal, with value and gradient, against the gradient alone."""
-    objective, params = alexnet_problem(batch_size, num_classes)
-    return compare(lambda objective, params: exact_diag(objective, params), objective, params, repeats)
-
-
 def cost_of(function: Callable, method: str, batch_size: int, repeats: int) -> Cost:
     """One sample, with or without value and gradient, against the gradient alone."""
-    objective, params = alexnet_problem(batch_size, 10)
     sample = functools.partial(function, method=method, key=jax.random.key(0))
-    return compare(sample, objective, params, repeats)
+    return compare(sample, *alexnet_problem(batch_size, 10), repeats)
 
 
 def refresh_cost(say: Say, repeats: int, quick: bool) -> Iterator[Row]:
@@ -89,10 +73,10 @@ def refresh_cost(say: Say, repeats: int, quick: bool) -> Iterator[Row]:
     narrow = {"width": 1 / 16, "hidden": 32} if quick else {"hidden": 1024}
     config = TrainConfig(dataset="generated", batch_size=batch_size, dropout=0.0, augment=False, **narrow)
     dataset = data.generated(config.image_size, num_train=10 * batch_size, num_test=10)
-    slices = {"sgd": 1, "a slice": batch_size // 8, "the whole batch": batch_size}
+    slices = {"sgd": None, "a slice": batch_size // 8, "the whole batch": batch_size}
     runs = {}
     for name, size in slices.items():
-        optimizer = "sgd" if name == "sgd" else "cblr"
+        optimizer = "cblr" if size else "sgd"
         say(f"AlexNet's step at batch {batch_size}, {name}: compilation")
         runs[name] = Run(dataclasses.replace(config, optimizer=optimizer, curvature_batch_size=size), dataset)
         jax.block_until_ready([runs[name].step(batch) for batch in (0, 1)])

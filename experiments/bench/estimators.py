@@ -39,17 +39,7 @@ class Point(NamedTuple):
 
 
 def rows(say: Say, repeats: int, quick: bool, dataset: data.Dataset) -> Iterator[Row]:
-    """The estimates, as lines of a table.
-
-    Args:
-        say: is told what is measured next.
-        repeats: timed calls of each program.
-        quick: few samples of a narrow network.
-        dataset: whose images are taken.
-
-    Yields:
-        A line for every estimator and number of samples.
-    """
+    """A line for every estimator and number of samples; of a narrow network, if it is to be quick."""
     objective, params = alexnet_problem(dataset, quick)
     say("the exact diagonal")
     truth = jax.jit(functools.partial(curvax.hessian_diag, method="exact"))(objective, params)
@@ -166,13 +156,7 @@ def error_of(estimate: Callable, objective, params, truth) -> float:
 
 
 def plot(points: list[Mapping], dataset: str, path: Path) -> None:
-    """Error against cost, both logarithmic, and the exact diagonal's cost as a line.
-
-    Args:
-        points: fields of `Point`s, as the records have them.
-        dataset: whose images.
-        path: of the picture.
-    """
+    """Error against cost, both logarithmic, and the exact diagonal's cost as a line, from fields of `Point`s."""
 
     def draw(panels, points):
         [panel] = panels

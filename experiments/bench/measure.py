@@ -35,13 +35,7 @@ def seconds(call: Callable, *arguments: Any) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(
-    calls: Mapping[str, Callable[[], Any]],
-    repeats: int,
-    *,
-    warm_up: bool = True,
-    tick: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
+def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int, *, warm_up: bool = True) -> dict[str, float]:
     """The median time of each call, all called in turn.
 
     Args:
@@ -49,7 +43,6 @@ def in_turns(
         repeats: timed calls of each.
         warm_up: whether an untimed call precedes every timed one: what the call before has left in the caches is not
             its own doing. Once, before all, where calls are long.
-        tick: called after each call.
 
     Returns:
         Seconds by name.
@@ -65,23 +58,13 @@ def in_turns(
             if warm_up or repeat == 0:
                 jax.block_until_ready(call())
             times[name].append(seconds(call))
-            tick()
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def compile_in_turns(
-    functions: Mapping[str, tuple[Callable, tuple]], repeats: int, tick: Callable[[], None] = lambda: None
+    functions: Mapping[str, tuple[Callable, tuple]], repeats: int
 ) -> tuple[dict[str, Callable], dict[str, float]]:
-    """Compiles each function for its arguments, all in turn.
-
-    Args:
-        functions: a function and its arguments, by name.
-        repeats: compilations of each.
-        tick: called after each compilation.
-
-    Returns:
-        The compiled functions, and the median seconds to trace and compile, both by name.
-    """
+    """Compiles each function for its arguments, all in turn: the programs, and the median seconds, both by name."""
     # What a process compiles first pays for starting the compiler.
     compiled(lambda x: x + 1, 1.0)
     programs, times = {}, {name: [] for name in functions}
@@ -90,7 +73,6 @@ def compile_in_turns(
             jax.clear_caches()
             programs[name] = compiled(function, *arguments)
             times[name].append(programs[name].compile_seconds)
-            tick()
     calls = {name: program.call for name, program in programs.items()}
     return calls, {name: statistics.median(values) for name, values in times.items()}
 

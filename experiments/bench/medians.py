@@ -14,28 +14,20 @@ METHODS = {"jnp": lambda x: jnp.median(jnp.abs(x)), "curvax": median, "norm": jn
 
 
 def rows(say: Say, repeats: int, quick: bool) -> Iterator[Row]:
-    """The median of four million normal numbers, and of the worst of six populations.
-
-    Args:
-        say: is told what is measured next.
-        repeats: timed calls of each.
-        quick: a hundredth of the numbers.
-
-    Yields:
-        Ratios to `jnp.median` and to the L2 norm of the same array.
-    """
+    """The median of four million normal numbers, and of the worst of six populations: ratios to the other two."""
     size = 40_000 if quick else 4_000_000
-    shape = jax.ShapeDtypeStruct((size,), jnp.float32)
     say("medians: compilation")
+    shape = jax.ShapeDtypeStruct((size,), jnp.float32)
     calls = {name: compiled(method, shape).call for name, method in METHODS.items()}
     times, unequal = {}, []
     for kind, x in populations(size).items():
         say(f"medians: {kind}")
         times[kind] = in_turns({name: functools.partial(call, x) for name, call in calls.items()}, repeats)
         unequal += [kind] * bool(calls["jnp"](x) != calls["curvax"](x))
-    slowest = min(times, key=lambda kind: times[kind]["jnp"] / times[kind]["curvax"])
-    dearest = max(times, key=lambda kind: times[kind]["curvax"] / times[kind]["norm"])
-    for line, worst in ((speedup, slowest), (norms, dearest)):
+    for line, worst in (
+        (speedup, min(times, key=lambda kind: times[kind]["jnp"] / times[kind]["curvax"])),
+        (norms, max(times, key=lambda kind: times[kind]["curvax"] / times[kind]["norm"])),
+    ):
         yield line(times["normal"], f"{size:,} f32, normal")
         yield line(times[worst], f"worst of {len(times)} populations: {worst}")
     yield Row("medians that differ from jnp.median's", len(unequal), (0,), ", ".join(unequal) or "not a bit")
@@ -56,12 +48,12 @@ def norms(times: dict[str, float], where: str) -> Row:
 def populations(size: int) -> dict[str, jax.Array]:
     """Arrays of several distributions: what gradients look like, and what a search by counting finds hard."""
     keys = jax.random.split(jax.random.key(0), 3)
-    normal = jax.random.normal(keys[0], (size,))
+    normal, uniform = jax.random.normal(keys[0], (size,)), jax.random.uniform(keys[2], (size,))
     return {
         "normal": normal,
         "log-normal": jnp.exp(3 * jax.random.normal(keys[1], (size,))),
-        "40 % zeros": jnp.where(jax.random.uniform(keys[2], (size,)) < 0.4, 0, normal),
+        "40 % zeros": jnp.where(uniform < 0.4, 0, normal),
         "bfloat16 values": normal.astype(jnp.bfloat16).astype(jnp.float32),
-        "powers of two": jnp.exp2(-jnp.floor(100 * jax.random.uniform(keys[2], (size,)))),
+        "powers of two": jnp.exp2(-jnp.floor(100 * uniform)),
         "constant": jnp.full(size, 0.3),
     }

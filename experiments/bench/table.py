@@ -1,4 +1,8 @@
-"""One line per figure: what was measured, what came out, and the bar it has to reach."""
+"""One line per figure: what was measured, what came out, and the bar it has to reach.
+
+A part of a table is a generator `rows(say, repeats, quick)`: it tells `say` what it measures next, calls each program
+`repeats` times, and does everything much smaller if it is to be `quick`.
+"""
 
 import os
 import platform
@@ -10,8 +14,8 @@ import jax
 from rich.table import Table
 from rich.text import Text
 
-# Told what is measured next.
 Say = Callable[[str], None]
+COLORS = {"met": "green", "first met": "yellow", "missed": "red"}
 
 
 class Row(NamedTuple):
@@ -33,25 +37,19 @@ class Row(NamedTuple):
     at_least: bool = False
     data: Mapping[str, Any] = MappingProxyType({})
 
-    def met(self) -> int:
-        """How many of its bars the figure reaches.
+    def verdict(self) -> str:
+        """How many of its bars the figure reaches, in a word.
 
         Example:
-            >>> Row("speed", 30.0, (20.0, 50.0), "", at_least=True).met()
-            1
+            >>> Row("speed", 30.0, (20.0, 50.0), "", at_least=True).verdict()
+            'first met'
         """
-        return sum(self.reached >= bar if self.at_least else self.reached <= bar for bar in self.bars)
-
-    def verdict(self) -> str:
-        """The bars reached in a word."""
-        if not self.bars:
-            return ""
-        return "missed" if not self.met() else "met" if self.met() == len(self.bars) else "first met"
+        met = sum(self.reached >= bar if self.at_least else self.reached <= bar for bar in self.bars)
+        return "" if not self.bars else "missed" if not met else "met" if met == len(self.bars) else "first met"
 
     def record(self) -> dict[str, Any]:
         """The line as JSON values."""
-        fields = self._asdict()
-        return {"kind": "row", **fields, "data": dict(fields["data"]), "verdict": self.verdict()}
+        return {"kind": "row", **self._asdict(), "data": dict(self.data), "verdict": self.verdict()}
 
 
 def machine() -> dict[str, Any]:
@@ -80,8 +78,7 @@ def empty(title: str) -> Table:
 
 def cells(row: Row) -> list[str | Text]:
     """A line of the table as it is shown."""
-    colour = {"met": "green", "first met": "yellow", "missed": "red"}.get(row.verdict(), "")
-    verdict = Text(row.verdict(), colour)
+    verdict = Text(row.verdict(), COLORS.get(row.verdict(), ""))
     bars = ", ".join(number(bar) for bar in row.bars)
     return [row.what, number(row.reached), bars and f"{'≥' if row.at_least else '≤'} {bars}", verdict, row.detail]
 

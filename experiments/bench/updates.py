@@ -25,16 +25,7 @@ BARS = {"lars": (1.1,), "mclr": (1.5,)}
 
 
 def small_layers(say: Say, repeats: int, quick: bool) -> Iterator[Row]:
-    """Networks of a thousand small layers, vectors and matrices: what compiling and dispatching costs.
-
-    Args:
-        say: is told what is measured next.
-        repeats: timed calls of each.
-        quick: ten layers.
-
-    Yields:
-        The time to compile an update, and that of an update, over those of `optax.lars`.
-    """
+    """Networks of a thousand small layers, vectors and matrices: the times to compile an update, and of one."""
     number = 10 if quick else 1000
     for shape in ((64,), (8, 8)):
         say(f"compilation, {number} leaves of shape {shape}")
@@ -60,29 +51,22 @@ def update_of(tx: optax.GradientTransformationExtraArgs, number: int, shape: tup
 def train_step(say: Say, repeats: int, quick: bool) -> Iterator[Row]:
     """AlexNet at batch 1024: a whole training step with `mclr` over the same with `lars`.
 
-    Args:
-        say: is told what is measured next.
-        repeats: timed steps of each.
-        quick: a narrow network and a small batch.
-
-    Yields:
-        The ratio as it was timed; and with the two updates timed alone, where the noise of a gradient that takes a
-        hundred times as long does not drown their difference.
+    As it was timed; and with the two updates timed alone, where the noise of a gradient that takes a hundred times as
+    long does not drown their difference.
     """
-    config = TrainConfig(
-        dataset="generated", width=0.1 if quick else 1.0, batch_size=64 if quick else 1024, augment=False
-    )
+    width, batch_size = (0.1, 64) if quick else (1.0, 1024)
+    config = TrainConfig(dataset="generated", width=width, batch_size=batch_size, augment=False)
     dataset = data.generated(config.image_size, num_train=config.batch_size, num_test=10)
-    say(f"AlexNet's training step at batch {config.batch_size}: compilation")
+    say(f"AlexNet's training step at batch {batch_size}: compilation")
     runs = {name: Run(dataclasses.replace(config, optimizer=name), dataset) for name in ("lars", "mclr")}
     for run in runs.values():
         jax.block_until_ready(run.step())
-    say(f"AlexNet's training step at batch {config.batch_size}")
+    say(f"AlexNet's training step at batch {batch_size}")
     steps = in_turns({name: run.step for name, run in runs.items()}, min(repeats, 3), warm_up=False)
-    say(f"AlexNet's update at batch {config.batch_size}")
+    say(f"AlexNet's update at batch {batch_size}")
     updates = in_turns({name: run.update() for name, run in runs.items()}, 2 * repeats)
     million = sum(x.size for x in jax.tree.leaves(runs["lars"].state.params)) / 1e6
-    what = f"AlexNet ({million:.1f} M), batch {config.batch_size}: step of mclr / lars"
+    what = f"AlexNet ({million:.1f} M), batch {batch_size}: step of mclr / lars"
     yield Row(what, steps["mclr"] / steps["lars"], (1.05,), f"{steps['mclr']:.2f} / {steps['lars']:.2f} s")
     share = 1 + (updates["mclr"] - updates["lars"]) / steps["lars"]
     detail = f"1 + ({1e3 * updates['mclr']:.0f} - {1e3 * updates['lars']:.0f} ms) / {steps['lars']:.2f} s"
@@ -98,7 +82,7 @@ class Run:
         self.order = self.stepper.shuffle(self.state, 0)
         self.epoch = next(iter(config.plan(1e-3).epochs(len(dataset.train))))
 
-    def step(self, batch: int = 0) -> jax.Array:
+    def step(self, batch: int = 0) -> float:
         """One step on a batch of the epoch; returns its loss."""
         self.state, metrics = self.stepper.step(self.state, self.order, self.epoch, batch)
         return metrics["loss"]

@@ -19,12 +19,7 @@ from experiments.step import cross_entropy
 
 
 class FirstStep:
-    """The network of a configuration at its initial parameters, and the images in a random order.
-
-    Args:
-        config: its seed determines parameters and order.
-        chunk: images whose gradient is computed at once.
-    """
+    """The network of a configuration at its initial parameters, and images in a random order, both from its seed."""
 
     def __init__(self, config: TrainConfig, chunk: int):
         dataset = data.load(config)

@@ -130,7 +130,7 @@ def test_tune_then_race_from_nothing(capfd, tmp_path, tiny_problem, monkeypatch)
 
 def test_tune_goes_on_where_it_stopped(capfd, tmp_path, tiny_problem, monkeypatch):
     file, trained = tmp_path / "tuned.json", []
-    fixed = compare.change(tiny_problem, holdout=tiny_problem.holdout)
+    fixed = tiny_problem.change(holdout=tiny_problem.holdout)
     results = tune.Results(file, "digits", tune.settings(fixed), again=False)
     for rate in tiny_problem.grid("sgd"):
         if rate != tiny_problem.grid("sgd")[2]:

@@ -9,7 +9,7 @@ from experiments import console, single
 
 EPOCH = {"kind": "epoch", "step": 8, "epoch": 12, "batch_size": 1024, "loss": 1.2345, "accuracy": 0.5}
 EPOCH |= {"test_loss": 2.3456, "test_accuracy": 0.4375, "images_per_second": 12345.6}
-STEP = {"kind": "step", "step": 8, "epoch": 12, "batch_size": 1024, "loss": 1.2345, "seconds": 0.1}
+STEP = {"kind": "step", "compiled": False, "step": 8, "epoch": 12, "batch_size": 1024, "loss": 1.2345, "seconds": 0.1}
 
 
 @pytest.fixture
