@@ -10,7 +10,7 @@ from experiments.options import flag, option
 from experiments.problems import PROBLEMS, RACERS
 
 FIGURES = tuple(map(str, range(1, 17)))
-TABLES = ("optimizers", "curvature", "estimators")
+TABLES = ("optimizers", "curvature", "losses", "estimators")
 Preset = Literal["smoke", "cpu", "paper"]
 MISSING: Any = dataclasses.MISSING
 
@@ -80,8 +80,8 @@ class BenchConfig:
 
     table: Literal[TABLES] = option(
         MISSING,
-        "optimizers: medians, updates, and what moves between devices. curvature: exact diagonals. estimators: error"
-        " against cost, beside optax's and matfree's, with a plot.",
+        "optimizers: medians, updates, and what moves between devices. curvature: exact diagonals. losses: the curvature"
+        " that is taken by default. estimators: error against cost, beside optax's and matfree's, with a plot.",
     )
     repeats: int = option(5, "Timed calls of each program, in turn; their median counts. Half as many compilations.")
     quick: bool = option(

@@ -10,7 +10,6 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from curvax import Objective
-from curvax.curvature import gauss_newton
 from curvax.curvature.gauss_newton import plan_sampling, sampled_gauss_newton
 from curvax.exact import columns, exact_diag, explain, ggn_diag
 from curvax.exact.atoms import Separate, Softmax, find_atoms
@@ -138,16 +137,6 @@ def test_both_forms_of_the_estimate_are_unbiased(name, x64):
         np.testing.assert_allclose(exact[name], expected[name], rtol=1e-7, atol=1e-12)
     for estimate in found:
         assert_within_errors(estimate.diag, estimate.standard_error, expected)
-
-
-@pytest.mark.parametrize("name", ["z-loss", "soft cap", "focal"])
-def test_large_outputs_have_columns_made_of_atoms_of_atoms(name, x64, monkeypatch):
-    """Where they are too many to be factored."""
-    monkeypatch.setattr(gauss_newton, "FACTORED", 0)
-    objective, params = Objective(network, LOSSES[name][0], batch()), parameters()
-    run = jax.jit(lambda o, p, key: (dense(o, p), sampled_gauss_newton(o, p, key, num_samples=400)))
-    expected, estimate = run(objective, params, jax.random.key(3))
-    assert_within_errors(estimate.diag, estimate.standard_error, expected)
 
 
 @pytest.mark.parametrize("part", [4 * CLASSES * 2, 2**22])

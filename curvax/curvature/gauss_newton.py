@@ -240,7 +240,7 @@ def _by_product(objective: Objective, params: Any) -> Sampler:
 def random_columns(flow: Flow, env: Mapping[Var, jax.Array]) -> RandomColumns | factor.RandomEigencolumns | None:
     """Random columns of the loss's Hessian; None where it has none."""
     structure = find_atoms(flow)
-    if not (isinstance(structure, Structure) and (structure.simple or not _is_small(flow))):
+    if not isinstance(structure, Structure):
         return factor.random_eigencolumns(flow, env, flow.program.outputs[0], None)
     return RandomColumns(flow, evaluate_atoms(flow, env, structure.atoms)) if structure.atoms else None
 

@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 
 from experiments import data, records
-from experiments.bench import curvature, estimators, measure, optimizers, table
+from experiments.bench import curvature, estimators, losses, measure, optimizers, table
 from experiments.bench.table import Row
 from experiments.commands import BenchConfig
 from experiments.config import TrainConfig
@@ -19,6 +19,7 @@ from experiments.console import console, say
 TABLES: dict[str, Callable[..., Iterator[Row]]] = {
     "optimizers": optimizers.rows,
     "curvature": curvature.rows,
+    "losses": losses.rows,
     "estimators": estimators.rows,
 }
 

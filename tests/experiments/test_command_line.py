@@ -152,7 +152,7 @@ tune --file file | does not hold the results of tune
 tune --file README.md | does not hold the results of tune
 tune --file list.json | does not hold the results of tune
 bench | TABLE is missing: give one of optimizers
-bench speed | takes one of optimizers, curvature, estimators
+bench speed | takes one of optimizers, curvature, losses, estimators
 bench optimizers --repeats 0 | --repeats must be above 0
 bench optimizers --dataset digits | --dataset is for estimators
 bench estimators --dataset ../x | --dataset takes
