@@ -80,8 +80,8 @@ class BenchConfig:
 
     table: Literal[TABLES] = option(
         MISSING,
-        "optimizers: medians, updates, and what moves between devices. curvature: exact diagonals. losses: the curvature"
-        " that is taken by default. estimators: error against cost, beside optax's and matfree's, with a plot.",
+        "optimizers: medians, updates, and what moves between devices. curvature: exact diagonals. losses: what is"
+        " taken by default. estimators: error against cost, beside optax's and matfree's, with a plot.",
     )
     repeats: int = option(5, "Timed calls of each program, in turn; their median counts. Half as many compilations.")
     quick: bool = option(

@@ -5,6 +5,7 @@ turn; the error is that of one estimate, averaged over some keys, against the ex
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -56,23 +57,25 @@ def rows(say: Say, repeats: int, quick: bool) -> Iterator[Row]:
     data, params = problem(8 if quick else 512)
     for name, loss in LOSSES.items():
         say(name)
-        objective = curvax.Objective(network, loss, data)
-        estimate = functools.partial(curvax.hessian_diag, method=None)
-        programs = {
-            "gradient": compiled(lambda o, p, key: jax.grad(o)(p), objective, params, jax.random.key(0)),
-            "estimate": compiled(lambda o, p, key: estimate(o, p, key=key), objective, params, jax.random.key(0)),
-        }
-        calls = {
-            label: functools.partial(program.call, objective, params, jax.random.key(0))
-            for label, program in programs.items()
-        }
-        times = in_turns(calls, repeats)
-        truth = jax.jit(functools.partial(curvax.hessian_diag, method="ggn"))(objective, params)
-        errors = [distance(programs["estimate"].call(objective, params, jax.random.key(i)), truth) for i in range(KEYS)]
-        explanation = curvax.explain(objective, params, None)
-        taken = explanation.method.partition(", chosen")[0]
-        detail = f"{taken}, error {np.mean(errors):.2g}: {explanation.rows[0].reason}"
-        yield Row(name, times["estimate"] / times["gradient"], (), detail)
+        yield row(name, curvax.Objective(network, loss, data), params, repeats)
+
+
+def row(name: str, objective: curvax.Objective, params, repeats: int) -> Row:
+    """The line of one loss."""
+    estimate = functools.partial(curvax.hessian_diag, method=None)
+    key = jax.random.key(0)
+    programs = {
+        "gradient": compiled(lambda o, p, key: jax.grad(o)(p), objective, params, key),
+        "estimate": compiled(lambda o, p, key: estimate(o, p, key=key), objective, params, key),
+    }
+    calls = {label: functools.partial(program.call, objective, params, key) for label, program in programs.items()}
+    times = in_turns(calls, repeats)
+    truth = jax.jit(functools.partial(curvax.hessian_diag, method="ggn"))(objective, params)
+    errors = [distance(programs["estimate"].call(objective, params, jax.random.key(i)), truth) for i in range(KEYS)]
+    explanation = curvax.explain(objective, params, None)
+    taken = explanation.method.partition(", chosen")[0]
+    detail = f"{taken}, error {np.mean(errors):.2g}: {explanation.rows[0].reason}"
+    return Row(name, times["estimate"] / times["gradient"], (), detail)
 
 
 def problem(examples: int) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -86,7 +89,7 @@ def problem(examples: int) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     }
     data = {name: jnp.asarray(x, jnp.float32) for name, x in data.items()}
     data |= {"label": jnp.asarray(rng.integers(0, classes, examples)), "kept": data["target"] > 0}
-    pairs = zip(sizes[:-1], sizes[1:], strict=True)
+    pairs = itertools.pairwise(sizes)
     kernels = [jnp.asarray(rng.normal(size=(i, o)) * np.sqrt(2 / i), jnp.float32) for i, o in pairs]
     return data, {f"kernel_{i}": kernel for i, kernel in enumerate(kernels)}
 
