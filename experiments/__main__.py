@@ -3,9 +3,11 @@
 The arguments are read, and refused, before anything is imported that takes time.
 """
 
+import contextlib
 import importlib
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -34,6 +36,12 @@ def main(arguments: Sequence[str]) -> int:
         return fail(error, 1)
     except MemoryError as error:
         return fail(f"out of memory ({error}): make the network, the images or the batch smaller", 1)
+    except BrokenPipeError:
+        # Whoever read what is shown has gone.
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        # What this program writes says so itself; what is left is the output, on a full disk.
+        return fail(f"{error.filename or 'what is shown'} cannot be written or read ({error.strerror or error})", 1)
     except Stopped as stopped:
         return fail(stopped, stopped.code)
     except KeyboardInterrupt:
@@ -75,7 +83,8 @@ def fail(message: object, code: int) -> int:
     """Prints one line and returns the exit code."""
     # What an argument or another library says may hold anything.
     line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", str(message))
-    print(f"error: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"error: {line}", file=sys.stderr, flush=True)
     return code
 
 

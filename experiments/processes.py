@@ -223,19 +223,25 @@ def leave(main: Callable[[], int]):
     """Runs a program and ends this process with the code that it returns; at once if it failed and there are others."""
     # Read when JAX is imported: what its C++ says of failures, this says in a line.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    for stream in (sys.stdout, sys.stderr):
-        # A locale without ± or é is no reason to fail.
-        stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        # A locale without ± or é is no reason to fail, nor is a closed output.
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     listener.start()
     try:
         code = main()
     except Exception:
         traceback.print_exc()
         code = 1
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # It would fail once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if _watcher is None:
         sys.exit(code)
     _watcher.communicate(b"done\n")
-    sys.stdout.flush()
     sys.stderr.flush()
     # An orderly end waits for the other processes, which may wait for this one.
     os._exit(code) if code and not _stops_together else sys.exit(code)

@@ -168,6 +168,7 @@ def plot(points: list[Mapping], dataset: str, path: Path) -> None:
             cost, error = np.array([(point["gradients"], point["error"]) for point in some]).T
             panel.plot(cost, error, label=name if " " in name else f"curvax {name}", **style)
         plots.name_axes(panel, "cost (gradients of the same batch)", "relative L2 error")
+        panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
         plots.plain_log(panel, "x")
         plots.plain_log(panel, "y")
 

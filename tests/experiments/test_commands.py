@@ -96,6 +96,7 @@ def tiny_problem(monkeypatch):
     return problem
 
 
+@pytest.mark.slow
 def test_tune_then_race_from_nothing(capfd, tmp_path, tiny_problem, monkeypatch):
     file = tmp_path / "tuned.json"
     monkeypatch.setattr(problems, "TUNED_FILE", file)

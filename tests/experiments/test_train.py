@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import data
@@ -68,18 +69,21 @@ def test_the_loss_falls_and_the_test_images_are_learnt():
     assert column(records, "loss", "epoch")[-1] < 0.6 * column(records, "loss", "epoch")[0]
 
 
+@pytest.mark.slow
 def test_one_seed_gives_the_same_numbers_and_another_gives_others():
     again = list(train(stepper(TINY), 0, TINY.learning_rate))
     np.testing.assert_array_equal(column(again, "loss"), column(run(TINY), "loss"))
     assert not np.any(column(run(TINY, seed=1), "loss") == column(run(TINY), "loss"))
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_agree():
     one, eight = run(RICH), run(dataclasses.replace(RICH, devices=8))
     np.testing.assert_allclose(column(eight, "loss"), column(one, "loss"), rtol=1e-4)
     np.testing.assert_allclose(column(eight, "test_loss", "epoch"), column(one, "test_loss", "epoch"), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_batch_norm_over_eight_devices_is_over_the_whole_batch():
     config = change(model="resnet18", dropout=None, width=0.03, image_size=8, **phased("1:256:0.02"))
     images = data.load(config)
@@ -90,15 +94,30 @@ def test_batch_norm_over_eight_devices_is_over_the_whole_batch():
         np.testing.assert_allclose(column(records, "test_loss", "epoch"), column(one, "test_loss", "epoch"), rtol=1e-3)
 
 
+def curvatures(way, draws=16):
+    """The sum of the curvature over each array after one step from the same state, a row for each key of the probes."""
+    judge = stepper(change(optimizer="cblr", devices=8, augment=False, parallel=way))
+    state = judge.init(0)
+    arrays, order, epoch = judge.arrays(state), judge.shuffle(state, 0), next(judge.config.plan(0.01).epochs(512))
+    rows = []
+    for draw in range(draws):
+        arrays[".key"] = np.asarray(jax.random.key_data(jax.random.key(draw)))
+        after, _ = judge.step(judge.place(arrays, state), order, epoch, 0)
+        diag = optax.tree.get(after.opt_state, "hessian_diag")
+        rows.append([np.sum(leaf, dtype=np.float64) for leaf in jax.tree.leaves(diag)])
+    return np.array(rows)
+
+
+@pytest.mark.slow
 def test_pmap_draws_other_probes_of_the_same_curvature():
-    """The first step has seen no curvature, the second one estimate of it: alike to noise, and not the same."""
-    config = dataclasses.replace(RICH, devices=4, epochs=1)
-    jit, pmap = (column(run(dataclasses.replace(config, parallel=way)), "loss") for way in ("jit", "pmap"))
-    np.testing.assert_allclose(pmap[0], jit[0], rtol=1e-5)
-    np.testing.assert_allclose(pmap, jit, rtol=0.1)
-    assert pmap[1] != jit[1]
+    """Without dropout and augmentation a key determines the probes alone: their means agree within their own errors."""
+    jit, pmap = curvatures("jit"), curvatures("pmap")
+    assert np.all(jit != pmap)
+    errors = np.sqrt(np.var(jit, 0, ddof=1) / len(jit) + np.var(pmap, 0, ddof=1) / len(pmap))
+    assert np.all(np.abs(jit.mean(0) - pmap.mean(0)) < 5 * errors) and np.all(errors > 0)
 
 
+@pytest.mark.slow
 def test_pmap_runs_the_same_step():
     config = dataclasses.replace(TINY, dropout=0.5, epochs=2, devices=4, micro_batch_size=32)
     jit, pmap = run(config), run(dataclasses.replace(config, parallel="pmap"))
@@ -113,6 +132,7 @@ def test_micro_batches_add_up_to_the_batch():
     np.testing.assert_allclose(column(micro, "accuracy")[:8], column(whole, "accuracy")[:8])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_state_to_the_same_bits():
     whole, kept = run(RICH), {}
 
@@ -172,6 +192,7 @@ def test_too_few_devices_are_refused():
         Stepper(change(devices=64), dataset())
 
 
+@pytest.mark.slow
 def test_the_images_left_out_are_those_of_the_whole_batch():
     """In one micro-batch or four, the gradient is that of the images with the largest losses."""
     config = change(discard=0.3, batch_size=128, epochs=1)
@@ -189,6 +210,7 @@ def test_the_images_left_out_are_those_of_the_whole_batch():
     np.testing.assert_array_equal(np.flatnonzero(weights), np.sort(np.argsort(losses)[38:]))
 
 
+@pytest.mark.slow
 def test_images_are_left_out_in_the_first_epochs_only():
     some = run(change(discard=0.3, discard_epochs=1, discard_by="chance", batch_size=128, epochs=2))
     all_ = run(change(discard=0.3, discard_by="chance", batch_size=128, epochs=2))
@@ -196,6 +218,7 @@ def test_images_are_left_out_in_the_first_epochs_only():
     assert not np.any(column(some, "loss")[5:] == column(all_, "loss")[5:])
 
 
+@pytest.mark.slow
 def test_probes_change_nothing_and_see_the_step():
     plain, probed = run(change(epochs=1, optimizer="sgd")), run(change(epochs=1, optimizer="sgd", probes=True))
     np.testing.assert_allclose(column(probed, "loss"), column(plain, "loss"), rtol=1e-5)
