@@ -144,7 +144,7 @@ def read(path: Path) -> list[Record]:
     """All records of a file; raises a RunError if it cannot be read, or holds something else."""
     records, rest = read_whole(path)
     if rest:
-        raise RunError(f"line {len(records) + 1} of {path} is damaged: remove it, and the same command makes it again")
+        raise RunError(f"line {len(records) + 1} of {path} is damaged: remove it, and make it again")
     return records
 
 

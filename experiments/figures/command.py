@@ -50,7 +50,7 @@ def make_figures(config: FigureConfig):
     try:
         with compiled_once(compiled):
             for figure in chosen:
-                make(figure, place, folder)
+                make(figure, place, folder, again(figure, config))
     finally:
         records.remove_empty(made)
     page = line("report", ReportConfig(config.preset, config.out, config.results))
@@ -78,7 +78,13 @@ def compiled_once(folder: Path) -> Iterator[None]:
         jax.config.update("jax_compilation_cache_dir", before)
 
 
-def make(figure: Figure, place: Place, folder: Path):
+def again(figure: Figure, config: FigureConfig | ReportConfig) -> str:
+    """The command that makes a figure again."""
+    data_dir = getattr(config, "data_dir", None)
+    return line("figure", FigureConfig((str(figure.number),), config.preset, data_dir, config.out, config.results))
+
+
+def make(figure: Figure, place: Place, folder: Path, again: str):
     """Makes one figure; its files are written once all of it is there."""
     start = time.perf_counter()
     with training_bars() as bars:
@@ -94,7 +100,7 @@ def make(figure: Figure, place: Place, folder: Path):
     }
     path = folder / f"{figure.name}.jsonl"
     records.write(path, "".join(map(records.line, (about, *rows))))
-    claims = draw(figure, path)[1]
+    claims = draw(figure, path, again)[1]
     rows = [(claim.statement, claim.evidence, claim.verdict) for claim in claims]
     show_table(("claim", "evidence", "verdict"), rows, text=range(3), title=title(figure))
 
@@ -110,8 +116,8 @@ def trainer(figure: Figure, place: Place, bars: TrainingBars) -> Callable[[Train
     return trained
 
 
-def draw(figure: Figure, path: Path) -> tuple[Row, Sequence[Claim]]:
-    """Draws a figure from its numbers; returns what is known of them, and the claims.
+def draw(figure: Figure, path: Path, again: str) -> tuple[Row, Sequence[Claim]]:
+    """Draws a figure from its numbers, which a command makes; returns what is known of them, and the claims.
 
     Raises:
         RunError: if the file does not hold the numbers of this figure.
@@ -126,10 +132,8 @@ def draw(figure: Figure, path: Path) -> tuple[Row, Sequence[Claim]]:
         float(about["seconds"])
     # Numbers that are missing, or others than a figure has, show in whatever is done with them.
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        again = line("figure", FigureConfig((str(figure.number),)))
         raise RunError(
-            f"{path} does not hold the numbers of figure {figure.number} ({type(error).__name__}: {error}): make them"
-            f" again, as by {again}, or remove it"
+            f"{path} does not hold the numbers of figure {figure.number} ({type(error).__name__}: {error}): {again}"
         ) from error
     return about, claims
 

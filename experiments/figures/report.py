@@ -36,7 +36,7 @@ def report(config: ReportConfig):
         raise UsageError(f"{folder} holds no figures: {again}")
     sections, verdicts = [], []
     for figure in sorted(made, key=lambda figure: figure.number):
-        about, claims = command.draw(figure, folder / f"{figure.name}.jsonl")
+        about, claims = command.draw(figure, folder / f"{figure.name}.jsonl", command.again(figure, config))
         sections.append(section(figure, about, claims))
         verdicts += [(figure, claim) for claim in claims]
     # The first picture comes before the long table, for those who scroll.

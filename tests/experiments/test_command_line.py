@@ -182,7 +182,7 @@ train --dataset cifar10 --learning-rate 0.1 --data-dir damaged | --dataset cifar
 figure 15 --out file | cannot write to file
 figure 15 --results file | cannot write to file
 figure 15 --results file/x | give another --results
-report --results odd | does not hold the numbers of figure 3
+report --results odd --preset cpu | python -m experiments figure 3 --preset cpu --results odd
 report --results odder | is damaged
 report --results oddest | cannot read
 tune --file empty | cannot read empty

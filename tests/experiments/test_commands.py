@@ -1,10 +1,13 @@
 """The command line, and what it leaves behind."""
 
+import ast
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +191,19 @@ def test_a_rate_is_borrowed_from_the_nearest_problem(monkeypatch):
 def test_importing_the_command_line_imports_no_tensorflow():
     code = "import sys, experiments.__main__, tensorflow_datasets; assert 'tensorflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def test_what_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = {
+        re.match("[a-z-]+", line)[0] for line in (*project["dependencies"], *extras["experiments"], *extras["bench"])
+    }
+    names = {"PIL": "pillow", "sklearn": "scikit-learn", "markdown_it": "markdown-it-py"}
+    own = {*sys.stdlib_module_names, "experiments", "curvax"}
+    for path in (ROOT / "experiments").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        imported = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        imported += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        for name in {module.split(".")[0] for module in imported} - own:
+            assert names.get(name, name).replace("_", "-") in declared, f"{path} imports {name}"

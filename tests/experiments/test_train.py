@@ -149,8 +149,9 @@ def test_a_run_goes_on_from_its_state_to_the_same_bits():
 
 def test_one_compilation_per_batch_size_and_none_for_rates_or_seeds():
     changing = stepper(change(**phased("1:128:0.01", "1:64:0.02", "1:128:0.03")))
-    for seed, rate in ((0, 0.1), (1, 0.2)):
-        list(train(changing, seed, rate))
+    flags = [list(column(train(changing, seed, rate), "compiled")) for seed, rate in ((0, 0.1), (1, 0.2))]
+    # Four steps of 128, eight of 64, four of 128.
+    assert flags == [[True, *[False] * 3, True, *[False] * 11], [False] * 16]
     sizes = {name: program._cache_size() for name, program in changing.programs._asdict().items()}
     assert (sizes["update"], sizes["gradient"], sizes["shuffle"], sizes["evaluate"]) == (2, 2, 1, 1)
 
