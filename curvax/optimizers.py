@@ -11,7 +11,7 @@
 gamma of eq. 10 and 21 is the learning rate. It does not carry over from one rule to another: each needs its own search.
 """
 
-from collections.abc import Callable
+import operator
 from typing import Any
 
 import jax
@@ -22,13 +22,12 @@ from curvax.curvature.refresh import with_hessian_diag
 from curvax.keys import Key
 from curvax.layers import Layers
 from curvax.transforms import (
+    Mask,
     scale_by_curvature_radius,
     scale_by_lars,
     scale_by_median_curvature,
     scale_by_percent_delta,
 )
-
-Mask = Any | Callable[[optax.Params], Any] | None
 
 
 def cblr(
@@ -55,11 +54,14 @@ def cblr(
     """Curvature-based learning rates: diagonal Newton, damped, at the step length of LARS.
 
     Formula:
-      `u = g / (|h| + damping * mean|h|)`, `w <- w - trace(learning_rate * (u * norm2(w) / norm2(u) + weight_decay *
-      w))`; Gao & Zhong, eq. 9-11, made to work. The step of eq. 10-11 diverges on real networks, where most curvatures
-      are next to nothing: damping bounds it, and LARS's norm ratio, which eq. 23 shows to be a radius too, sets its
-      length. `cblr(gamma, damping=0, slope_term=True, norm_ratio=False, momentum=0, every=1, hessian_decay=0)` is eq.
-      9-11.
+      `u = g / (|h| + damping * mean|h|)`, `w <- w - trace(learning_rate * (R u + weight_decay * w))`; Gao & Zhong, eq.
+      9-11, made to work. The step of eq. 10-11 diverges on real networks, where most curvatures are next to nothing:
+      damping bounds it, and LARS's norm ratio, which eq. 23 shows to be a radius too, sets its length. Kernels have `R
+      = norm2(w) / norm2(u)`. A bias has its kernel's R and is damped by its kernel's mean; what follows no kernel has
+      `R = 1` and is damped by the mean of all kernels; no mean counts for less than 1e-4 of that, so that nothing whose
+      curvature is rounding noise sets a step. No array moves further than `3 * learning_rate` times its kernel's
+      parameters in root mean square, see `bounds`. `cblr(gamma, damping=0, slope_term=True, norm_ratio=False,
+      momentum=0, every=1, hessian_decay=0)` is eq. 9-11.
 
     Args:
       learning_rate: gamma, a number or a schedule. With the norm ratio, the relative change of a layer in a step.
@@ -71,7 +73,7 @@ def cblr(
       max_radius: the largest radius of a parameter, before the norm ratio.
       slope_term: whether to keep the factor `(1 + g^2)^(3/2)` of eq. 9, which depends on the scale of the loss.
       norm_ratio: whether to follow the radius with `scale_by_lars`.
-      layers: the layers of the norm ratio. The mean curvature of the damping is each array's own.
+      layers: the layers of the norm ratio and of the mean curvature; without `"kernel"` nothing is bounded.
       method: how curvature is computed, as in `hessian_diag`: a string, or a method such as
         `curvax.Hutchinson(num_samples=4)`; `None` for the estimate that the objective allows (`curvax.Auto`).
       every: number of steps between two computations of the curvature.
@@ -101,8 +103,11 @@ def cblr(
       >>> bool(loss(w) < 1e-2 * loss(jnp.array([[2.0, 3.0]])))
       True
     """
-    radius = scale_by_curvature_radius(damping, max_radius, slope_term=slope_term, axis_name=param_axis_name)
-    length = scale_by_lars(layers=layers, axis_name=param_axis_name) if norm_ratio else optax.identity()
+    radius = scale_by_curvature_radius(
+        damping, max_radius, slope_term=slope_term, layers=layers, axis_name=param_axis_name
+    )
+    length = scale_by_lars(layers=layers, follow_all=False, axis_name=param_axis_name)
+    length = length if norm_ratio else optax.identity()
     return with_hessian_diag(
         optax.chain(
             radius,
@@ -165,9 +170,14 @@ def mclr(
       [[ 1. -2. -3.]]
     """
     radius = scale_by_median_curvature(
-        trust_coefficient=trust_coefficient, median_of_ratios=median_of_ratios, layers=layers, axis_name=axis_name
+        weight_decay,
+        weight_decay_mask,
+        trust_coefficient=trust_coefficient,
+        median_of_ratios=median_of_ratios,
+        layers=layers,
+        axis_name=axis_name,
     )
-    return _decay_radius_rate_trace(radius, learning_rate, weight_decay, weight_decay_mask, momentum, nesterov)
+    return optax.chain(radius, *_rate_and_trace(learning_rate, momentum, nesterov))
 
 
 def lars(
@@ -210,13 +220,29 @@ def lars(
     Example:
       >>> import jax.numpy as jnp, curvax
       >>> tx = curvax.lars(0.5, trust_coefficient=1.0)
-      >>> w, g = jnp.array([3.0, 4.0]), jnp.array([0.0, 0.5])
+      >>> w, g = jnp.array([3.0, 4.0]), jnp.array([0.3, -0.4])
       >>> print(tx.update(g, tx.init(w), w)[0])
-      [ 0.  -2.5]
+      [-1.5  2. ]
     """
-    radius = scale_by_lars(trust_coefficient=trust_coefficient, eps=eps, layers=layers, axis_name=axis_name)
-    radius = optax.masked(radius, trust_ratio_mask)
-    return _decay_radius_rate_trace(radius, learning_rate, weight_decay, weight_decay_mask, momentum, nesterov)
+    radius = scale_by_lars(
+        weight_decay,
+        weight_decay_mask,
+        trust_coefficient=trust_coefficient,
+        eps=eps,
+        layers=layers,
+        axis_name=axis_name,
+    )
+    decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
+
+    def others(params):
+        mask = trust_ratio_mask(params) if callable(trust_ratio_mask) else trust_ratio_mask
+        return jax.tree.map(operator.not_, mask)
+
+    return optax.chain(
+        optax.masked(radius, trust_ratio_mask),
+        optax.masked(decay, others),
+        *_rate_and_trace(learning_rate, momentum, nesterov),
+    )
 
 
 def percent_delta(
@@ -259,8 +285,10 @@ def percent_delta(
       >>> print(tx.update(g, tx.init(w), w)[0])
       [[-0.5 -1. ]]
     """
-    radius = scale_by_percent_delta(trust_coefficient=trust_coefficient, layers=layers, axis_name=axis_name)
-    return _decay_radius_rate_trace(radius, learning_rate, weight_decay, weight_decay_mask, momentum, nesterov)
+    radius = scale_by_percent_delta(
+        weight_decay, weight_decay_mask, trust_coefficient=trust_coefficient, layers=layers, axis_name=axis_name
+    )
+    return optax.chain(radius, *_rate_and_trace(learning_rate, momentum, nesterov))
 
 
 def lamb(
@@ -306,17 +334,11 @@ def lamb(
     """
     return optax.chain(
         optax.scale_by_adam(b1, b2, eps, eps_root),
-        optax.add_decayed_weights(weight_decay, mask),
-        scale_by_lars(layers=layers, axis_name=axis_name),
+        scale_by_lars(weight_decay, mask, layers=layers, axis_name=axis_name),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
-def _decay_radius_rate_trace(radius, learning_rate, weight_decay, mask, momentum, nesterov):
-    """The order of `optax.lars`: decay enters the radius, and momentum averages updates, not gradients."""
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask),
-        radius,
-        optax.scale_by_learning_rate(learning_rate),
-        optax.trace(momentum, nesterov),
-    )
+def _rate_and_trace(learning_rate, momentum, nesterov):
+    """The order of `optax.lars`: momentum averages updates, not gradients."""
+    return optax.scale_by_learning_rate(learning_rate), optax.trace(momentum, nesterov)

@@ -18,7 +18,7 @@ from curvax.selection import SAMPLE, select
 
 
 @functools.partial(jax.jit, static_argnames="axis_name")
-def median(x: Any, axis_name: AxisName = None) -> jax.Array:
+def median(x: Any, axis_name: AxisName = None, without: jax.Array | None = None) -> jax.Array:
     """The median of magnitudes, exact.
 
     Formula:
@@ -30,6 +30,7 @@ def median(x: Any, axis_name: AxisName = None) -> jax.Array:
             complex numbers enter by their modulus, several dtypes by their promotion.
         axis_name: name or names of the `shard_map`, `pmap` or `vmap` axes that split every array of `x`. Under plain
             `jit`, sharded arrays need none.
+        without: how many zeros to leave out of the population, an integer scalar; it has so many at least.
 
     Returns:
         A scalar of the (promoted) dtype; NaN if any element is; 0 for an empty population. Its gradient is zero.
@@ -43,13 +44,32 @@ def median(x: Any, axis_name: AxisName = None) -> jax.Array:
         >>> float(median([jnp.array([-3., 1.]), jnp.array([[2., -8.]])]))
         2.5
     """
+    low, high = middles(x, axis_name, without)
+    return lax.mul(lax.add(low, high), lax.full_like(low, 0.5))
+
+
+def middles(x: Any, axis_name: AxisName = None, without: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """The two magnitudes of which `median` is the mean; twice the same where their number is odd."""
     size = population_size(x, axis_name)
-    middle = np.asarray(max(size - 1, 0) // 2, _count_dtype(size))
-    low, high = order_statistics(x, middle, axis_name)
-    return lax.mul(lax.add(low, low if size % 2 else high), lax.full_like(low, 0.5))
+    dtype = _count_dtype(size)
+    if without is None:
+        low, high = order_statistics(x, np.asarray(max(size - 1, 0) // 2, dtype), axis_name)
+        return low, low if size % 2 else high
+    # Zeros come first: without k of them, ranks begin at k.
+    without, one = without.astype(dtype), np.asarray(1, dtype)
+    count = jnp.maximum(np.asarray(size, dtype) - without, one)
+    low, high = order_statistics(x, without + (count - one) // 2, axis_name)
+    return low, jnp.where(count % 2 == one, low, high)
 
 
-def medians(*populations: Any, axis_name: AxisName = None) -> tuple[jax.Array, ...]:
+def zeros(x: Any, axis_name: AxisName = None) -> jax.Array:
+    """How many entries are zero, in a type that holds as many as there are."""
+    dtype = _count_dtype(population_size(x, axis_name))
+    count = functools.reduce(jnp.add, [jnp.sum(leaf == 0, dtype=dtype) for leaf in jax.tree.leaves(x)])
+    return count if axis_name is None else lax.psum(count, axis_name)
+
+
+def medians(*populations: Any, axis_name: AxisName = None, without: jax.Array | None = None) -> tuple[jax.Array, ...]:
     """`median` of each of several populations that have the same shapes and dtypes.
 
     Example:
@@ -58,7 +78,7 @@ def medians(*populations: Any, axis_name: AxisName = None) -> tuple[jax.Array, .
         >>> [float(m) for m in medians(jnp.array([1., -5., 3.]), jnp.array([4., 2., 0.]))]
         [3.0, 2.0]
     """
-    middle = functools.partial(median, axis_name=axis_name)
+    middle = functools.partial(median, axis_name=axis_name, without=without)
     leaves = jax.tree.leaves(populations)
     if population_size(populations[0], axis_name) > SAMPLE or not all(map(is_local, leaves)):
         return tuple(map(middle, populations))

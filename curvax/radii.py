@@ -18,8 +18,10 @@ leave zero. NaN is passed on: it is somebody's bug, and must be seen. An infinit
 NaN update.
 
 A rule is a function `(measured, scaled) -> radii`: from the leaves on which the layer is measured and those which it
-scales (see `layers`) to one radius for each scaled leaf, a scalar or an array. All sums, counts and sizes run over
-`axis_name` too, the mesh axes (of `shard_map` or `pmap`) that split parameters.
+scales (see `layers`) to one radius for each scaled leaf, a scalar or an array. An entry whose gradient is exactly zero,
+such as those of an embedding's rows that were not looked up and the weights of a dead unit, does not move, and is not
+measured: a rule is given zeros in its place, and does not count it. All sums, counts and sizes run over `axis_name`
+too, the mesh axes (of `shard_map` or `pmap`) that split parameters.
 """
 
 import functools
@@ -51,19 +53,38 @@ class Leaves(NamedTuple):
 
 
 Rule = Callable[[Leaves, Leaves], list[jax.Array]]
+#: A rule for all layers of a tree at once, where they bear on each other: it is given all measured leaves, too.
+TreeRule = Callable[[Sequence[tuple[Leaves, Leaves]], Leaves], list[list[jax.Array]]]
+
+#: A layer with less than this share of the tree's mean curvature has no more of it than float32 has rounding noise.
+NOISE = 1e-4
 
 
-def curvature(damping: Scalar, max_radius: Scalar | None, slope_term: bool, axis_name: AxisName) -> Rule:
-    """Eq. 9 per parameter: `(1 + g^2)^(3/2) / (|h| + damping * mean|h|)`, or `1 / ...` without the slope term."""
+def each(rule: Rule) -> TreeRule:
+    """A rule that looks at every layer by itself."""
+    return lambda layers, kernels: [rule(*layer) for layer in layers]
 
-    def one_leaf(g, h, mean_curvature):
+
+def curvature(damping: Scalar, max_radius: Scalar | None, slope_term: bool, axis_name: AxisName) -> TreeRule:
+    """Eq. 9 per parameter: `(1 + g^2)^(3/2) / (|h| + damping * mean|h|)`, or `1 / ...` without the slope term.
+
+    The mean is at least `NOISE` of that over all measured leaves, which is also that of a layer without any.
+    """
+
+    def one_leaf(g, h, mean):
         slope = 1 + jnp.square(jnp.abs(g)) if slope_term else jnp.ones_like(h)
         arc = slope * jnp.sqrt(slope)
-        return _bounded(arc, jnp.abs(h) + _like(damping, h) * mean_curvature, max_radius)
+        return _bounded(arc, jnp.abs(h) + _like(damping, h) * mean.astype(h.dtype), max_radius)
 
-    def radii(measured: Leaves, scaled: Leaves):
-        mean_curvature = _mean_magnitude(measured.h or scaled.h, axis_name)
-        return [one_leaf(g, h, mean_curvature) for g, h in zip(scaled.g, scaled.h, strict=True)]
+    def radii(layers: Sequence[tuple[Leaves, Leaves]], kernels: Leaves):
+        # Without any measured leaf there is one layer.
+        tree = _mean_curvature(kernels if kernels.h else layers[0][1], axis_name)
+        own = [_mean_curvature(measured, axis_name) if measured.h else tree for measured, _ in layers]
+        means = [jnp.maximum(mean, NOISE * tree.astype(mean.dtype)) for mean in own]
+        return [
+            [one_leaf(g, h, mean) for g, h in zip(scaled.g, scaled.h, strict=True)]
+            for (_, scaled), mean in zip(layers, means, strict=True)
+        ]
 
     return radii
 
@@ -82,7 +103,7 @@ def lars(trust_coefficient: Scalar, eps: Scalar, axis_name: AxisName) -> Rule:
     """Eq. 23: `norm2(w) / (norm2(g) + eps)`."""
 
     def radius(w: Arrays, g: Arrays):
-        return _ratio(_norm(w, axis_name), _norm(g, axis_name), trust_coefficient, eps)
+        return _ratio(norm(w, axis_name), norm(g, axis_name), trust_coefficient, eps)
 
     return _one_for_all(radius)
 
@@ -101,19 +122,15 @@ def percent_delta(trust_coefficient: Scalar, axis_name: AxisName) -> Rule:
     return _one_for_all(radius)
 
 
-def median(weight_decay: Scalar, trust_coefficient: Scalar, of_ratios: bool, axis_name: AxisName) -> Rule:
-    """Eq. 20-22: `median|w| / median|g + weight_decay w|`, or the median of the ratios themselves."""
-
-    def decayed(w, g):
-        return g + jnp.asarray(weight_decay, w.dtype) * w
+def median(trust_coefficient: Scalar, of_ratios: bool, axis_name: AxisName) -> Rule:
+    """Eq. 20-22: `median|w| / median|g|`, or the median of the ratios themselves."""
 
     def radius(w: Arrays, g: Arrays):
-        slopes = [decayed(x, y) for x, y in zip(w, g, strict=True)]
+        unmeasured = order_statistics.zeros(g, axis_name)
         if not of_ratios:
-            return _ratio(*order_statistics.medians(w, slopes, axis_name=axis_name), trust_coefficient)
-        # A parameter at zero has a ratio of 0 whatever its slope, so 0/0 counts as 0 too.
-        ratios = [jnp.where((x == 0) & (y == 0), 0, jnp.abs(x) / jnp.abs(y)) for x, y in zip(w, slopes, strict=True)]
-        middle = order_statistics.median(ratios, axis_name)
+            return _ratio(*order_statistics.medians(w, g, axis_name=axis_name, without=unmeasured), trust_coefficient)
+        ratios = [jnp.where(y == 0, 0, jnp.abs(x) / jnp.abs(y)) for x, y in zip(w, g, strict=True)]
+        middle = order_statistics.median(ratios, axis_name, unmeasured)
         return _ratio(middle, jnp.ones((), ratios[0].dtype), trust_coefficient)
 
     return _one_for_all(radius)
@@ -129,13 +146,14 @@ def _one_for_all(radius: Callable[[Arrays, Arrays], jax.Array]) -> Rule:
     return radii
 
 
-def _mean_magnitude(x: Arrays, axis_name: AxisName) -> jax.Array:
-    total = _sum([jnp.sum(jnp.abs(leaf)) for leaf in x], axis_name)
-    size = _sum([jnp.full((), leaf.size, total.dtype) for leaf in x], axis_name)
-    return total / jnp.maximum(size, 1)
+def _mean_curvature(leaves: Leaves, axis_name: AxisName) -> jax.Array:
+    total = _sum([jnp.sum(jnp.abs(h)) for h in leaves.h], axis_name)
+    count = _sum([jnp.sum(g != 0).astype(total.dtype) for g in leaves.g], axis_name)
+    return total / jnp.maximum(count, 1)
 
 
-def _norm(x: Arrays, axis_name: AxisName) -> jax.Array:
+def norm(x: Arrays, axis_name: AxisName) -> jax.Array:
+    """The norm of several arrays taken together."""
     return jnp.sqrt(_sum([jnp.sum(jnp.square(jnp.abs(leaf))) for leaf in x], axis_name))
 
 

@@ -10,7 +10,7 @@ Statistics are float32 (float64 for float64 parameters) whatever the dtype of th
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,10 @@ import jax.numpy as jnp
 import optax
 
 from curvax import order_statistics, radii
+from curvax.bounds import bounded
 from curvax.layers import Layer, Layers, checked, group, path_name
+
+Mask = Any | Callable[[optax.Params], Any] | None
 
 
 def scale_by_curvature_radius(
@@ -94,11 +97,12 @@ def scale_by_approximate_radius(
       >>> tx.update(g, tx.init(w), w)[0].tolist()
       [-2.0, 3.0]
     """
-    return _scale_by_radius(radii.approximate(max_radius), "array")
+    return _scale_by_radius(radii.each(radii.approximate(max_radius)), "array")
 
 
 def scale_by_median_curvature(
     weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay_mask: Mask = None,
     *,
     trust_coefficient: jax.typing.ArrayLike = 1.0,
     median_of_ratios: bool = False,
@@ -108,20 +112,22 @@ def scale_by_median_curvature(
     """Scale each layer's update by the ratio of its median parameter to its median gradient, in magnitude.
 
     Formula:
-      `R = trust_coefficient * median|w| / median|g + weight_decay * w|`, Gao & Zhong, eq. 20-22. The paper writes
-      medians of signed values, which are near 0/0 in any symmetric layer; magnitudes are meant.
+      `R * (g + weight_decay * w)`, `R = trust_coefficient * median|w| / median|g + weight_decay * w|`, Gao & Zhong, eq.
+      20-22, over the entries whose g is not exactly zero. The paper writes medians of signed values, which are near 0/0
+      in any symmetric layer; magnitudes are meant. With `layers="kernel"` no array moves further than `3 *
+      trust_coefficient` times its kernel's parameters in root mean square, see `bounds`.
 
     Args:
-      weight_decay: beta of eq. 22, in units of loss / parameter^2. It enters the radius only: decay itself is
-        `optax.add_decayed_weights`. Leave it at 0 where that stands before this transformation.
+      weight_decay: beta of eq. 22, in units of loss / parameter^2.
+      weight_decay_mask: which parameters decay, as in `optax.add_decayed_weights`.
       trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1 without it.
       median_of_ratios: whether to take `median(|w / (g + weight_decay * w)|)` instead.
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
-      A transformation whose `update` takes `params`. Where over half of a layer's gradients are zero (units that are
-      dead, embeddings that were not looked up) the radius is infinite, and becomes 1.
+      A transformation whose `update` takes `params`. Units that are dead and rows of embeddings that were not looked up
+      have a gradient of exactly zero, and do not shape the radius of the others.
 
     Raises:
       ValueError: from `update`, without `params`.
@@ -130,35 +136,45 @@ def scale_by_median_curvature(
       >>> import jax.numpy as jnp
       >>> from curvax import scale_by_median_curvature
       >>> tx = scale_by_median_curvature(layers="array")
-      >>> w, g = jnp.array([1.0, -4.0, 9.0]), jnp.array([-1.0, 2.0, 3.0])
+      >>> w, g = jnp.array([1.0, -4.0, 9.0, 50.0]), jnp.array([-1.0, 2.0, 3.0, 0.0])
       >>> tx.update(g, tx.init(w), w)[0].tolist()
-      [-2.0, 4.0, 6.0]
+      [-2.0, 4.0, 6.0, 0.0]
     """
-    rule = radii.median(weight_decay, trust_coefficient, median_of_ratios, axis_name)
-    return _scale_by_radius(rule, layers)
+    rule = radii.median(trust_coefficient, median_of_ratios, axis_name)
+    return _scale_by_layer(rule, trust_coefficient, layers, axis_name, weight_decay, weight_decay_mask)
 
 
 def scale_by_lars(
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay_mask: Mask = None,
     *,
     trust_coefficient: jax.typing.ArrayLike = 1.0,
     eps: jax.typing.ArrayLike = 0.0,
     layers: Layers = "array",
+    follow_all: bool = True,
     axis_name: radii.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale each layer's update by the ratio of its parameters' norm to its gradient's.
 
     Formula:
-      `R = trust_coefficient * norm2(w) / (norm2(g) + eps)`, Gao & Zhong, eq. 23; You et al. 2017. It equals
-      `optax.scale_by_trust_ratio` but for its statistics, which here are float32 at least.
+      `R * (g + weight_decay * w)`, `R = trust_coefficient * norm2(w) / (norm2(g + weight_decay * w) + eps)`, Gao &
+      Zhong, eq. 23; You et al. 2017; over the entries whose g is not exactly zero. Where none is it equals
+      `optax.scale_by_trust_ratio` but for its statistics, which here are float32 at least. With `layers="kernel"` no
+      array moves further than `3 * trust_coefficient` times its kernel's parameters in root mean square, see `bounds`.
 
     Args:
+      weight_decay: strength of the decay, in units of loss / parameter^2.
+      weight_decay_mask: which parameters decay, as in `optax.add_decayed_weights`.
       trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1 without it.
       eps: added to the gradient's norm, in its units.
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
+      follow_all: whether, with `layers="kernel"`, what follows no kernel has the radius of all kernels together. Else
+        it is 1: for updates that are steps already, such as Newton's.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
-      A transformation whose `update` takes `params`. A zero norm gives radius 1.
+      A transformation whose `update` takes `params`. A zero norm gives radius 1. Units that are dead and rows of
+      embeddings that were not looked up have a gradient of exactly zero, and do not shape the radius of the others.
 
     Raises:
       ValueError: from `update`, without `params`.
@@ -167,14 +183,19 @@ def scale_by_lars(
       >>> import jax.numpy as jnp
       >>> from curvax import scale_by_lars
       >>> tx = scale_by_lars()
-      >>> w, g = jnp.array([3.0, 4.0]), jnp.array([0.0, 0.5])
-      >>> tx.update(g, tx.init(w), w)[0].tolist()
-      [0.0, 5.0]
+      >>> w, g = jnp.array([3.0, 4.0, 50.0]), jnp.array([0.3, 0.4, 0.0])
+      >>> print(tx.update(g, tx.init(w), w)[0])
+      [3. 4. 0.]
     """
-    return _scale_by_radius(radii.lars(trust_coefficient, eps, axis_name), layers)
+    rule = radii.lars(trust_coefficient, eps, axis_name)
+    return _scale_by_layer(
+        rule, trust_coefficient, layers, axis_name, weight_decay, weight_decay_mask, follow_all=follow_all
+    )
 
 
 def scale_by_percent_delta(
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay_mask: Mask = None,
     *,
     trust_coefficient: jax.typing.ArrayLike = 1.0,
     layers: Layers = "kernel",
@@ -183,16 +204,22 @@ def scale_by_percent_delta(
     """Scale each layer's update so that its parameters change by the same percentage on average.
 
     Formula:
-      `R = trust_coefficient * n / norm1(g / w)`, Gao & Zhong, eq. 24; Abu-El-Haija 2017: the harmonic mean of `|w / g|`
-      over the `n` parameters of the layer that are not zero.
+      `R * (g + weight_decay * w)`, `R = trust_coefficient * n / norm1((g + weight_decay * w) / w)`, Gao & Zhong, eq.
+      24; Abu-El-Haija 2017: the harmonic mean of `|w / g|` over the `n` entries where neither w nor g is exactly zero.
+      With `layers="kernel"` no array moves further than `3 * trust_coefficient` times its kernel's parameters in root
+      mean square, see `bounds`.
 
     Args:
+      weight_decay: strength of the decay, in units of loss / parameter^2.
+      weight_decay_mask: which parameters decay, as in `optax.add_decayed_weights`.
       trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1 without it.
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
-      A transformation whose `update` takes `params`. A layer of zeros, or of zero gradient, has radius 1.
+      A transformation whose `update` takes `params`. A layer of zeros, or of zero gradient, has radius 1. Units that
+      are dead and rows of embeddings that were not looked up have a gradient of exactly zero, and do not shape the
+      radius of the others.
 
     Raises:
       ValueError: from `update`, without `params`.
@@ -201,11 +228,12 @@ def scale_by_percent_delta(
       >>> import jax.numpy as jnp
       >>> from curvax import scale_by_percent_delta
       >>> tx = scale_by_percent_delta(layers="array")
-      >>> w, g = jnp.array([1.0, -2.0, 0.0]), jnp.array([1.0, 2.0, 7.0])
+      >>> w, g = jnp.array([1.0, -2.0, 0.0, 50.0]), jnp.array([1.0, 2.0, 7.0, 0.0])
       >>> tx.update(g, tx.init(w), w)[0].tolist()
-      [1.0, 2.0, 7.0]
+      [1.0, 2.0, 7.0, 0.0]
     """
-    return _scale_by_radius(radii.percent_delta(trust_coefficient, axis_name), layers)
+    rule = radii.percent_delta(trust_coefficient, axis_name)
+    return _scale_by_layer(rule, trust_coefficient, layers, axis_name, weight_decay, weight_decay_mask)
 
 
 def discard_small_gradients(
@@ -250,17 +278,40 @@ def discard_small_gradients(
         # Below is discarded, rather than above kept: NaN compares false, and has to be seen.
         return [jnp.where(jnp.abs(g) < threshold, 0, 1).astype(threshold.dtype) for g in scaled.g]
 
-    return _scale_by_radius(kept, layers, needs_params=False)
+    return _scale_by_radius(radii.each(kept), layers, needs_params=False)
+
+
+def _scale_by_layer(
+    rule: radii.Rule,
+    trust_coefficient: jax.typing.ArrayLike,
+    layers: Layers,
+    axis_name: radii.AxisName,
+    weight_decay: jax.typing.ArrayLike,
+    weight_decay_mask: Mask,
+    follow_all: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """For the rules with one radius for all of a layer."""
+    is_bounded = isinstance(layers, str) and layers == "kernel"
+    rule = bounded(rule, trust_coefficient, follow_all, axis_name) if is_bounded else radii.each(rule)
+    # A number that is not zero, or one that may change.
+    decays = not isinstance(weight_decay, float | int) or weight_decay != 0
+    decay = optax.add_decayed_weights(weight_decay, weight_decay_mask) if decays else None
+    return _scale_by_radius(rule, layers, decay, axis_name)
 
 
 def _scale_by_radius(
-    rule: radii.Rule, layers: Layers, *, needs_curvature: bool = False, needs_params: bool = True
+    rule: radii.TreeRule,
+    layers: Layers,
+    decay: optax.GradientTransformation | None = None,
+    axis_name: radii.AxisName = None,
+    *,
+    needs_curvature: bool = False,
+    needs_params: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     layers = checked(layers)
 
     def init_fn(params):
-        del params
-        return optax.EmptyState()
+        return optax.EmptyState() if decay is None else decay.init(params)
 
     def update_fn(updates, state, params=None, *, hessian_diag=None, **extra_args):
         del extra_args
@@ -274,6 +325,9 @@ def _scale_by_radius(
         everything = updates
         if needs_curvature:
             updates = with_curvature(updates, hessian_diag)
+        moving = [g != 0 for g in jax.tree.leaves(updates)]
+        if decay is not None:
+            updates, state = decay.update(updates, state, params)
         leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
         g = [leaf for _, leaf in leaves]
         w = leaves_like("params", params, updates) if needs_params else g
@@ -281,28 +335,69 @@ def _scale_by_radius(
         if needs_curvature:
             _check_real(leaves)
             h = leaves_like("hessian_diag", hessian_diag, updates)
-        scaled = _scaled(rule, group(leaves, layers), radii.Leaves(w, g, h))
-        scaled = treedef.unflatten(scaled)
+
+        def measured(indices):
+            masks = [moving[i] for i in indices]
+            return masks if decay is None else _or_all(masks, axis_name)
+
+        scaled = treedef.unflatten(_scaled(rule, group(leaves, layers), radii.Leaves(w, g, h), measured))
         return jax.tree.map(lambda new, g: g if is_hole(new) else new, scaled, everything, is_leaf=is_hole), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _scaled(rule: radii.Rule, groups: Sequence[Layer], leaves: radii.Leaves) -> list[jax.Array]:
+def _scaled(
+    rule: radii.TreeRule,
+    groups: Sequence[Layer],
+    leaves: radii.Leaves,
+    masks: Callable[[Sequence[int]], Sequence[jax.Array]],
+) -> list[jax.Array]:
+    """The updates. `masks` says which entries of leaves that are measured together are measured at all."""
     updates = list(leaves.g)
-    for layer in groups:
-        measured, scaled = (_at(indices, leaves, layer) for indices in (layer.measured, layer.scaled))
-        for index, g, radius in zip(layer.scaled, scaled.g, rule(measured, scaled), strict=True):
+    layers = [(layer.measured, layer.scaled) for layer in groups if layer.measured]
+    # What has no measured leaves is the same everywhere, and taken together.
+    alone = tuple(i for layer in groups if not layer.measured for i in layer.scaled)
+    layers += [((), alone)] if alone else []
+
+    def measurable(indices, dtype):
+        chosen = masks(indices)
+        # Not every rule sees a curvature.
+        keep = lambda column: [jnp.where(m, x, 0) for m, x in zip(chosen, column, strict=True)] if column else []
+        return radii.Leaves(*map(keep, _at(indices, leaves, dtype)))
+
+    arrays = []
+    for measured, scaled in layers:
+        dtype = _dtype_of((*measured, *scaled), leaves)
+        arrays.append((measurable(measured, dtype), _at(scaled, leaves, dtype)))
+    kernels = [i for measured, _ in layers for i in measured]
+    found = rule(arrays, measurable(kernels, jnp.finfo(_dtype_of(kernels, leaves)).dtype)) if layers else []
+    for (_, indices), (_, scaled), of_layer in zip(layers, arrays, found, strict=True):
+        for index, g, radius in zip(indices, scaled.g, of_layer, strict=True):
             updates[index] = (radius.astype(g.dtype) * g).astype(leaves.g[index].dtype)
     return updates
 
 
-def _at(indices: Sequence[int], leaves: radii.Leaves, layer: Layer) -> radii.Leaves:
-    """The leaves at these indices, in the one dtype in which all of the layer is computed."""
-    everything = [leaves.g[i].dtype for i in {*layer.measured, *layer.scaled}]
-    everything += [leaves.w[i].dtype for i in {*layer.measured, *layer.scaled}]
-    dtype = statistics_dtype(everything)
-    w, g = ([x[i].astype(dtype) for i in indices] for x in (leaves.w, leaves.g))
+def _or_all(masks: Sequence[jax.Array], axis_name: radii.AxisName) -> Sequence[jax.Array]:
+    """The masks; where none has an entry, all entries: a layer without a gradient decays by all that it is."""
+    if not masks:
+        return masks
+    some = functools.reduce(jnp.logical_or, [jnp.any(mask) for mask in masks])
+    some = some if axis_name is None else jax.lax.pmax(some.astype(jnp.int32), axis_name) > 0
+    return [mask | ~some for mask in masks]
+
+
+def _dtype_of(indices: Sequence[int], leaves: radii.Leaves) -> Any:
+    """The one dtype in which all of a layer is computed."""
+    return statistics_dtype([column[i].dtype for i in indices for column in (leaves.g, leaves.w)])
+
+
+def _at(indices: Sequence[int], leaves: radii.Leaves, dtype: Any) -> radii.Leaves:
+    def cast(x):
+        # Magnitudes are all that a radius sees.
+        x = jnp.abs(x) if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating) else x
+        return x.astype(dtype)
+
+    w, g = ([cast(x[i]) for i in indices] for x in (leaves.w, leaves.g))
     h = [leaves.h[i].astype(jnp.finfo(dtype).dtype) for i in indices] if leaves.h else []
     return radii.Leaves(w, g, h)
 

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from curvax.order_statistics import median, medians, order_statistics, quantile
+from curvax.order_statistics import median, medians, order_statistics, quantile, zeros
 
 # Odd and even sizes for each way of computing: sorted, searched in one row, searched in 32 rows.
 SIZES = [1, 2, 65, 4097, 65536]
@@ -56,6 +56,18 @@ def assert_same_bits(actual, expected):
     actual, expected = np.asarray(actual), np.asarray(expected)
     # NaNs have many patterns, of which none is meant.
     assert actual.tobytes() == expected.tobytes() or (np.isnan(actual) and np.isnan(expected)), (actual, expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("left_out", [0.0, 0.4, 0.52, 1.0])
+def test_a_median_without_zeros_is_that_of_the_others(size, left_out):
+    rng = np.random.default_rng(size)
+    x = rng.normal(size=size).astype(np.float32)
+    x[rng.permutation(size)[: round(left_out * size)]] = 0
+    rest = x[x != 0]
+    expected = jnp_median(rest) if rest.size else 0
+    np.testing.assert_array_equal(median(x, without=zeros(x)), expected)
+    np.testing.assert_array_equal(medians(x, 2 * x, without=zeros(x)), [expected, 2 * expected])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
