@@ -150,11 +150,11 @@ def _smooth(atoms):
 
 _RULES = {
     "reshard": _placement,
-    "mesh_cast": _placement,
     "sharding_constraint": _constraint,
     "shard_map": _shard_map,
     "custom_jvp_call": _custom_jvp,
     "custom_vjp_call": _custom_vjp,
-    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call"), _call),
-    **dict.fromkeys(("checkpoint", "remat", "remat2"), _checkpoint),
+    "jit": _call,
+    "closed_call": _call,
+    "remat2": _checkpoint,
 }

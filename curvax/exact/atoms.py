@@ -87,7 +87,7 @@ class State(NamedTuple):
 
 # What may stand between an exponential, its sum and the logarithm: entry for entry the same numbers.
 SAME_NUMBERS = frozenset(
-    "abs broadcast_in_dim convert_element_type copy copy_p mesh_cast pcast pvary reduce_precision reshape reshard"
+    "abs broadcast_in_dim convert_element_type copy pvary reduce_precision reshape reshard"
     " sharding_constraint squeeze".split()
 )
 

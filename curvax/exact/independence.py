@@ -20,7 +20,7 @@ from curvax.exact.primitives import Axis
 from curvax.exact.trace import equations, inline, leaf_paths
 from curvax.objective import Objective
 
-CALLS = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+CALLS = ("custom_jvp_call", "custom_vjp_call")
 RANDOM = frozenset("random_bits threefry2x32 rng_bit_generator rng_uniform".split())
 
 Axes = Mapping[Var, Axis | None]

@@ -16,6 +16,9 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 # Larger constants are not worth folding: they would be data.
 LARGEST = 2**20
 
+# What keeps an index as it is.
+SAME = frozenset("convert_element_type copy pvary reshard sharding_constraint".split())
+
 # For each gather, by its place: which dimension of the operand each dimension of the result counts.
 Counted = dict[int, dict[int, int]]
 
@@ -58,6 +61,8 @@ def _components(indices: Var | Literal, known, makers) -> list[np.ndarray | None
     if _is_known(indices, known):
         return list(np.moveaxis(np.asarray(indices.val if isinstance(indices, Literal) else known[indices]), -1, 0))
     maker = makers.get(indices)
+    if maker is not None and maker.primitive.name in SAME:
+        return _components(maker.invars[0], known, makers)
     last = indices.aval.ndim - 1
     if maker is None or maker.primitive.name != "concatenate" or maker.params["dimension"] != last:
         return [None] * indices.aval.shape[-1]
@@ -129,7 +134,7 @@ FOLDS: dict[str, Callable[..., np.ndarray]] = {
     "or": _elementwise(np.bitwise_or),
     "not": _elementwise(np.invert),
     "select_n": _elementwise(lambda which, *cases: np.choose(which.astype(int), cases)),
-    **dict.fromkeys("convert_element_type copy pvary reshard sharding_constraint".split(), _elementwise(np.asarray)),
+    **dict.fromkeys(SAME, _elementwise(np.asarray)),
     "iota": _count,
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,

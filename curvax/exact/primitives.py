@@ -35,8 +35,8 @@ ELEMENTWISE = frozenset(
     " not or polygamma pow pvary real reduce_precision regularized_incomplete_beta rem reshard round rsqrt select_n"
     " sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta".split()
 )
-# As above, from JAX 0.12 on.
-NEWER = frozenset({"log2", "one_minus_square"})
+# Those of JAX 0.12.
+ELEMENTWISE |= {"log2", "one_minus_square"}
 REDUCTIONS = frozenset("argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum".split())
 CUMULATIVE = frozenset("cumlogsumexp cummax cummin cumprod cumsum".split())
 WINDOWS = frozenset({"reduce_window_max", "reduce_window_min", "reduce_window_sum"})
@@ -90,7 +90,7 @@ def pull_axis(eqn: JaxprEqn, slot: int, result: int, axis: Axis, num_examples: i
         if eqn.params["dimensions"] is not None:
             return None
         return _axis_of_stride(operand.shape, _stride_of_axis(out.shape, axis), axis, num_examples)
-    rule = _elementwise if name in ELEMENTWISE | NEWER else _DIMENSION_RULES.get(name)
+    rule = _elementwise if name in ELEMENTWISE else _DIMENSION_RULES.get(name)
     dim = None if rule is None else rule(eqn, slot, axis.dim)
     # Every rule carries whole dimensions: a slice, a window or an expanded singleton is caught by its size here.
     if dim is None or operand.shape[dim] != out.shape[axis.dim]:

@@ -22,7 +22,7 @@ from curvax.exact.primitives import is_complex
 
 # What turns a parameter into an operand without mixing its entries, by name; `chain_is_monomial` checks the rest.
 MONOMIAL = frozenset(
-    "add broadcast_in_dim convert_element_type copy copy_p div dynamic_slice mul neg pad reduce_precision reshape rev"
+    "add broadcast_in_dim convert_element_type copy div dynamic_slice mul neg pad reduce_precision reshape rev"
     " select_n slice squeeze sub transpose".split()
 )
 

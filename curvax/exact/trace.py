@@ -20,7 +20,7 @@ from curvax.layers import path_name
 from curvax.objective import Objective
 
 _OUTPUT = "curvax.outputs"
-INLINED = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
+INLINED = ("jit", "closed_call", "remat2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def trace(objective: Objective, params: Any) -> Program:
         The program.
 
     Raises:
-        ValueError: if the losses are not one value per example.
+        ValueError: if the losses are not one value per example, or there are no examples.
     """
 
     def run(params, data):
@@ -102,7 +102,7 @@ def trace_loss(objective: Objective, outputs: Any) -> Program:
         The program. Its parameters, and its outputs, are those leaves of `outputs` that are real or complex.
 
     Raises:
-        ValueError: if the losses are not one value per example.
+        ValueError: if the losses are not one value per example, or there are no examples.
     """
     leaves, treedef = jax.tree.flatten(outputs)
     floating = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
@@ -131,7 +131,10 @@ def _program(run: Callable, params: Any, data: Any) -> Program:
     closed = jax.make_jaxpr(run)(params, data)
     inputs = tuple(jnp.asarray(x) for x in jax.tree.leaves((params, data)))
     flat = jax.make_jaxpr(lambda *inputs: inline(closed, *inputs))(*inputs)
-    return Program(flat.jaxpr, flat.consts, leaf_paths(params), inputs)
+    program = Program(flat.jaxpr, flat.consts, leaf_paths(params), inputs)
+    if not program.num_examples:
+        raise ValueError("loss(outputs, data) returned an array of shape (0,): a batch without examples has no mean.")
+    return program
 
 
 def leaf_paths(params: Any) -> tuple[str, ...]:
