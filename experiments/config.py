@@ -27,7 +27,7 @@ CONDUCT = frozenset(
     ("data_dir", "devices", "parallel", "coordinator", "num_processes", "process_id", "checkpoint_seconds", "out")
 )
 # More of these are a slip of the finger, and lists of them would fill the memory.
-MOST_EPOCHS, MOST_DEVICES, MOST_PIXELS = 100_000, 512, 4096
+MOST_EPOCHS, MOST_DEVICES, MOST_PIXELS = 100_000, 64, 4096
 DATASET = re.compile(r"[A-Za-z0-9_]+(/[A-Za-z0-9_.-]*[A-Za-z0-9_-])?(:\d+\.\d+\.\d+)?")
 
 images, network = group("images"), group("network")

@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import processes
 from experiments.errors import UsageError
 
 AXIS = "data"
@@ -136,8 +135,7 @@ def on_data(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Arr
 
 
 def devices_of_run(number: int) -> list[jax.Device]:
-    """The first so many devices of each process, one after the other; a CPU counts as several if JAX starts here."""
-    processes.start_devices(number)
+    """The first so many devices of each process, one after the other."""
     if number > jax.local_device_count():
         raise UsageError(f"--devices {number}: there are {jax.local_device_count()}")
     return [device for i in range(jax.process_count()) for device in jax.local_devices(process_index=i)[:number]]

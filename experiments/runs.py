@@ -217,6 +217,8 @@ def stepper_of(config: TrainConfig) -> "Stepper":
 
 @functools.lru_cache(maxsize=2)
 def _stepper(config: TrainConfig) -> "Stepper":
+    # Before anything else of JAX, with which images are made.
+    processes.start_devices(config.devices)
     from experiments import data
     from experiments.step import Stepper
 

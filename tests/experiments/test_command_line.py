@@ -96,9 +96,9 @@ train --warmup-epochs -1 | at least 0
 train --micro-batch-size 48 | must divide the batch size 1024, and 48 does not
 train --micro-batch-size 0 | above 0
 train --devices 0 | above 0
-train --devices 999999 | at most 512
+train --devices 999999 | at most 64
 train --devices 3 | --devices 3 must divide the --micro-batch-size, here 1024 images
-train --devices 512 | --devices 512: there are
+train --devices 512 | at most 64
 train --discard 1 | below 1
 train --discard nan | at least 0 and below 1
 train --discard-by loss | --discard-by is for a --discard above 0

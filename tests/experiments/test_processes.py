@@ -82,6 +82,14 @@ def test_two_processes_of_which_one_dies_and_four_that_go_on_equal_one(tmp_path)
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_cpu_counts_as_several_devices_in_a_process_of_its_own(tmp_path):
+    command = options.line("train", dataclasses.replace(CONFIG, devices=2, epochs=1, out=tmp_path))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def joined(monkeypatch):
     """The arguments with which processes would be joined, where nothing but `join` could set them."""
