@@ -75,4 +75,9 @@ class Objective:
                 " array (B, ...) of which each example takes the mean. Objective takes the mean over examples: leave"
                 " the last mean out of the loss."
             )
+        if not jnp.issubdtype(losses.dtype, jnp.floating):
+            raise ValueError(
+                f"loss(outputs, data) returned {losses.dtype}; it must return real floating-point losses: take the real"
+                " part of complex ones, and cast integers."
+            )
         return losses if len(shape) == 1 else jnp.mean(losses, axis=tuple(range(1, len(shape))))

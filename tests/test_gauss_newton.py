@@ -9,7 +9,8 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from curvax import Objective
+import curvax
+from curvax import Objective, hessian_diag
 from curvax.curvature.gauss_newton import plan_sampling, sampled_gauss_newton
 from curvax.exact import columns, exact_diag, explain, ggn_diag
 from curvax.exact.atoms import Separate, Softmax, find_atoms
@@ -155,7 +156,8 @@ def test_a_random_column_is_drawn_in_parts_where_it_is_large(part, x64, monkeypa
 def test_unlikely_classes_keep_their_curvature(classes):
     """A class of probability 1e-8, in float32, to 1e-4; and one of 1 - 1e-8, whose 1 - p is no difference."""
     places = np.arange(classes)
-    for logits in (np.where(places < classes // 2, 0.0, -18.0), np.where(places == 3, 0.0, -18.0)):
+    several, one, hardly = places < classes // 2, places == 3, places == 0
+    for logits in (np.where(several, 0.0, -18.0), np.where(one, 0.0, -18.0), np.where(hardly, 0.0, -50.0)):
         p = np.exp(logits - np.max(logits))
         p /= p.sum()
         others = np.array([np.delete(p, k).sum() for k in range(classes)])
@@ -214,6 +216,50 @@ def test_nan_is_passed_on():
         assert all(jnp.isnan(x).any() for x in jax.tree.leaves(diag))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def clipped(x, most):
+    return x
+
+
+clipped.defvjp(lambda x, most: (x, None), lambda most, _, g: (jnp.clip(g, -most, most),))
+
+
+def test_a_backward_rule_that_is_no_derivative_has_no_gauss_newton_matrix():
+    """Clipped gradients: their derivative is exact, and nothing is summed before it is clipped."""
+    objective = Objective(lambda w, d: clipped(d["x"] @ w, 0.3), lambda z, d: z[:, 0] ** 2, batch())
+    w = jnp.ones((4, 1)) / 7
+    expected = jnp.diag(jax.jacrev(jax.grad(objective))(w).reshape(4, 4))
+    for method in ("exact", "basis"):
+        np.testing.assert_allclose(hessian_diag(objective, w, method).ravel(), expected, rtol=1e-5)
+    for method in ("ggn", "ggn_mc"):
+        with pytest.raises(ValueError, match=r"'clipped' is not proved to be linear.*'basis'"):
+            hessian_diag(objective, w, method, key=0 if method == "ggn_mc" else None)
+    assert "Hutchinson" in curvax.explain(objective, w, None).method
+
+
+@jax.custom_jvp
+def rounded(x):
+    return jnp.round(x)
+
+
+rounded.defjvps(lambda t, _, x: 3 * t)
+
+
+@jax.custom_jvp
+def alike(x):
+    return jnp.round(x)
+
+
+alike.defjvp(lambda primals, tangents: (rounded(primals[0]), tangents[0]))
+
+
+def test_functions_of_one_body_are_told_apart_by_their_rules():
+    objective = Objective(lambda w, d: alike(5 * d["x"] @ w), lambda z, d: z[:, 0] ** 2, batch())
+    w = jnp.ones((4, 1))
+    expected = jnp.diag(jax.hessian(objective)(w).reshape(4, 4))
+    np.testing.assert_allclose(hessian_diag(objective, w).ravel(), expected, rtol=1e-5)
+
+
 # Splitting a batch.
 
 
@@ -234,6 +280,23 @@ SPLITS = {
         ce,
         "independent",
     ),
+}
+
+
+def drawn_in_a_loop(p, d):
+    keys = jax.random.split(jax.random.key(0), 3)
+    return network(p, d) * jax.lax.map(lambda k: jax.random.normal(k, (d["x"].shape[0], 1)), keys).sum(0)
+
+
+def discounted(z, d):
+    return jax.lax.scan(lambda c, _: (c * 0.5, c), 1.0, None, length=z.shape[0])[1] * ce(z, d)
+
+
+SPLITS |= {
+    "random numbers in a loop": (drawn_in_a_loop, ce, "loop"),
+    "discounts": (plain, discounted, "loop"),
+    "a power of the batch": (plain, lambda z, d: ce(z ** (z.shape[0] // 3), d), "independent"),
+    "a column of the batch": (plain, lambda z, d: z[:, z.shape[0] // 3 - 1] ** 2, "independent"),
 }
 
 

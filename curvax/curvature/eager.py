@@ -9,6 +9,7 @@ them show all that a second derivative can see; and a program is found by what t
 
 import collections
 import dataclasses
+import hashlib
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -52,7 +53,7 @@ def once(compute: Callable, method: Any, where: Any, has_aux: bool, objective: A
     except Exception:
         # What cannot be traced, or not differentiated twice, may still be computed, or else says why not.
         return compute(objective, params, key)
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)):
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)) or not _has_value(method):
         return compute(objective, params, key)
     name = (_value(method), jax.tree.structure(select(params, where)), has_aux, said)
     if name not in _programs:
@@ -76,11 +77,11 @@ def _read(objective, params, data, where, has_aux) -> tuple[Hashable, Any, Calla
     said = (jax.tree.structure((params, data)), jax.tree.structure(out), _jaxpr(twice.jaxpr))
     if isinstance(objective, Objective):
         # Its functions may be called on parts of the batch: they stay as they are, with all that they close over.
-        return (*said, *map(Same, twice.consts)), data, lambda data: dataclasses.replace(objective, data=data)
+        return (*said, *map(_constant, twice.consts)), data, lambda data: dataclasses.replace(objective, data=data)
     closed, out = jax.make_jaxpr(lambda params: objective(params), return_shape=True)(params)
     known = {id(x) for x in closed.consts}
     # Of a derivative rule alone.
-    others = [Same(x) for x in twice.consts if id(x) not in known]
+    others = [_constant(x) for x in twice.consts if id(x) not in known]
     treedef, jaxpr = jax.tree.structure(out), closed.jaxpr
 
     def function(consts):
@@ -88,6 +89,20 @@ def _read(objective, params, data, where, has_aux) -> tuple[Hashable, Any, Calla
         return lambda params: treedef.unflatten(call(*jax.tree.leaves(params)))
 
     return (*said, treedef, _jaxpr(jaxpr), *others), closed.consts, function
+
+
+def _has_value(method: Any) -> bool:
+    """Whether a method that is equal to another one does the same: of an object that may change, nothing is known."""
+    frozen = dataclasses.is_dataclass(method) and type(method).__dataclass_params__.frozen
+    return frozen and type(method).__eq__ is not object.__eq__
+
+
+def _constant(x: Any) -> Hashable:
+    """An array that a program has in it; of one that may be changed in place the numbers count."""
+    if isinstance(x, jax.Array):
+        return Same(x)
+    x = np.asarray(x)
+    return str(x.dtype), x.shape, hashlib.blake2b(x.tobytes()).digest()
 
 
 class Same:
@@ -124,7 +139,7 @@ def _parameters(eqn: JaxprEqn) -> Hashable:
 def _value(x: Any) -> Hashable:
     """What is equal for equal values; where equality would have to be believed, for identical ones."""
     if isinstance(x, ClosedJaxpr):
-        return _jaxpr(x.jaxpr), tuple(map(Same, x.consts))
+        return _jaxpr(x.jaxpr), tuple(map(_constant, x.consts))
     if isinstance(x, Jaxpr):
         return _jaxpr(x)
     if isinstance(x, tuple | list):

@@ -29,10 +29,10 @@ from curvax.curvature.products import gauss_newton_product
 from curvax.exact import factor
 from curvax.exact.atoms import Separate, Softmax, Structure, find_atoms
 from curvax.exact.backprop import diagonals
-from curvax.exact.columns import Columns, RandomColumns, Source, evaluate_atoms
+from curvax.exact.columns import Columns, RandomColumns, Source, evaluate_atoms, origin
 from curvax.exact.dataflow import Flow, analyse, between
 from curvax.exact.derivatives import hessian_product
-from curvax.exact.diagonals import zeros
+from curvax.exact.diagonals import backward_reason, check_backward, zeros
 from curvax.exact.explanation import Explanation, Row
 from curvax.exact.primitives import is_complex
 from curvax.exact.routes import Route, plan_gauss_newton
@@ -54,12 +54,13 @@ class Sampling(NamedTuple):
     """How the diagonal of an objective is estimated, as its trace decides.
 
     Attributes:
-        form: "example" or "batch", what is squared; or "product" where no column is known.
+        form: "example" or "batch", what is squared; "product" where no column is known; or "refused" where there is no
+            Gauss-Newton matrix.
         reason: what was proved of the loss, or stood in the way.
         routes: of each array, as `curvax.exact` plans them; by them those that are squared by batch are told.
     """
 
-    form: Literal["example", "batch", "product"]
+    form: Literal["example", "batch", "product", "refused"]
     reason: str
     routes: tuple[Route, ...]
 
@@ -80,7 +81,9 @@ def plan_sampling(objective: Objective, params: Any, squares: Squares | None = N
 
 def explain_sampling(objective: Objective, params: Any, num_samples: int, squares: Squares | None) -> Explanation:
     """What `sampled_gauss_newton` would do with each array, and why."""
-    form, proved, routes = plan_sampling(objective, params, squares)
+    flow = analyse(trace(objective, params))
+    check_backward(flow)
+    form, proved, routes = _plan(flow, squares)
     rows = []
     for route, x in zip(routes, jax.tree.leaves(params), strict=True):
         count = num_samples if not rows else 0
@@ -92,11 +95,15 @@ def explain_sampling(objective: Objective, params: Any, num_samples: int, square
             why = f" ({route.reason})" if route.name == "unit vectors" else ""
             row = ("random column", f"{proved}; squares of the gradients of micro-batches{why}", count, 0)
         rows.append(Row(route.path, jnp.shape(x), *row))
+    if objective.penalty is not None:
+        rows.append(Row("penalty", (), "signs, products", "its own Hessian", 0, num_samples))
     return Explanation(tuple(rows))
 
 
 def _plan(flow: Flow, squares: Squares | None) -> Sampling:
     routes = tuple(plan_gauss_newton(flow))
+    if flow.program.nonlinear_backward is not None:
+        return Sampling("refused", backward_reason(flow), routes)
     known, reason = _columns_of(flow)
     if not known:
         return Sampling("product", reason, routes)
@@ -148,7 +155,9 @@ def sampled_gauss_newton(
         The estimate; its standard error is None for a single sample.
     """
     alone = dataclasses.replace(objective, penalty=None)
-    form = plan_sampling(alone, params, squares).form
+    flow = analyse(trace(alone, params))
+    check_backward(flow)
+    form = _plan(flow, squares).form
     sampler = {"example": _by_example, "batch": _by_batch, "product": _by_product}[form]
 
     def estimate(part: Objective, key: jax.Array) -> Estimate:
@@ -242,7 +251,8 @@ def random_columns(flow: Flow, env: Mapping[Var, jax.Array]) -> RandomColumns | 
     structure = find_atoms(flow)
     if not isinstance(structure, Structure):
         return factor.random_eigencolumns(flow, env, flow.program.outputs[0], None)
-    return RandomColumns(flow, evaluate_atoms(flow, env, structure.atoms)) if structure.atoms else None
+    atoms = [atom for atom in structure.atoms if flow.depends.get(origin(atom))]
+    return RandomColumns(flow, evaluate_atoms(flow, env, atoms)) if atoms else None
 
 
 def _no_curvature(params: Any) -> Any:

@@ -172,7 +172,7 @@ class Auto(Method):
     def choose(self, objective: Any, params: Any) -> Method:
         """The method that is taken for this objective."""
         options = {"chunk_size": self.chunk_size, "micro_batches": self.micro_batches}
-        if isinstance(objective, Objective) and plan_sampling(objective, params).form != "product":
+        if isinstance(objective, Objective) and plan_sampling(objective, params).form in ("example", "batch"):
             return GaussNewton(self.num_samples, **options)
         return Hutchinson(self.num_samples, **options)
 

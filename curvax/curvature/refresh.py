@@ -151,7 +151,8 @@ def with_hessian_diag(
         taken = method.choose(objective, chosen) if isinstance(method, Auto) else method
         diag = estimated(taken, objective, chosen, key).diag
         diag = diag if axis_name is None else jax.lax.pmean(diag, axis_name)
-        return diag, jnp.int32(METHODS.index(getattr(taken, "name", "other")))
+        name = getattr(taken, "name", "other")
+        return diag, jnp.int32(METHODS.index(name if name in METHODS else "other"))
 
     def refresh(objective, params, usable, state):
         draw = None if key is None else jax.random.fold_in(as_key(key), state.num_refreshes)

@@ -172,7 +172,7 @@ def _softmax_source(flow: Flow, curved: Curved) -> Source:
     rows, classes = p.shape[1:]
     tails = jnp.flip(jnp.cumsum(jnp.flip(p, -1), -1), -1)
     after = jnp.concatenate([tails[..., 1:], jnp.zeros_like(tails[..., :1])], -1)
-    lengths = jnp.sqrt(jnp.abs(weight))[..., None] * jnp.sqrt(_quotient(p * after, tails))
+    lengths = jnp.sqrt(jnp.abs(weight))[..., None] * jnp.sqrt(p * _quotient(after, tails))
 
     def column(index):
         row, label = index // (classes - 1), index % (classes - 1)

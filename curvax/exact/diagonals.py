@@ -59,6 +59,9 @@ def exact_diag(
         _explain_function(params).check(budget)
         return *jax.value_and_grad(objective)(params), _function_diagonal(objective, params, chunk_size)
     flow = analyse(trace(objective, params))
+    if flow.program.nonlinear_backward is not None:
+        _explain_units(params, backward_reason(flow)).check(budget)
+        return *jax.value_and_grad(objective)(params), _function_diagonal(objective, params, chunk_size)
     routes, mixed = plan(flow), _mixed(objective, params)
     explain_routes(flow, routes, sorted(mixed)).check(budget)
     unit_vectors = functools.partial(_hessian_units, chunk_size=chunk_size)
@@ -94,6 +97,7 @@ def ggn_diag(objective: Objective, params: Any, *, chunk_size: int | None = None
     check_objective(objective, "ggn")
     check_real(params)
     flow = analyse(trace(objective, params))
+    check_backward(flow)
     routes, mixed = plan_gauss_newton(flow), _mixed(objective, params)
     unit_vectors = functools.partial(_gauss_newton_units, chunk_size=chunk_size)
     return _by_routes(objective, params, flow, routes, unit_vectors, mixed, chunk_size)
@@ -124,6 +128,8 @@ def explain(objective: Any, params: Any) -> Explanation:
     if not isinstance(objective, Objective):
         return _explain_function(params)
     flow = analyse(trace(objective, params))
+    if flow.program.nonlinear_backward is not None:
+        return _explain_units(params, backward_reason(flow))
     return explain_routes(flow, plan(flow), sorted(_mixed(objective, params)))
 
 
@@ -132,7 +138,24 @@ def explain_ggn(objective: Objective, params: Any) -> Explanation:
     check_objective(objective, "ggn")
     check_real(params)
     flow = analyse(trace(objective, params))
+    check_backward(flow)
     return explain_routes(flow, plan_gauss_newton(flow), sorted(_mixed(objective, params)))
+
+
+def check_backward(flow: Flow) -> None:
+    """Raises a ValueError if a backward rule is no derivative, so that there is no Gauss-Newton matrix."""
+    if flow.program.nonlinear_backward is not None:
+        raise ValueError(
+            f"the Gauss-Newton matrix has no meaning here: {backward_reason(flow)}. Choose method='basis' or"
+            " 'hutchinson', which differentiate the gradient as it is, or give the function a backward rule that is"
+            " linear in the cotangent."
+        )
+
+
+def backward_reason(flow: Flow) -> str:
+    """What stands in the way of all that is linear."""
+    name = flow.program.nonlinear_backward
+    return f"the backward rule of the custom_vjp '{name}' is not proved to be linear"
 
 
 def check_objective(objective: Any, method: str) -> None:
@@ -207,7 +230,10 @@ def _gauss_newton_units(flow, env, var, *, chunk_size) -> jax.Array:
 
 
 def _explain_function(params) -> Explanation:
-    reason = "not an Objective: no examples to tell apart"
+    return _explain_units(params, "not an Objective: no examples to tell apart")
+
+
+def _explain_units(params, reason: str) -> Explanation:
     named = zip(leaf_paths(params), jax.tree.leaves(params), strict=True)
     return Explanation(tuple(Row(path, x.shape, "unit vectors", reason, 0, x.size) for path, x in named))
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from curvax.exact.dataflow import meet, operand_axes
 from curvax.exact.indices import FOLDS, Counted, counted_dimensions
@@ -21,6 +21,9 @@ from curvax.exact.trace import equations, inline, leaf_paths
 from curvax.objective import Objective
 
 CALLS = ("custom_jvp_call", "custom_vjp_call")
+LOOPS = frozenset("scan while cond".split())
+# Parameters that say no more than the shapes of operands and results, which are compared.
+SHAPES = frozenset("shape new_sizes sizes slice_sizes limit_indices out_sharding sharding length".split())
 RANDOM = frozenset("random_bits threefry2x32 rng_bit_generator rng_uniform".split())
 
 Axes = Mapping[Var, Axis | None]
@@ -98,6 +101,8 @@ def _position(jaxpr: Jaxpr, axes: Axes, counted: Counted) -> str | None:
     for index, eqn in enumerate(jaxpr.eqns):
         name, read = eqn.primitive.name, [atom for atom in eqn.invars if isinstance(atom, Var) and atom in places]
         results = [var for var in eqn.outvars if axes.get(var) is not None]
+        if name in LOOPS and results:
+            return "an entry for each example is computed in a loop or a branch, of which nothing is known"
         if name in RANDOM and results:
             return "random numbers are drawn for each example; other parts would draw others"
         if name == "iota" and results and eqn.params["dimension"] == axes[results[0]].dim:
@@ -114,7 +119,7 @@ def _position(jaxpr: Jaxpr, axes: Axes, counted: Counted) -> str | None:
 
 def _alike(batch: ClosedJaxpr, part: ClosedJaxpr, axes: Axes, parts: int) -> bool:
     """Whether the program of a part is that of the batch, in shapes that are shorter where the examples are."""
-    if len(batch.jaxpr.eqns) != len(part.jaxpr.eqns) or not _same_literals(batch.jaxpr, part.jaxpr):
+    if len(batch.jaxpr.eqns) != len(part.jaxpr.eqns) or not _same_numbers(batch.jaxpr, part.jaxpr):
         return False
     pairs = zip(_variables(batch.jaxpr), _variables(part.jaxpr), strict=True)
     return all(theirs.aval.shape == _shape(ours, axes, parts) for ours, theirs in pairs if ours in axes)
@@ -131,13 +136,26 @@ def _shape(var: Var, axes: Axes, parts: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _same_literals(one: Jaxpr, other: Jaxpr) -> bool:
-    def numbers(eqn: JaxprEqn) -> list[Any]:
-        return [atom.val for atom in eqn.invars if isinstance(atom, Literal)]
-
+def _same_numbers(one: Jaxpr, other: Jaxpr) -> bool:
+    """Whether two programs have the same operations with the same numbers in them, but for their shapes."""
     for ours, theirs in zip(equations(one), equations(other), strict=False):
-        if ours.primitive is not theirs.primitive or len(numbers(ours)) != len(numbers(theirs)):
+        if ours.primitive is not theirs.primitive or ours.params.keys() != theirs.params.keys():
             return False
-        if not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(numbers(ours), numbers(theirs), strict=True)):
+        pairs = [(ours.params[name], theirs.params[name]) for name in ours.params.keys() - SHAPES]
+        literals = [[atom.val for atom in eqn.invars if isinstance(atom, Literal)] for eqn in (ours, theirs)]
+        if len(literals[0]) != len(literals[1]):
+            return False
+        if not all(_equal(a, b) for a, b in [*pairs, *zip(*literals, strict=True)]):
             return False
     return True
+
+
+def _equal(one: Any, other: Any) -> bool:
+    # Inner programs are compared equation by equation, and functions have been traced.
+    if isinstance(one, Jaxpr | ClosedJaxpr) or callable(one):
+        return True
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, np.ndarray | np.generic | jax.Array | float | complex):
+        return np.array_equal(one, other, equal_nan=np.issubdtype(np.asarray(one).dtype, np.inexact))
+    return bool(one == other)

@@ -35,4 +35,4 @@ def piecewise_linear(objective: Objective, params: Any) -> bool:
         (True, False)
     """
     flow = analyse(trace(objective, params))
-    return not any(flow.curved.get(var, 0) for var in flow.program.outputs)
+    return flow.program.nonlinear_backward is None and not any(flow.curved.get(var, 0) for var in flow.program.outputs)

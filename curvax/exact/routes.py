@@ -9,11 +9,12 @@ with an earlier `u` the loss has merely become longer. Where either proof fails,
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from jax.extend.core import Var
 
-from curvax.exact.atoms import Atom, Structure, find_atoms
+from curvax.exact.atoms import Atom, Softmax, Structure, find_atoms
 from curvax.exact.columns import num_columns, origin
 from curvax.exact.dataflow import Flow, cuts
 from curvax.exact.factor import plan_columns
@@ -89,9 +90,15 @@ def loss_origins(flow: Flow) -> tuple[Origin, ...] | str:
     alone = len(outputs) == 1 and not is_complex(outputs[0])
     factored = alone and flow.axes.get(outputs[0]) is not None and plan_columns(flow, outputs[0]).factored
     if known and (structure.simple or not factored):
-        # A softmax of one class is a constant.
-        return tuple(atom for atom in structure.atoms if num_columns(flow, atom))
+        return tuple(atom for atom in structure.atoms if not _is_constant(atom))
     return tuple(outputs) if alone else f"{structure}, and the outputs are not one real array"
+
+
+def _is_constant(atom: Atom) -> bool:
+    """Whether it is a softmax of one class, or of nothing."""
+    shape = origin(atom).aval.shape
+    alone = isinstance(atom, Softmax) and math.prod(shape[d] for d in atom.axes) == 1
+    return alone or 0 in shape
 
 
 def variable(place: Origin) -> Var:

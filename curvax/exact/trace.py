@@ -7,6 +7,7 @@ differentiates.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -54,6 +55,13 @@ class Program:
         """The place of the first equation after those that make the outputs: the loss is traced after the network."""
         outputs = set(self.outputs)
         return max((i + 1 for i, eqn in enumerate(self.jaxpr.eqns) if outputs & set(eqn.outvars)), default=0)
+
+    @functools.cached_property
+    def nonlinear_backward(self) -> str | None:
+        """The name of a function whose backward rule is not proved to be linear, if there is one."""
+        from curvax.exact.backward_rules import nonlinear_backward
+
+        return nonlinear_backward(self.jaxpr)
 
     @property
     def losses(self) -> Var | Literal:
