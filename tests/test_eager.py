@@ -1,5 +1,6 @@
 """Outside of `jit` a refresh is compiled once, and again where, and only where, the loss is another computation."""
 
+import dataclasses
 import functools
 import gc
 import weakref
@@ -26,14 +27,19 @@ def new_objective(batch):
     return curvax.Objective(lambda p, d: problems.mlp(p, d), lambda z, d: problems.cross_entropy(z, d), batch)
 
 
+@dataclasses.dataclass(frozen=True)
 class Counting:
     """Unit vectors, and how often they were asked for: once for each compilation."""
 
-    def __init__(self):
-        self.calls = 0
+    name: str
+    asked: list = dataclasses.field(default_factory=list, compare=False)
+
+    @property
+    def calls(self):
+        return len(self.asked)
 
     def estimate(self, objective, params, key):
-        self.calls += 1
+        self.asked.append(None)
         return curvax.Basis().estimate(objective, params)
 
 
@@ -52,7 +58,7 @@ def curvature_of_steps(method, objectives, params=PARAMS):
 
 @pytest.mark.parametrize("make", [new_lambda, new_objective])
 def test_a_loss_made_anew_on_another_batch_is_not_compiled_again(make):
-    method = Counting()
+    method = Counting(make.__name__)
     seen = curvature_of_steps(method, map(make, BATCHES))
     assert method.calls == 1
     for diag, batch in zip(seen, BATCHES, strict=True):
@@ -67,7 +73,7 @@ def test_a_function_that_stays_is_seen_to_read_another_variable():
     def loss(w):
         return factor * jnp.sum(arrays["a"] * w**2)
 
-    method, w = Counting(), jnp.ones(2)
+    method, w = Counting("a function that stays"), jnp.ones(2)
     step = lambda: curvature_of_steps(method, [loss], w)[0].tolist()
     assert step() == [2.0, 4.0]
     arrays["a"] = jnp.array([5.0, 7.0])
@@ -79,7 +85,7 @@ def test_a_function_that_stays_is_seen_to_read_another_variable():
 def test_the_functions_of_an_objective_are_seen_to_read_another_array():
     arrays = {"scale": jnp.array(1.0)}
     objective = curvax.Objective(lambda w, x: x @ w, lambda z, x: arrays["scale"] * z**2, jnp.eye(2))
-    method, w = Counting(), jnp.ones(2)
+    method, w = Counting("a function that stays"), jnp.ones(2)
     step = lambda: curvature_of_steps(method, [objective], w)[0].tolist()
     assert step() == [1.0, 1.0]
     arrays["scale"] = jnp.array(4.0)
@@ -115,6 +121,19 @@ def test_methods_selections_and_shapes_have_programs_of_their_own():
             _, state = tx.update(params, tx.init(params), params, obj_fn=loss)
             np.testing.assert_allclose(state.hessian_diag["a"], 2 * np.ones(size))
             assert where is not None or state.hessian_diag["b"].tolist() == [12.0, 12.0]
+
+
+def test_a_method_that_may_change_is_asked_in_every_step():
+    class Constant:
+        value = 1.0
+
+        def estimate(self, objective, params, key):
+            return curvax.Estimate(objective(params), params, jax.tree.map(lambda x: x * 0 + self.value, params))
+
+    method, w, seen = Constant(), jnp.ones(2), []
+    for method.value in (1.0, 5.0):
+        seen += [diag.tolist() for diag in curvature_of_steps(method, [lambda w: jnp.sum(w**2)], w)]
+    assert seen == [[1.0, 1.0], [5.0, 5.0]]
 
 
 def test_programs_and_what_they_hold_are_few():
