@@ -135,9 +135,9 @@ class Build:
         arguments = "".join(f", {n}" for n in shape)
         return self.datum(f"bools({self.number()}, {self.batch}{arguments})")
 
-    def became(self, *shape: int) -> None:
+    def became(self, *shape: int, most: int = FEATURES) -> None:
         """Declares the shape of `h` from here on."""
-        self.need(math.prod(shape[1:]) <= FEATURES)
+        self.need(math.prod(shape[1:]) <= most)
         self.shape = shape
 
 

@@ -1,6 +1,7 @@
 """Runs a program's methods, compares them with the truth, and reports what does not hold."""
 
 import dataclasses
+import functools
 import os
 import re
 import traceback
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -131,7 +133,8 @@ def _results(case: Case, names: Sequence[str], repeats: int) -> tuple[dict[str, 
                 method = eval(methods.text(name, written), {"curvax": curvax})
                 # The default is met inside an optimizer, half of the time.
                 wrapped = name == "default" and case.spec.seed % 4 < 2
-                results[name] = methods.run(method, whole, params, keys, options, wrapped=wrapped)
+                call = functools.partial(methods.run, method, whole, keys=keys, options=options, wrapped=wrapped)
+                results[name] = _mapped(call, params) if "vmap" in written else call(params)
             except Exception as error:
                 errors[name] = error
         return results
@@ -146,6 +149,12 @@ def _results(case: Case, names: Sequence[str], repeats: int) -> tuple[dict[str, 
         return {k: v for part in parts for k, v in part[0].items()}, {
             k: v for part in parts for k, v in part[1].items()
         }
+
+
+def _mapped(call, params):
+    """The call, of one of two equal sets of parameters."""
+    both = jax.vmap(call)(jax.tree.map(lambda x: jnp.stack([x, x]), params))
+    return jax.tree.map(lambda x: x[1], both)
 
 
 def _called(function, written: dict[str, str], *arguments):

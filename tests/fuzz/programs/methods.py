@@ -50,7 +50,7 @@ def text(name: str, options: Mapping[str, str], samples: int = SAMPLES) -> str:
     return written.replace(", )", ")")
 
 
-def run(method: Any, objective: Any, params: Any, keys: jax.Array, options: Mapping[str, Any], *, wrapped: bool) -> Any:
+def run(method: Any, objective: Any, params: Any, *, keys: jax.Array, options: Mapping[str, Any], wrapped: bool) -> Any:
     """An `Estimate`, each of whose parts has a leading axis: that of the calls.
 
     Args:

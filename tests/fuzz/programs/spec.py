@@ -13,6 +13,7 @@ from tests.fuzz.programs.pieces import (
     layers,
     loops,
     moves,
+    odd_losses,
     other_losses,
     softmax_losses,
     transformed,
@@ -21,7 +22,7 @@ from tests.fuzz.programs.pieces.penalties import PENALTIES
 
 WITH_PARAMETERS = collect(kernels, layers)
 LAYERS = collect(kernels, layers, moves, indexing, loops, transformed)
-LOSSES = collect(softmax_losses, other_losses)
+LOSSES = collect(softmax_losses, other_losses, odd_losses)
 FORMS = ((3,), (2,), (1,), (4,), (2, 3), (3, 2), (1, 2), (4, 1), (3, 3, 2), (2, 2, 1), (1, 1, 2), (3, 2, 4))
 WHERE = (
     "lambda p: jax.tree.map(lambda w: w.ndim > 1, p)",
@@ -67,7 +68,9 @@ def _draw(seed: int, rng: random.Random) -> Spec:
     if rng.random() < 0.06:
         options.append(("has_aux", "True"))
     where = rng.random()
-    options += [("mesh", "True")] if where < 0.06 else [("eager", "True")] if where < 0.1 else []
+    options += [
+        (name, "True") for name, at in (("mesh", 0.0), ("eager", 0.06), ("vmap", 0.1)) if at <= where < at + 0.05
+    ]
     # Half of the pieces have parameters: without them there is nothing to differentiate.
     pieces = [choice(rng.choice((WITH_PARAMETERS, LAYERS))) for _ in range(rng.choice((1, 1, 2, 2, 3, 3, 4, 5)))]
     return Spec(

@@ -223,3 +223,75 @@ def unlikely(b: Build):
     kernel, bias = b.param(b.shape[-1], width), b.param(width, text=f"jnp.zeros({width}).at[-1].set({last})")
     b.emit(f"h = h @ {kernel} + {bias}")
     b.became(*b.shape[:-1], width)
+
+
+def many_outputs(b: Build):
+    """More outputs than columns are usually taken for; what follows cannot have kernels of that size."""
+    b.need(b.rank == 2, b.batch <= 3)
+    width = b.pick(50, 300, 1100)
+    wide = b.datum(f"normal({b.number()}, {b.batch}, {width})")
+    b.emit(f"h = {b.pick('', 'jnp.tanh')}(h @ {b.param(b.shape[1], 1)}) * {wide}")
+    b.became(b.batch, width, most=width)
+
+
+def masked_kernel(b: Build):
+    """Some weights are pruned, dropped at random, clipped, rounded, or scaled by data."""
+    n, width = b.shape[-1], b.pick(2, 3)
+    kernel = b.param(n, width)
+    key = b.datum(f"jax.random.key({b.number()})")
+    scale = b.datum(f"normal({b.number()})")
+    b.traits.add("data without examples")
+    b.emit(
+        f"w = {kernel}",
+        b.pick(
+            f"h = h @ jnp.where(jnp.arange({width}) % 2 == 0, w, 0.0)",
+            f"h = h @ (w * (jax.random.uniform({key}, w.shape, jnp.float32) < 0.7))",
+            "h = h @ jnp.clip(w, -0.5, 0.5)",
+            "h = h @ (w + lax.stop_gradient(jnp.round(2 * w) / 2 - w))",
+            f"h = h @ (w * {scale})",
+            "h = h @ (w / lax.stop_gradient(jnp.linalg.norm(w)))",
+            "h = h @ lax.stop_gradient(w) + h @ w",
+            "h = h @ w + lax.stop_gradient(h @ w) * (h @ w)",
+            "h = h @ jnp.concatenate([w[:1], 2 * w[1:]], 0)",
+            "h = h @ w.at[0].set(0.5)",
+            "h = h @ w.at[0].multiply(w[0])",
+            "h = h @ jnp.flip(w, 0) + h @ w",
+            "h = h @ (w.ravel().reshape(w.shape[::-1]).T)",
+            "h = h @ jnp.broadcast_to(w[:1], w.shape)",
+            "h = h @ jnp.repeat(w[:, :1], w.shape[1], 1)",
+        ),
+    )
+    b.became(*b.shape[:-1], width)
+
+
+def joined_kernels(b: Build):
+    """A kernel made of two arrays, or an array cut into pieces that overlap."""
+    n, width = b.shape[-1], 2
+    one, other = b.param(n, width), b.param(n, width)
+    b.emit(
+        b.pick(
+            f"h = h @ jnp.concatenate([{one}, {other}], 1)",
+            f"h = h @ jnp.stack([{one}[:, 0], {other}[:, 1]], 1) @ jnp.ones((2, 4))",
+            f"w = jnp.stack([{one}, {other}])",
+            f"h = jnp.concatenate([h @ {one}, h @ ({one} + {other})], -1)",
+            f"h = jnp.concatenate([h @ {one}[:, :1], h @ {one}, h @ {other}[:, 1:]], -1)",
+        )
+    )
+    if "w =" in b.lines[-1]:
+        b.emit("h = jnp.concatenate([jnp.tanh(h @ w[0]), h @ w[1]], -1)")
+    b.became(*b.shape[:-1], 4)
+
+
+def scaled_examples(b: Build):
+    """The parameter meets data before it meets the network."""
+    n = b.shape[-1]
+    gain = b.param(n, scale=0.5)
+    rows = b.normal(n)
+    shape = ", ".join(["len(h)", *["1"] * (b.rank - 2), str(n)])
+    b.emit(
+        b.pick(
+            f"h = h * ({gain} * {rows}).reshape({shape})",
+            f"h = h + ({gain} + {rows}).reshape({shape})",
+            f"h = h * jnp.sin({gain} * {rows}).reshape({shape})",
+        )
+    )

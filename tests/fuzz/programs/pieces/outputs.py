@@ -1,6 +1,6 @@
 """What losses ask of a network: outputs of the form that they can judge."""
 
-from tests.fuzz.programs.build import Build
+from tests.fuzz.programs.build import FEATURES, Build
 
 
 def logits(b: Build, least: int = 2) -> int:
@@ -8,7 +8,8 @@ def logits(b: Build, least: int = 2) -> int:
     if b.rank > 2:
         b.emit("h = h.reshape(len(h), -1)")
         b.became(b.batch, b.features)
-    if b.shape[1] < least or b.shape[1] > 5 or b.maybe(0.3):
+    many = b.shape[1] > FEATURES
+    if not many and (b.shape[1] < least or b.shape[1] > 5 or b.maybe(0.3)):
         classes = max(least, b.pick(2, 3, 3, 4, b.batch if b.batch <= 4 else 2))
         b.emit(f"h = h @ {b.param(b.shape[1], classes)}")
         b.became(b.batch, classes)
