@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax import order_statistics
+from curvax.checks import check_number
 from curvax.radii import AxisName
 
 
@@ -43,13 +44,15 @@ def discard_small_losses(losses: jax.Array, fraction: jax.typing.ArrayLike, *, a
     """
     _check(losses, fraction)
     losses = jax.lax.stop_gradient(losses)
-    scores = _not_negative(losses, axis_name)
-    size = order_statistics.population_size(scores, axis_name)
+    everything = losses if axis_name is None else jax.lax.all_gather(losses, axis_name, tiled=True)
+    size = everything.size
     discarded = order_statistics.count_of(fraction, size)
-    border, _ = order_statistics.order_statistics(scores, discarded, axis_name)
-    above, ties = scores > border, scores == border
-    spare = discarded - (size - _total(above, axis_name) - _total(ties, axis_name))
-    kept = above | (ties & (_rank_among(ties, axis_name) >= spare))
+    # Losses may be negative, which the order statistics of magnitudes are not for. A batch is quickly sorted.
+    ranks = jnp.argsort(jnp.argsort(everything))
+    if axis_name is not None:
+        first = jax.lax.axis_index(axis_name) * losses.size
+        ranks = jax.lax.dynamic_slice_in_dim(ranks, first, losses.size)
+    kept = (ranks >= discarded) & ~jnp.any(jnp.isnan(everything))
     return jnp.where(kept, size / (size - discarded), 0).astype(losses.dtype)
 
 
@@ -91,30 +94,4 @@ def discard_random_losses(
 def _check(losses: jax.Array, fraction: jax.typing.ArrayLike) -> None:
     if losses.ndim != 1:
         raise ValueError(f"losses have the shape {losses.shape}; pass one loss per example, a vector (B,).")
-    if isinstance(fraction, float | int) and not 0 <= fraction < 1:
-        raise ValueError(f"fraction={fraction} of the losses cannot be discarded; pass a number in [0, 1).")
-
-
-def _not_negative(losses: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Losses that order as these do, but have no sign: order statistics are those of magnitudes.
-
-    Subtracting a negative minimum rounds, which can make ties of neighbours but cannot change their order.
-    """
-    least = jnp.min(losses, initial=0)
-    least = least if axis_name is None else jax.lax.pmin(least, axis_name)
-    return losses - least
-
-
-def _total(flags: jax.Array, axis_name: AxisName) -> jax.Array:
-    count = jnp.sum(flags, dtype=jnp.int32)
-    return count if axis_name is None else jax.lax.psum(count, axis_name)
-
-
-def _rank_among(flags: jax.Array, axis_name: AxisName) -> jax.Array:
-    """For each example, how many flags stand before it; examples count from the first device to the last."""
-    before = jnp.cumsum(flags, dtype=jnp.int32) - flags.astype(jnp.int32)
-    if axis_name is None:
-        return before
-    counts = jax.lax.all_gather(jnp.sum(flags, dtype=jnp.int32), axis_name)
-    is_earlier = jnp.arange(counts.size) < jax.lax.axis_index(axis_name)
-    return before + jnp.sum(jnp.where(is_earlier, counts, 0))
+    check_number("fraction", fraction, "[0, 1)")

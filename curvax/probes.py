@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from curvax import order_statistics
+from curvax.checks import check_number
 from curvax.layers import Layer, Layers, group
 from curvax.radii import AxisName
 from curvax.transforms import leaves_like, statistics_dtype
@@ -94,23 +95,26 @@ def with_probes(
     """
     inner = optax.with_extra_args_support(inner)
     for q in quantiles:
-        if not 0 <= q <= 1:
-            raise ValueError(f"quantile {q} does not exist; pass numbers in [0, 1].")
+        check_number("quantile", q, "[0, 1]")
 
     def init_fn(params):
         leaves = jax.tree_util.tree_leaves_with_path(params)
         groups = group(leaves, layers)
+        # `optax.tree.map_params` asks with a placeholder: what is measured of it is one leaf, which is no parameter.
+        placeholder = not leaves and not isinstance(params, dict | list | tuple | None)
 
         def zeros(shape):
+            if placeholder:
+                return jnp.zeros(shape)
             return {x.name: jnp.zeros(shape, _dtype([leaves[i][1] for i in x.scaled])) for x in groups}
 
         return ProbeState(zeros(()), zeros(()), zeros(()), zeros(len(quantiles)), inner.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
-        if params is None:
-            raise ValueError("the radius of a layer depends on its parameters; call update(updates, state, params).")
         gradients = jax.tree_util.tree_leaves_with_path(updates)
-        w = leaves_like("params", params, updates)
+        # An optimizer that needs no parameters goes without here, too: there are no radii then.
+        unknown = [jnp.full_like(g, jnp.nan) for _, g in gradients]
+        w = unknown if params is None else leaves_like("params", params, updates)
         stepped, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         u = leaves_like("the update", stepped, updates)
         values = {}
@@ -235,7 +239,9 @@ def noise_scale_over_devices(
 
 def _noise_scale(small, large, small_batch_size, large_batch_size) -> NoiseScale:
     sizes = (small_batch_size, large_batch_size)
-    if all(isinstance(size, int | float) for size in sizes) and small_batch_size == large_batch_size:
+    for name, size in zip(("small_batch_size", "large_batch_size"), sizes, strict=True):
+        check_number(name, size, "(0, inf)")
+    if not any(isinstance(size, jax.core.Tracer) for size in sizes) and small_batch_size == large_batch_size:
         raise ValueError(f"two batches of {small_batch_size} examples cannot tell noise from gradient; vary the size.")
     b, B = (jnp.asarray(size, small.dtype) for size in sizes)
     return NoiseScale((B * large - b * small) / (B - b), (small - large) / (1 / b - 1 / B))

@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from curvax import order_statistics
 
@@ -111,13 +112,14 @@ def lars(trust_coefficient: Scalar, eps: Scalar, axis_name: AxisName) -> Rule:
 def percent_delta(trust_coefficient: Scalar, axis_name: AxisName) -> Rule:
     """Eq. 24: `n / norm1(g / w)`, where entries with `w = 0` are neither counted nor summed."""
 
-    def slope(w, g):
-        return jnp.where(w == 0, 0, jnp.abs(g) / jnp.where(w == 0, 1, jnp.abs(w)))
-
     def radius(w: Arrays, g: Arrays):
-        total = _sum([jnp.sum(slope(x, y)) for x, y in zip(w, g, strict=True)], axis_name)
+        # Slopes are taken of w and g in units of their own, so that the largest is at most about 1.
+        inverse = [jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, jnp.abs(x))) for x in w]
+        finest, steepest = _scale(inverse, axis_name), _scale(g, axis_name)
+        slopes = [jnp.abs(y) / steepest * (x / finest) for x, y in zip(inverse, g, strict=True)]
+        total = _sum([jnp.sum(slope) for slope in slopes], axis_name)
         count = _sum([jnp.sum(x != 0).astype(total.dtype) for x in w], axis_name)
-        return _ratio(count, total, trust_coefficient)
+        return _ratio(count, total, trust_coefficient, unit=1 / finest / steepest)
 
     return _one_for_all(radius)
 
@@ -153,8 +155,21 @@ def _mean_curvature(leaves: Leaves, axis_name: AxisName) -> jax.Array:
 
 
 def norm(x: Arrays, axis_name: AxisName) -> jax.Array:
-    """The norm of several arrays taken together."""
-    return jnp.sqrt(_sum([jnp.sum(jnp.square(jnp.abs(leaf))) for leaf in x], axis_name))
+    """The norm of several arrays taken together, wherever that is a float: its squares need not be."""
+    scale = _scale(x, axis_name)
+    total = _sum([jnp.sum(jnp.square(jnp.abs(leaf) / scale)) for leaf in x], axis_name)
+    # The root of zero has no derivative.
+    return jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total))) * scale
+
+
+def _scale(x: Arrays, axis_name: AxisName) -> jax.Array:
+    """A power of two next to the largest magnitude, by which division rounds nothing."""
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf), initial=0) for leaf in x])
+    largest = jax.lax.stop_gradient(largest)
+    largest = largest if axis_name is None else jax.lax.pmax(largest, axis_name)
+    ordinary = (largest > 0) & (largest < jnp.inf)
+    _, exponent = jnp.frexp(jnp.where(ordinary, largest, 1))
+    return jnp.ldexp(jnp.ones_like(largest), exponent - 1)
 
 
 def _sum(parts: Sequence[jax.Array], axis_name: AxisName) -> jax.Array:
@@ -162,26 +177,36 @@ def _sum(parts: Sequence[jax.Array], axis_name: AxisName) -> jax.Array:
     return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 
-def _ratio(numerator: jax.Array, denominator: jax.Array, trust_coefficient: Scalar, eps: Scalar = 0.0) -> jax.Array:
-    radius = _like(trust_coefficient, numerator) * numerator / (denominator + _like(eps, denominator))
+def _ratio(
+    numerator: jax.Array, denominator: jax.Array, trust_coefficient: Scalar, eps: Scalar = 0.0, unit: Scalar = 1.0
+) -> jax.Array:
     # `eps` hides a vanishing denominator; the test for degenerate layers must see it, as that of optax.lars does.
-    return _or_one(jnp.where(denominator == 0, jnp.inf, radius), numerator, denominator)
-
-
-def _bounded(numerator: jax.Array, denominator: jax.Array, max_radius: Scalar | None) -> jax.Array:
-    radius = numerator / denominator
-    if max_radius is not None:
-        # 0/0 is as flat as the loss can be along a parameter: it gets the largest radius, like 1/0.
-        flat = (denominator == 0) & ~jnp.isnan(numerator)
-        radius = jnp.where(flat, jnp.inf, radius)
-        radius = jnp.minimum(radius, _like(max_radius, radius))
+    below = jnp.where(denominator == 0, 1, denominator + _like(eps, denominator))
+    radius = _like(trust_coefficient, numerator) * numerator / below * _like(unit, numerator)
     return _or_one(radius, numerator, denominator)
 
 
-def _or_one(radius: jax.Array, *evidence: jax.Array) -> jax.Array:
-    """The policy for degenerate layers: see the head of this file."""
-    passed_on = functools.reduce(jnp.logical_or, [jnp.isnan(x) for x in evidence])
-    informative = (radius > 0) & (radius < jnp.inf)
+def _bounded(numerator: jax.Array, denominator: jax.Array, max_radius: Scalar | None) -> jax.Array:
+    radius = numerator / jnp.where(denominator == 0, 1, denominator)
+    if max_radius is None:
+        return _or_one(radius, numerator, denominator)
+    # 0/0 is as flat as the loss can be along a parameter: it gets the largest radius, like 1/0.
+    flat = (denominator == 0) & ~jnp.isnan(numerator)
+    most = _like(max_radius, radius)
+    return _or_one(jnp.where(flat, most, jnp.minimum(radius, most)), numerator, jnp.where(flat, 1, denominator), flat)
+
+
+def _or_one(
+    radius: jax.Array, numerator: jax.Array, denominator: jax.Array, known: jax.Array | bool = False
+) -> jax.Array:
+    """The policy for degenerate layers: see the head of this file.
+
+    A radius of 0 or inf that comes of numbers which are neither has left the range of floats, and says nothing.
+    """
+    passed_on = jnp.isnan(numerator) | jnp.isnan(denominator)
+    ordinary = [(x > 0) & (x < jnp.inf) for x in (numerator, denominator)]
+    informative = (ordinary[0] & ordinary[1]) | known
+    radius = jnp.minimum(radius, np.asarray(jnp.finfo(radius.dtype).max, radius.dtype))
     return jnp.where(passed_on, jnp.nan, jnp.where(informative, radius, 1))
 
 

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from curvax.checks import check_number
+
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
@@ -41,9 +43,9 @@ class Phase:
     learning_rate: float
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name}={value} makes no phase; pass a number above 0.")
+        for name in ("epochs", "batch_size"):
+            check_number(name, getattr(self, name), "[1, inf)", whole=True)
+        check_number("learning_rate", self.learning_rate, "(0, inf)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +103,7 @@ class BatchSchedule:
             raise ValueError("a schedule without phases trains nothing; pass at least one Phase.")
         if self.decay not in ("constant", "cosine"):
             raise ValueError(f"decay={self.decay!r} is unknown; pass 'constant' or 'cosine'.")
-        if not 0 <= self.warmup_epochs < float("inf"):
-            raise ValueError(f"warmup_epochs={self.warmup_epochs} is no length; pass a number of at least 0.")
+        check_number("warmup_epochs", self.warmup_epochs, "[0, inf)")
 
     def epochs(self, num_examples: int) -> Iterator[Epoch]:
         """Lays the phases out over epochs and steps.

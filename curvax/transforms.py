@@ -19,6 +19,7 @@ import optax
 
 from curvax import order_statistics, radii
 from curvax.bounds import bounded
+from curvax.checks import check_number
 from curvax.layers import Layer, Layers, checked, group, path_name
 
 Mask = Any | Callable[[optax.Params], Any] | None
@@ -268,8 +269,7 @@ def discard_small_gradients(
       >>> tx.update(g, tx.init(g))[0].tolist()
       [0.0, -4.0, 0.0, -3.0]
     """
-    if isinstance(fraction, float | int) and not 0 <= fraction < 1:
-        raise ValueError(f"fraction={fraction} of the gradient cannot be discarded; pass a number in [0, 1).")
+    check_number("fraction", fraction, "[0, 1)")
 
     def kept(measured: radii.Leaves, scaled: radii.Leaves):
         population = measured.g or scaled.g

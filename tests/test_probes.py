@@ -188,8 +188,5 @@ def test_no_signal_has_an_infinite_critical_batch_size():
 def test_errors_say_what_to_pass():
     with pytest.raises(ValueError, match="vary the size"):
         curvax.noise_scale_from_batches(W, W, 8, 8)
-    with pytest.raises(ValueError, match="quantile 50 does not exist"):
+    with pytest.raises(ValueError, match="quantile=50 is out of range"):
         curvax.with_probes(optax.identity(), quantiles=(50,))
-    tx = curvax.with_probes(optax.identity())
-    with pytest.raises(ValueError, match="update\\(updates, state, params\\)"):
-        tx.update(G, tx.init(W))

@@ -64,13 +64,13 @@ def test_legw_keeps_the_steps_of_the_warmup_and_its_slope_by_the_root():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Phase(0, 1, 1.0), "epochs=0 makes no phase"),
-        (lambda: Phase(1, 1, float("nan")), "learning_rate=nan makes no phase"),
+        (lambda: Phase(0, 1, 1.0), "epochs=0 is out of range"),
+        (lambda: Phase(1, 1, float("nan")), "learning_rate=nan is out of range"),
         (lambda: BatchSchedule(()), "at least one Phase"),
         (lambda: BatchSchedule((Phase(1, 1, 1.0),), decay="linear"), "'constant' or 'cosine'"),
-        (lambda: BatchSchedule((Phase(1, 1, 1.0),), -1.0), "at least 0"),
+        (lambda: BatchSchedule((Phase(1, 1, 1.0),), -1.0), "warmup_epochs=.*out of range"),
         (lambda: list(BatchSchedule((Phase(1, 64, 1.0),)).epochs(63)), "a batch of 64 exceeds the 63 examples"),
-        (lambda: small_batch_start(1), "epochs=0 makes no phase"),
+        (lambda: small_batch_start(1), "epochs=0 is out of range"),
         (
             lambda: dataclasses.replace(
                 legw(1, 2, base_batch_size=1, base_learning_rate=1, base_warmup_epochs=0), phases=()
