@@ -237,29 +237,6 @@ def test_a_backward_rule_that_is_no_derivative_has_no_gauss_newton_matrix():
     assert "Hutchinson" in curvax.explain(objective, w, None).method
 
 
-@jax.custom_jvp
-def rounded(x):
-    return jnp.round(x)
-
-
-rounded.defjvps(lambda t, _, x: 3 * t)
-
-
-@jax.custom_jvp
-def alike(x):
-    return jnp.round(x)
-
-
-alike.defjvp(lambda primals, tangents: (rounded(primals[0]), tangents[0]))
-
-
-def test_functions_of_one_body_are_told_apart_by_their_rules():
-    objective = Objective(lambda w, d: alike(5 * d["x"] @ w), lambda z, d: z[:, 0] ** 2, batch())
-    w = jnp.ones((4, 1))
-    expected = jnp.diag(jax.hessian(objective)(w).reshape(4, 4))
-    np.testing.assert_allclose(hessian_diag(objective, w).ravel(), expected, rtol=1e-5)
-
-
 # Splitting a batch.
 
 

@@ -6,7 +6,7 @@ not linear, nor has any sum over columns or examples. Whether a rule is linear i
 to be so is taken for not linear.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,26 +55,25 @@ def _is_linear(eqn: JaxprEqn) -> bool:
 
 
 def _linear_in(jaxpr: Jaxpr, inputs: Sequence[Var]) -> bool:
-    varying = set(inputs)
+    varying, zeros = set(inputs), set()
+    is_zero = lambda atom: bool(np.all(atom.val == 0)) if isinstance(atom, Literal) else atom in zeros
     for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("broadcast_in_dim", "convert_element_type") and is_zero(eqn.invars[0]):
+            zeros.update(eqn.outvars)
         slots = [i for i, atom in enumerate(eqn.invars) if isinstance(atom, Var) and atom in varying]
         if not slots:
             continue
-        if not _linear(eqn, slots):
+        if not _linear(eqn, slots, is_zero):
             return False
         varying.update(eqn.outvars)
     return True
 
 
-def _linear(eqn: JaxprEqn, slots: Sequence[int]) -> bool:
+def _linear(eqn: JaxprEqn, slots: Sequence[int], is_zero: Callable[[Var | Literal], bool]) -> bool:
     name, others = eqn.primitive.name, [atom for i, atom in enumerate(eqn.invars) if i not in slots]
     if name in ("add", "sub", "concatenate", "pad", "select_n"):
         values = others[1:] if name == "select_n" else others
-        return 0 not in slots[: name == "select_n"] and all(map(_is_zero, values))
+        return 0 not in slots[: name == "select_n"] and all(map(is_zero, values))
     if name in BILINEAR:
         return len(slots) == 1
     return name in LINEAR or (name in LINEAR_IN_FIRST and list(slots) == [0])
-
-
-def _is_zero(atom: Var | Literal) -> bool:
-    return isinstance(atom, Literal) and bool(np.all(atom.val == 0))
