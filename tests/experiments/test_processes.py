@@ -43,6 +43,8 @@ def start(number, config, cache):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # What runs in the background ignores Ctrl-C, these tests may, and it would be inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         for i in range(number)
     ]

@@ -104,7 +104,7 @@ def curvatures(way, draws=16):
         arrays[".key"] = np.asarray(jax.random.key_data(jax.random.key(draw)))
         after, _ = judge.step(judge.place(arrays, state), order, epoch, 0)
         diag = optax.tree.get(after.opt_state, "hessian_diag")
-        rows.append([np.sum(leaf, dtype=np.float64) for leaf in jax.tree.leaves(diag)])
+        rows.append([np.asarray(leaf, np.float64).sum() for leaf in jax.tree.leaves(diag)])
     return np.array(rows)
 
 
