@@ -7,11 +7,10 @@ times what its kernel's parameters are large, in root mean square. LARS's radius
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 
-from curvax.order_statistics import population_size
-from curvax.radii import Arrays, AxisName, Leaves, Rule, Scalar, TreeRule, norm
+from curvax.radii import AxisName, Leaves, Rule, Scalar, TreeRule, root_mean_square
+from curvax.wide import Wide, cast, least, quotient, select, times, wide
 
 #: The longest step of an array, in multiples of its kernel's parameters, both in root mean square.
 LONGEST = 3.0
@@ -35,33 +34,31 @@ def bounded(rule: Rule, trust_coefficient: Scalar, follow_all: bool, axis_name: 
       A rule for all layers.
     """
 
-    def longest(of_layer: jax.Array, of_all: jax.Array):
-        size = jnp.where(of_layer > 0, of_layer, of_all.astype(of_layer.dtype))
-        return jnp.where(size > 0, jnp.asarray(LONGEST * trust_coefficient, size.dtype) * size, 1)
+    def longest(of_layer: Wide, of_all: Wide):
+        size = select(of_layer.value > 0, of_layer, cast(of_all, of_layer.value.dtype))
+        return select(size.value > 0, times(LONGEST, times(trust_coefficient, size)), wide(jnp.ones_like(size.value)))
 
     def radii(layers: Sequence[tuple[Leaves, Leaves]], kernels: Leaves):
-        of_all = _root_mean_square(kernels.w, axis_name)
+        of_all = _size(kernels, axis_name)
         found = []
         for measured, scaled in layers:
             followed = measured if measured.w or not follow_all else kernels
-            step = longest(_root_mean_square(measured.w, axis_name), of_all)
+            step = longest(_size(measured, axis_name), of_all)
             pairs = zip(rule(followed, scaled), scaled.g, strict=True)
-            found.append([_at_most(radius, step, _root_mean_square([g], axis_name)) for radius, g in pairs])
+            found.append([_at_most(radius, step, root_mean_square([g], axis_name)) for radius, g in pairs])
         return found
 
     return radii
 
 
-def _at_most(radius: jax.Array, step: jax.Array, gradient: jax.Array) -> jax.Array:
+def _at_most(radius: Wide, step: Wide, gradient: Wide) -> Wide:
     """The radius, or what takes a gradient of this size one step far, whichever is smaller."""
-    is_known = gradient > 0
-    bound = step.astype(gradient.dtype) / jnp.where(is_known, gradient, 1)
-    return jnp.where(is_known, jnp.minimum(radius.astype(gradient.dtype), bound), radius.astype(gradient.dtype))
+    radius, step = (cast(x, gradient.value.dtype) for x in (radius, step))
+    is_known = gradient.value > 0
+    bound = quotient(step, Wide(jnp.where(is_known, gradient.value, 1), gradient.exponent))
+    return select(is_known, least(radius, bound), radius)
 
 
-def _root_mean_square(x: Arrays, axis_name: AxisName) -> jax.Array:
-    if not x:
-        return jnp.zeros((), jnp.float32)
-    size = population_size(x, axis_name)
-    total = norm(x, axis_name)
-    return total / jnp.sqrt(jnp.asarray(max(size, 1), total.dtype))
+def _size(leaves: Leaves, axis_name: AxisName) -> Wide:
+    """The root mean square of the parameters; 0 without any."""
+    return root_mean_square(leaves.w, axis_name) if leaves.w else wide(jnp.zeros((), jnp.float32))

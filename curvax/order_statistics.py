@@ -13,7 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from curvax.magnitudes import AxisName, Population, is_local, magnitude, magnitude_dtype, population_size, real_rows
+from curvax.magnitudes import (
+    AxisName,
+    Population,
+    is_local,
+    magnitude,
+    magnitude_dtype,
+    patterns,
+    population_size,
+    real_rows,
+)
 from curvax.selection import SAMPLE, select
 
 
@@ -23,7 +32,7 @@ def median(x: Any, axis_name: AxisName = None, without: jax.Array | None = None)
 
     Formula:
         `median |x|`, the mean of the two middle magnitudes where their number is even; the statistic of Gao & Zhong,
-        eq. 20-22. Bit for bit `jnp.median(jnp.abs(x))`, overflow of the mean of two huge magnitudes included.
+        eq. 20-22. Bit for bit `jnp.median(jnp.abs(x))`, but that the mean of two huge magnitudes does not overflow.
 
     Args:
         x: an array, or a pytree of arrays taken together as one population. Integers are cast to the default float,
@@ -33,7 +42,8 @@ def median(x: Any, axis_name: AxisName = None, without: jax.Array | None = None)
         without: how many zeros to leave out of the population, an integer scalar; it has so many at least.
 
     Returns:
-        A scalar of the (promoted) dtype; NaN if any element is; 0 for an empty population. Its gradient is zero.
+        A scalar of the (promoted) dtype; NaN if any element is; 0 for an empty population. Its derivative is that
+        of the magnitudes at these ranks, the mean over those that tie.
 
     Raises:
         OverflowError: if there are 2**32 magnitudes or more, and 64-bit counts are disabled.
@@ -45,7 +55,11 @@ def median(x: Any, axis_name: AxisName = None, without: jax.Array | None = None)
         2.5
     """
     low, high = middles(x, axis_name, without)
-    return lax.mul(lax.add(low, high), lax.full_like(low, 0.5))
+    half = lax.full_like(low, 0.5)
+    mean = lax.mul(lax.add(low, high), half)
+    # The sum of two floats may overflow where their mean does not.
+    rise = jnp.where(low < high, lax.mul(lax.sub(high, low), half), lax.full_like(low, 0))
+    return jnp.where(mean < np.inf, mean, lax.add(low, rise))
 
 
 def middles(x: Any, axis_name: AxisName = None, without: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -101,7 +115,8 @@ def quantile(x: Any, q: Any, axis_name: AxisName = None) -> jax.Array:
         axis_name: name or names of the axes that split every array of `x`, as in `median`.
 
     Returns:
-        A scalar of the (promoted) dtype; NaN if any element is; 0 for an empty population. Its gradient is zero.
+        A scalar of the (promoted) dtype; NaN if any element is; 0 for an empty population. Its derivative is that
+        of the magnitudes at these ranks, the mean over those that tie.
 
     Raises:
         OverflowError: if there are 2**32 magnitudes or more, and 64-bit counts are disabled.
@@ -149,11 +164,36 @@ def order_statistics(x: Any, rank: Any, axis_name: AxisName = None) -> tuple[jax
     leaves = [real_rows(leaf, dtype) for leaf in jax.tree.leaves(x) if np.size(leaf)]
     if not leaves:
         return jnp.zeros((), dtype), jnp.zeros((), dtype)
-    population = Population(leaves, size, axis_name)
     last = np.asarray(size - 1, _count_dtype(size))
-    found, above, largest = select(population, jnp.minimum(jnp.asarray(rank).astype(last.dtype), last))
+    return _ranked(leaves, jnp.minimum(jnp.asarray(rank).astype(last.dtype), last), axis_name)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _ranked(leaves: list[jax.Array], rank: jax.Array, axis_name: AxisName) -> tuple[jax.Array, jax.Array]:
+    """The magnitude of that rank in real arrays of one dtype, and the one after it."""
+    dtype = leaves[0].dtype
+    population = Population(leaves, population_size(leaves, axis_name), axis_name)
+    found, above, largest = select(population, rank)
     is_nan = largest > population.infinity
     return tuple(jnp.where(is_nan, np.asarray(np.nan, dtype), magnitude(p, dtype)) for p in (found, above))
+
+
+@_ranked.defjvp
+def _ranked_jvp(axis_name, primals, tangents):
+    """A magnitude changes as the entry does that has it, or as those do on average."""
+    leaves, slopes = primals[0], tangents[0]
+    values = _ranked(*primals, axis_name)
+
+    def slope(value):
+        parts = []
+        for x, t in zip(leaves, slopes, strict=True):
+            has_it = patterns(x) == patterns(value)
+            parts.append((jnp.sum(jnp.where(has_it, jnp.sign(x) * t, 0)), jnp.sum(has_it).astype(x.dtype)))
+        total, count = (functools.reduce(jnp.add, column) for column in zip(*parts, strict=True))
+        total, count = (total, count) if axis_name is None else lax.psum((total, count), axis_name)
+        return total / jnp.maximum(count, 1)
+
+    return values, tuple(map(slope, values))
 
 
 def count_of(fraction: Any, size: int) -> jax.Array:

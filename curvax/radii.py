@@ -12,10 +12,10 @@ near zero, but sound as an average over a layer. The layer rules differ in the a
     PercentDelta   n / norm1(g / w)               eq. 24: the harmonic mean of R_i
     MCLR           median|w| / median|g|          eq. 20-22
 
-Degenerate layers are dealt with here, once, in `_or_one`: a radius of 0, inf or 0/0 that comes of finite numbers
-carries no information, and becomes 1 (after the trust coefficient, as in `optax.lars`), so that a layer of zeros can
-leave zero. NaN is passed on: it is somebody's bug, and must be seen. An infinite gradient entry leaves an infinite or
-NaN update.
+Degenerate layers are dealt with here, once, in `_ratio`: a radius of 0, inf or 0/0 carries no information, and becomes
+1 (whatever the trust coefficient, as in `optax.lars`), so that a layer of zeros can leave zero. It is the arrays that
+have to be zero or infinite: radii, and all that leads to them, are wide numbers (see `wide`), and do not overflow. The
+derivative of this 1 is 0. NaN is passed on: it is somebody's bug, and must be seen.
 
 A rule is a function `(measured, scaled) -> radii`: from the leaves on which the layer is measured and those which it
 scales (see `layers`) to one radius for each scaled leaf, a scalar or an array. An entry whose gradient is exactly zero,
@@ -30,9 +30,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from curvax import order_statistics
+from curvax.sums import magnitudes, slopes, squares, totals
+from curvax.wide import Wide, cast, greatest, normal, plus, plus_float, quotient, root, select, times, to_float, wide
 
 Arrays = Sequence[jax.Array]
 Scalar = jax.typing.ArrayLike
@@ -53,9 +54,9 @@ class Leaves(NamedTuple):
     h: Arrays
 
 
-Rule = Callable[[Leaves, Leaves], list[jax.Array]]
+Rule = Callable[[Leaves, Leaves], list[Wide]]
 #: A rule for all layers of a tree at once, where they bear on each other: it is given all measured leaves, too.
-TreeRule = Callable[[Sequence[tuple[Leaves, Leaves]], Leaves], list[list[jax.Array]]]
+TreeRule = Callable[[Sequence[tuple[Leaves, Leaves]], Leaves], list[list[Wide]]]
 
 #: A layer with less than this share of the tree's mean curvature has no more of it than float32 has rounding noise.
 NOISE = 1e-4
@@ -72,22 +73,27 @@ def curvature(damping: Scalar, max_radius: Scalar | None, slope_term: bool, axis
     The mean is at least `NOISE` of that over all measured leaves, which is also that of a layer without any.
     """
 
-    def one_leaf(g, h, mean):
-        slope = 1 + jnp.square(jnp.abs(g)) if slope_term else jnp.ones_like(h)
-        arc = slope * jnp.sqrt(slope)
-        return _bounded(arc, jnp.abs(h) + _like(damping, h) * mean.astype(h.dtype), max_radius)
-
     def radii(layers: Sequence[tuple[Leaves, Leaves]], kernels: Leaves):
         # Without any measured leaf there is one layer.
         tree = _mean_curvature(kernels if kernels.h else layers[0][1], axis_name)
         own = [_mean_curvature(measured, axis_name) if measured.h else tree for measured, _ in layers]
-        means = [jnp.maximum(mean, NOISE * tree.astype(mean.dtype)) for mean in own]
+        one_leaf = functools.partial(_curvature, tree=tree, damping=damping, max_radius=max_radius)
         return [
-            [one_leaf(g, h, mean) for g, h in zip(scaled.g, scaled.h, strict=True)]
-            for (_, scaled), mean in zip(layers, means, strict=True)
+            [one_leaf(g if slope_term else None, h, mean) for g, h in zip(scaled.g, scaled.h, strict=True)]
+            for (_, scaled), mean in zip(layers, own, strict=True)
         ]
 
     return radii
+
+
+@jax.jit
+def _curvature(
+    g: jax.Array | None, h: jax.Array, mean: Wide, tree: Wide, damping: Scalar, max_radius: Scalar | None
+) -> Wide:
+    arc = wide(jnp.ones_like(h) if g is None else jnp.hypot(jnp.ones_like(h), g))
+    mean = greatest(cast(mean, h.dtype), times(NOISE, cast(tree, h.dtype)))
+    damped = plus(wide(jnp.abs(h)), normal(times(damping, mean)))
+    return _bounded(Wide(arc.value**3, 3 * arc.exponent), damped, max_radius)
 
 
 def approximate(max_radius: Scalar | None) -> Rule:
@@ -95,81 +101,97 @@ def approximate(max_radius: Scalar | None) -> Rule:
 
     def radii(measured: Leaves, scaled: Leaves):
         del measured
-        return [_bounded(jnp.abs(w), jnp.abs(g), max_radius) for w, g in zip(scaled.w, scaled.g, strict=True)]
+        return [_approximate(w, g, max_radius) for w, g in zip(scaled.w, scaled.g, strict=True)]
 
     return radii
+
+
+@jax.jit
+def _approximate(w: jax.Array, g: jax.Array, max_radius: Scalar | None) -> Wide:
+    return _bounded(wide(jnp.abs(w)), wide(jnp.abs(g)), max_radius)
 
 
 def lars(trust_coefficient: Scalar, eps: Scalar, axis_name: AxisName) -> Rule:
     """Eq. 23: `norm2(w) / (norm2(g) + eps)`."""
+    eps = None if isinstance(eps, float | int) and eps == 0 else eps
+    return _one_for_all(functools.partial(_lars, trust=trust_coefficient, eps=eps, axis_name=axis_name))
 
-    def radius(w: Arrays, g: Arrays):
-        return _ratio(norm(w, axis_name), norm(g, axis_name), trust_coefficient, eps)
 
-    return _one_for_all(radius)
+@functools.partial(jax.jit, static_argnames="axis_name")
+def _lars(w: Arrays, g: Arrays, trust: Scalar, eps: Scalar | None, axis_name: AxisName) -> Wide:
+    return _ratio(_of_norms, *totals(squares, list(zip(w, g, strict=True)), axis_name), trust, eps)
+
+
+def _of_norms(squared_w: Wide, squared_g: Wide, eps: Scalar | None) -> Wide:
+    norm_w, norm_g = root(squared_w), root(squared_g)
+    return quotient(norm_w, norm_g if eps is None else normal(plus_float(norm_g, eps)))
 
 
 def percent_delta(trust_coefficient: Scalar, axis_name: AxisName) -> Rule:
     """Eq. 24: `n / norm1(g / w)`, where entries with `w = 0` are neither counted nor summed."""
+    return _one_for_all(functools.partial(_percent_delta, trust=trust_coefficient, axis_name=axis_name))
 
-    def radius(w: Arrays, g: Arrays):
-        # Slopes are taken of w and g in units of their own, so that the largest is at most about 1.
-        inverse = [jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, jnp.abs(x))) for x in w]
-        finest, steepest = _scale(inverse, axis_name), _scale(g, axis_name)
-        slopes = [jnp.abs(y) / steepest * (x / finest) for x, y in zip(inverse, g, strict=True)]
-        total = _sum([jnp.sum(slope) for slope in slopes], axis_name)
-        count = _sum([jnp.sum(x != 0).astype(total.dtype) for x in w], axis_name)
-        return _ratio(count, total, trust_coefficient, unit=1 / finest / steepest)
 
-    return _one_for_all(radius)
+@functools.partial(jax.jit, static_argnames="axis_name")
+def _percent_delta(w: Arrays, g: Arrays, trust: Scalar, axis_name: AxisName) -> Wide:
+    (total,) = totals(slopes, list(zip(w, g, strict=True)), axis_name)
+    count = _sum([jnp.sum(x != 0) for x in w], axis_name).astype(total.value.dtype)
+    return _ratio(quotient, Wide(count, jnp.int32(0)), total, trust)
 
 
 def median(trust_coefficient: Scalar, of_ratios: bool, axis_name: AxisName) -> Rule:
     """Eq. 20-22: `median|w| / median|g|`, or the median of the ratios themselves."""
-
-    def radius(w: Arrays, g: Arrays):
-        unmeasured = order_statistics.zeros(g, axis_name)
-        if not of_ratios:
-            return _ratio(*order_statistics.medians(w, g, axis_name=axis_name, without=unmeasured), trust_coefficient)
-        ratios = [jnp.where(y == 0, 0, jnp.abs(x) / jnp.abs(y)) for x, y in zip(w, g, strict=True)]
-        middle = order_statistics.median(ratios, axis_name, unmeasured)
-        return _ratio(middle, jnp.ones((), ratios[0].dtype), trust_coefficient)
-
-    return _one_for_all(radius)
+    rule = _median_of_ratios if of_ratios else _ratio_of_medians
+    return _one_for_all(functools.partial(rule, trust=trust_coefficient, axis_name=axis_name))
 
 
-def _one_for_all(radius: Callable[[Arrays, Arrays], jax.Array]) -> Rule:
+@functools.partial(jax.jit, static_argnames="axis_name")
+def _ratio_of_medians(w: Arrays, g: Arrays, trust: Scalar, axis_name: AxisName) -> Wide:
+    unmeasured = order_statistics.zeros(g, axis_name)
+    middles = wide(jnp.stack(order_statistics.medians(w, g, axis_name=axis_name, without=unmeasured)))
+    return _ratio(quotient, *(Wide(middles.value[i], middles.exponent[i]) for i in range(2)), trust)
+
+
+@functools.partial(jax.jit, static_argnames="axis_name")
+def _median_of_ratios(w: Arrays, g: Arrays, trust: Scalar, axis_name: AxisName) -> Wide:
+    # The ratio of two floats may be none; that of their roots is one, and has the same order.
+    roots = [_root_of_ratio(jnp.abs(x), jnp.abs(y)) for x, y in zip(w, g, strict=True)]
+    middles = order_statistics.middles(roots, axis_name, order_statistics.zeros(g, axis_name))
+    low, high = (Wide(jnp.square(x.value), 2 * x.exponent) for x in map(wide, middles))
+    middle = times(0.5, plus(low, high))
+    return _ratio(quotient, middle, wide(jnp.ones_like(middle.value)), trust)
+
+
+def _root_of_ratio(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`sqrt(x / y)`, and 0 where `y = 0`, which is not measured."""
+    is_zero = (x == 0) | (y == 0)
+    # NaN is not zero, and passed on.
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)) / jnp.sqrt(jnp.where(is_zero, 1, y)))
+
+
+def _one_for_all(radius: Callable[[Arrays, Arrays], Wide]) -> Rule:
     """A rule that gives all scaled leaves the radius of the measured ones, and 1 where nothing is measured."""
 
     def radii(measured: Leaves, scaled: Leaves):
-        value = radius(measured.w, measured.g) if measured.w else jnp.ones((), jnp.finfo(scaled.w[0].dtype).dtype)
-        return [value] * len(scaled.w)
+        one = jnp.ones((), jnp.finfo(scaled.w[0].dtype).dtype)
+        return [radius(measured.w, measured.g) if measured.w else wide(one)] * len(scaled.w)
 
     return radii
 
 
-def _mean_curvature(leaves: Leaves, axis_name: AxisName) -> jax.Array:
-    total = _sum([jnp.sum(jnp.abs(h)) for h in leaves.h], axis_name)
-    count = _sum([jnp.sum(g != 0).astype(total.dtype) for g in leaves.g], axis_name)
-    return total / jnp.maximum(count, 1)
+@functools.partial(jax.jit, static_argnames="axis_name")
+def _mean_curvature(leaves: Leaves, axis_name: AxisName) -> Wide:
+    (total,) = totals(magnitudes, [(h,) for h in leaves.h], axis_name)
+    count = _sum([jnp.sum(g != 0) for g in leaves.g], axis_name).astype(total.value.dtype)
+    return Wide(total.value / jnp.maximum(count, 1), total.exponent)
 
 
-def norm(x: Arrays, axis_name: AxisName) -> jax.Array:
-    """The norm of several arrays taken together, wherever that is a float: its squares need not be."""
-    scale = _scale(x, axis_name)
-    total = _sum([jnp.sum(jnp.square(jnp.abs(leaf) / scale)) for leaf in x], axis_name)
-    # The root of zero has no derivative.
-    return jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total))) * scale
-
-
-def _scale(x: Arrays, axis_name: AxisName) -> jax.Array:
-    """A power of two next to the largest magnitude, by which division rounds nothing."""
-    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf), initial=0) for leaf in x])
-    largest = jax.lax.stop_gradient(largest)
-    largest = largest if axis_name is None else jax.lax.pmax(largest, axis_name)
-    ordinary = (largest > 0) & (largest < jnp.inf)
-    _, exponent = jnp.frexp(jnp.where(ordinary, largest, 1))
-    return jnp.ldexp(jnp.ones_like(largest), exponent - 1)
+@functools.partial(jax.jit, static_argnames="axis_name")
+def root_mean_square(x: Arrays, axis_name: AxisName) -> Wide:
+    """The root of the mean square of several arrays taken together."""
+    (total,) = totals(squares, [(leaf,) for leaf in x], axis_name)
+    size = max(order_statistics.population_size(x, axis_name), 1)
+    return root(Wide(total.value / size, total.exponent))
 
 
 def _sum(parts: Sequence[jax.Array], axis_name: AxisName) -> jax.Array:
@@ -177,37 +199,43 @@ def _sum(parts: Sequence[jax.Array], axis_name: AxisName) -> jax.Array:
     return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 
-def _ratio(
-    numerator: jax.Array, denominator: jax.Array, trust_coefficient: Scalar, eps: Scalar = 0.0, unit: Scalar = 1.0
-) -> jax.Array:
-    # `eps` hides a vanishing denominator; the test for degenerate layers must see it, as that of optax.lars does.
-    below = jnp.where(denominator == 0, 1, denominator + _like(eps, denominator))
-    radius = _like(trust_coefficient, numerator) * numerator / below * _like(unit, numerator)
-    return _or_one(radius, numerator, denominator)
-
-
-def _bounded(numerator: jax.Array, denominator: jax.Array, max_radius: Scalar | None) -> jax.Array:
-    radius = numerator / jnp.where(denominator == 0, 1, denominator)
+def _bounded(numerator: Wide, denominator: Wide, max_radius: Scalar | None) -> Wide:
+    """The quotient, at most the largest radius."""
+    radius = _ratio(quotient, numerator, denominator)
     if max_radius is None:
-        return _or_one(radius, numerator, denominator)
+        return radius
+    largest = _like(max_radius, radius.value)
     # 0/0 is as flat as the loss can be along a parameter: it gets the largest radius, like 1/0.
-    flat = (denominator == 0) & ~jnp.isnan(numerator)
-    most = _like(max_radius, radius)
-    return _or_one(jnp.where(flat, most, jnp.minimum(radius, most)), numerator, jnp.where(flat, 1, denominator), flat)
+    flat = ((denominator.value == 0) | (numerator.value == jnp.inf)) & ~jnp.isnan(radius.value)
+    above = flat | (to_float(radius) > largest)
+    return select(above, Wide(largest, jnp.int32(0)), radius)
 
 
-def _or_one(
-    radius: jax.Array, numerator: jax.Array, denominator: jax.Array, known: jax.Array | bool = False
-) -> jax.Array:
-    """The policy for degenerate layers: see the head of this file.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _ratio(
+    radius: Callable[..., Wide], numerator: Wide, denominator: Wide, trust: Scalar = 1.0, *others: Scalar | None
+) -> Wide:
+    """`trust * radius(numerator, denominator)`, with the policy for degenerate layers: see the head of this file."""
+    found = radius(numerator, denominator, *others)
+    informs = (found.value > 0) & (found.value < jnp.inf)
+    evidence = numerator.value + denominator.value
+    otherwise = jnp.where(jnp.isnan(evidence), evidence, 1)
+    value = jnp.where(informs, times(trust, found).value, otherwise)
+    return Wide(value, jnp.where(informs, found.exponent, 0))
 
-    A radius of 0 or inf that comes of numbers which are neither has left the range of floats, and says nothing.
-    """
-    passed_on = jnp.isnan(numerator) | jnp.isnan(denominator)
-    ordinary = [(x > 0) & (x < jnp.inf) for x in (numerator, denominator)]
-    informative = (ordinary[0] & ordinary[1]) | known
-    radius = jnp.minimum(radius, np.asarray(jnp.finfo(radius.dtype).max, radius.dtype))
-    return jnp.where(passed_on, jnp.nan, jnp.where(informative, radius, 1))
+
+@_ratio.defjvp
+def _ratio_jvp(radius, primals, tangents):
+    """Derivatives go through what is not selected, too: there it has to be harmless."""
+    a, b = (x.value for x in primals[:2])
+    informs = (jnp.minimum(a, b) > 0) & (jnp.maximum(a, b) < jnp.inf)
+
+    def safe(numerator, denominator, trust, *others):
+        parts = (Wide(jnp.where(informs, x.value, 1), x.exponent) for x in (numerator, denominator))
+        found = radius(*parts, *others)
+        return Wide(jnp.where(informs, times(trust, found).value, 0), found.exponent)
+
+    return _ratio(radius, *primals), jax.jvp(safe, primals, tangents)[1]
 
 
 def _like(value: Scalar, x: jax.Array) -> jax.Array:

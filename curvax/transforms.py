@@ -21,6 +21,7 @@ from curvax import order_statistics, radii
 from curvax.bounds import bounded
 from curvax.checks import check_number
 from curvax.layers import Layer, Layers, checked, group, path_name
+from curvax.wide import product, wide
 
 Mask = Any | Callable[[optax.Params], Any] | None
 
@@ -276,7 +277,7 @@ def discard_small_gradients(
         rank = order_statistics.count_of(fraction, order_statistics.population_size(population, axis_name))
         threshold, _ = order_statistics.order_statistics(population, rank, axis_name)
         # Below is discarded, rather than above kept: NaN compares false, and has to be seen.
-        return [jnp.where(jnp.abs(g) < threshold, 0, 1).astype(threshold.dtype) for g in scaled.g]
+        return [wide(jnp.where(jnp.abs(g) < threshold, 0, 1).astype(threshold.dtype)) for g in scaled.g]
 
     return _scale_by_radius(radii.each(kept), layers, needs_params=False)
 
@@ -373,7 +374,7 @@ def _scaled(
     found = rule(arrays, measurable(kernels, jnp.finfo(_dtype_of(kernels, leaves)).dtype)) if layers else []
     for (_, indices), (_, scaled), of_layer in zip(layers, arrays, found, strict=True):
         for index, g, radius in zip(indices, scaled.g, of_layer, strict=True):
-            updates[index] = (radius.astype(g.dtype) * g).astype(leaves.g[index].dtype)
+            updates[index] = product(radius, g).astype(leaves.g[index].dtype)
     return updates
 
 
