@@ -44,7 +44,10 @@ def discard_small_losses(losses: jax.Array, fraction: jax.typing.ArrayLike, *, a
     """
     _check(losses, fraction)
     losses = jax.lax.stop_gradient(losses)
-    everything = losses if axis_name is None else jax.lax.all_gather(losses, axis_name, tiled=True)
+    own = jax.typeof(losses).sharding
+    # Explicit axes want to be asked before a sort along them.
+    everything = jax.sharding.reshard(losses, jax.sharding.PartitionSpec()) if own.mesh.explicit_axes else losses
+    everything = everything if axis_name is None else jax.lax.all_gather(losses, axis_name, tiled=True)
     size = everything.size
     discarded = order_statistics.count_of(fraction, size)
     # Losses may be negative, which the order statistics of magnitudes are not for. A batch is quickly sorted.
@@ -52,6 +55,7 @@ def discard_small_losses(losses: jax.Array, fraction: jax.typing.ArrayLike, *, a
     if axis_name is not None:
         first = jax.lax.axis_index(axis_name) * losses.size
         ranks = jax.lax.dynamic_slice_in_dim(ranks, first, losses.size)
+    ranks = jax.sharding.reshard(ranks, own) if own.mesh.explicit_axes else ranks
     kept = (ranks >= discarded) & ~jnp.any(jnp.isnan(everything))
     return jnp.where(kept, size / (size - discarded), 0).astype(losses.dtype)
 

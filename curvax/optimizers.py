@@ -15,6 +15,7 @@ import operator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from curvax import radii
@@ -27,6 +28,7 @@ from curvax.transforms import (
     scale_by_lars,
     scale_by_median_curvature,
     scale_by_percent_delta,
+    statistics_dtype,
 )
 
 
@@ -332,11 +334,32 @@ def lamb(
       >>> print(tx.update(g, tx.init(w), w)[0].round(4))
       [-0.3536  0.3536]
     """
-    return optax.chain(
-        optax.scale_by_adam(b1, b2, eps, eps_root),
-        scale_by_lars(weight_decay, mask, layers=layers, axis_name=axis_name),
-        optax.scale_by_learning_rate(learning_rate),
+    return _in_float32(
+        optax.chain(
+            optax.scale_by_adam(b1, b2, eps, eps_root),
+            scale_by_lars(weight_decay, mask, layers=layers, axis_name=axis_name),
+            optax.scale_by_learning_rate(learning_rate),
+        )
     )
+
+
+def _in_float32(inner):
+    """The same on parameters and gradients of at least float32: a state has their types, and halves lose averages."""
+
+    def init_fn(params):
+        # Of the parameters, which may be shapes alone, a state takes no more than the place.
+        return inner.init(jax.tree.map(lambda x: jnp.zeros_like(x, statistics_dtype([x.dtype])), params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        params = None if params is None else _widened(params)
+        found, state = inner.update(_widened(updates), state, params, **extra_args)
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), found, updates), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _widened(tree):
+    return jax.tree.map(lambda x: x.astype(statistics_dtype([x.dtype])), tree)
 
 
 def _rate_and_trace(learning_rate, momentum, nesterov):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from curvax.checks import check_number
 from curvax.magnitudes import (
     AxisName,
     Population,
@@ -100,7 +101,6 @@ def medians(*populations: Any, axis_name: AxisName = None, without: jax.Array | 
     return tuple(jax.vmap(middle)(jax.tree.map(lambda *x: jnp.stack(x), *populations)))
 
 
-@functools.partial(jax.jit, static_argnames="axis_name")
 def quantile(x: Any, q: Any, axis_name: AxisName = None) -> jax.Array:
     """The quantile of magnitudes with linear interpolation, exact.
 
@@ -119,6 +119,7 @@ def quantile(x: Any, q: Any, axis_name: AxisName = None) -> jax.Array:
         of the magnitudes at these ranks, the mean over those that tie.
 
     Raises:
+        ValueError: if `q` is no number in [0, 1].
         OverflowError: if there are 2**32 magnitudes or more, and 64-bit counts are disabled.
 
     Example:
@@ -127,6 +128,12 @@ def quantile(x: Any, q: Any, axis_name: AxisName = None) -> jax.Array:
         >>> float(quantile(jnp.array([0., -1., 2., -3., 4.]), 0.375))
         1.5
     """
+    check_number("q", q, "[0, 1]")
+    return _quantile(x, q, axis_name)
+
+
+@functools.partial(jax.jit, static_argnames="axis_name")
+def _quantile(x: Any, q: Any, axis_name: AxisName) -> jax.Array:
     size = population_size(x, axis_name)
     dtype = magnitude_dtype(x)
     q = _widened(q, dtype)

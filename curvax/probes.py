@@ -10,7 +10,6 @@ Under `jit` on a mesh nothing needs a name. Under `shard_map` or `pmap` give the
 means over the batch, as any optimizer wants them, and name the axes that split *parameters*, if any do.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +21,9 @@ from curvax import order_statistics
 from curvax.checks import check_number
 from curvax.layers import Layer, Layers, group
 from curvax.radii import AxisName
+from curvax.sums import falls_and_rises, magnitudes, squares, totals
 from curvax.transforms import leaves_like, statistics_dtype
+from curvax.wide import Wide, cast, normal, plus, times, to_float, wide
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 PerLayer = dict[str, jax.Array]
@@ -79,10 +80,11 @@ def with_probes(
 
     Returns:
       A transformation whose updates are those of `inner`, bit for bit. Its measurements, float32 at least, are read by
-      `optax.tree.get(state, "loss_stride")` and so on; before the first step they are 0. NaN is passed on.
+      `optax.tree.get(state, "loss_stride")` and so on; before the first step they are 0. NaN is passed on. An `inner`
+      that needs no `params` does without them here too, and the quantiles of the radius are NaN then.
 
     Raises:
-      ValueError: if a quantile is outside [0, 1]; from `update`, without `params`.
+      ValueError: if a quantile is no number in [0, 1].
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -94,17 +96,17 @@ def with_probes(
       {'mean_abs_gradient': 1.5, 'loss_stride': 1.25}
     """
     inner = optax.with_extra_args_support(inner)
+    quantiles = tuple(quantiles)
     for q in quantiles:
-        check_number("quantile", q, "[0, 1]")
+        check_number("quantiles", q, "[0, 1]")
 
     def init_fn(params):
         leaves = jax.tree_util.tree_leaves_with_path(params)
         groups = group(leaves, layers)
-        # `optax.tree.map_params` asks with a placeholder: what is measured of it is one leaf, which is no parameter.
-        placeholder = not leaves and not isinstance(params, dict | list | tuple | None)
 
         def zeros(shape):
-            if placeholder:
+            # Layers of a placeholder have no names: one leaf, which is no parameter, stands for all.
+            if isinstance(params, _Placeholder):
                 return jnp.zeros(shape)
             return {x.name: jnp.zeros(shape, _dtype([leaves[i][1] for i in x.scaled])) for x in groups}
 
@@ -112,15 +114,16 @@ def with_probes(
 
     def update_fn(updates, state, params=None, **extra_args):
         gradients = jax.tree_util.tree_leaves_with_path(updates)
-        # An optimizer that needs no parameters goes without here, too: there are no radii then.
-        unknown = [jnp.full_like(g, jnp.nan) for _, g in gradients]
-        w = unknown if params is None else leaves_like("params", params, updates)
+        g = [x for _, x in gradients]
+        w = [jnp.full_like(x, jnp.nan) for x in g] if params is None else leaves_like("params", params, updates)
         stepped, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         u = leaves_like("the update", stepped, updates)
         values = {}
         for layer in group(gradients, layers):
-            arrays = _arrays(layer, [g for _, g in gradients], u, w)
-            values[layer.name] = _measure(*arrays, quantiles, axis_name)
+            # A state keeps its types, whatever those of the gradients are.
+            measured = _measure(*_arrays(layer, g, u, w), quantiles, axis_name)
+            before = state.loss_stride.get(layer.name, measured[0])
+            values[layer.name] = [x.astype(before.dtype) for x in measured]
         columns = ({name: row[i] for name, row in values.items()} for i in range(4))
         return stepped, ProbeState(*columns, inner_state)
 
@@ -198,8 +201,8 @@ def noise_scale_from_batches(
     Example:
       >>> import jax.numpy as jnp
       >>> from curvax import noise_scale_from_batches
-      >>> float(noise_scale_from_batches(jnp.array([3.0]), jnp.array([2.0]), 1, 4).critical_batch_size)
-      2.857142925262451
+      >>> print(noise_scale_from_batches(jnp.array([3.0]), jnp.array([2.0]), 1, 4).critical_batch_size.round(4))
+      2.8571
     """
     return _noise_scale(_squared_norm(small), _squared_norm(large), small_batch_size, large_batch_size)
 
@@ -232,25 +235,35 @@ def noise_scale_over_devices(
       >>> float(scale.squared_gradient[0]), float(scale.noise[0])
       (3.0, 2.0)
     """
-    small = jax.lax.pmean(_squared_norm(grads), axis_name)
-    large = _squared_norm(jax.lax.pmean(grads, axis_name))
-    return _noise_scale(small, large, batch_size, batch_size * jax.lax.axis_size(axis_name))
+    check_number("batch_size", batch_size, "[1, inf)", whole=True)
+    devices = jax.lax.axis_size(axis_name)
+    small = _squared_norm(grads, axis_name)
+    # In halves the sum over devices would overflow first.
+    wide_grads = jax.tree.map(lambda x: x.astype(statistics_dtype([x.dtype])), grads)
+    large = _squared_norm(jax.lax.pmean(wide_grads, axis_name))
+    batch_size = batch_size if isinstance(batch_size, jax.core.Tracer) else int(batch_size)
+    return _noise_scale(times(1 / devices, small), large, batch_size, batch_size * devices)
 
 
-def _noise_scale(small, large, small_batch_size, large_batch_size) -> NoiseScale:
-    sizes = (small_batch_size, large_batch_size)
-    for name, size in zip(("small_batch_size", "large_batch_size"), sizes, strict=True):
-        check_number(name, size, "(0, inf)")
-    if not any(isinstance(size, jax.core.Tracer) for size in sizes) and small_batch_size == large_batch_size:
+def _noise_scale(small: Wide, large: Wide, small_batch_size, large_batch_size) -> NoiseScale:
+    sizes = {"small_batch_size": small_batch_size, "large_batch_size": large_batch_size}
+    for name, size in sizes.items():
+        check_number(name, size, "[1, inf)", whole=True)
+    if not any(isinstance(size, jax.core.Tracer) for size in sizes.values()) and small_batch_size == large_batch_size:
         raise ValueError(f"two batches of {small_batch_size} examples cannot tell noise from gradient; vary the size.")
-    b, B = (jnp.asarray(size, small.dtype) for size in sizes)
-    return NoiseScale((B * large - b * small) / (B - b), (small - large) / (1 / b - 1 / B))
+    b, B = (jnp.asarray(size, small.value.dtype) for size in sizes.values())
+    large = cast(large, small.value.dtype)
+    difference = plus(normal(small), normal(times(-1, large)))
+    squared_gradient = plus(normal(times(B / (B - b), large)), normal(times(-b / (B - b), small)))
+    return NoiseScale(to_float(squared_gradient), to_float(times(b * (B / (B - b)), difference)))
 
 
-def _squared_norm(grads: Any) -> jax.Array:
+def _squared_norm(grads: Any, axis_name: AxisName = None) -> Wide:
+    """The squared norm, or the sum of those of all devices."""
     leaves = jax.tree.leaves(grads)
     dtype = _dtype(leaves)
-    return sum((jnp.sum(jnp.square(jnp.abs(x).astype(dtype))) for x in leaves), jnp.zeros((), dtype))
+    columns = [(jnp.abs(x).astype(dtype),) for x in leaves]
+    return totals(squares, columns, axis_name)[0] if columns else wide(jnp.zeros((), dtype))
 
 
 def _arrays(layer: Layer, *columns: Sequence[jax.Array]) -> list[list[jax.Array]]:
@@ -261,11 +274,10 @@ def _arrays(layer: Layer, *columns: Sequence[jax.Array]) -> list[list[jax.Array]
 
 
 def _measure(g, u, w, quantiles: Sequence[float], axis_name: AxisName) -> tuple[jax.Array, ...]:
-    def mean(parts):
-        size = order_statistics.population_size(g, axis_name)
-        total = functools.reduce(jnp.add, [jnp.sum(part) for part in parts])
-        total = total if axis_name is None else jax.lax.psum(total, axis_name)
-        return total / jnp.asarray(max(size, 1), total.dtype)
+    def means(terms, *columns):
+        size = max(order_statistics.population_size(g, axis_name), 1)
+        sums = totals(terms, list(zip(*columns, strict=True)), axis_name)
+        return [to_float(Wide(total.value / size, total.exponent)) for total in sums]
 
     def radius(x, y):
         # A parameter at zero has a radius of 0 whatever its gradient, so 0/0 counts as 0 too.
@@ -276,13 +288,23 @@ def _measure(g, u, w, quantiles: Sequence[float], axis_name: AxisName) -> tuple[
     last = order_statistics.population_size(radii, axis_name) - 1
     ranks = [order_statistics.count_of(q, max(last, 0)) for q in quantiles]
     spread = [order_statistics.order_statistics(radii, rank, axis_name)[0] for rank in ranks]
+    fall, rise = means(falls_and_rises, u, g)
     return (
-        mean([jnp.abs(x) for x in g]),
-        mean([jnp.abs(x) for x in u]),
-        -mean([jnp.real(jnp.conj(x) * y) for x, y in zip(u, g, strict=True)]),
+        *means(magnitudes, g, u),
+        fall - rise,
         jnp.stack(spread) if spread else jnp.zeros(0, radii[0].dtype),
     )
 
 
 def _dtype(leaves: Sequence[jax.Array]) -> Any:
     return jnp.finfo(statistics_dtype([x.dtype for x in leaves])).dtype
+
+
+def _placeholder() -> type:
+    """The type of what `optax.tree.map_params` passes to `init` in place of parameters."""
+    seen = []
+    optax.tree.map_params(lambda params: seen.append(type(params)), lambda x: x, None)
+    return seen[0]
+
+
+_Placeholder = _placeholder()

@@ -154,12 +154,34 @@ def _ratio_of_medians(w: Arrays, g: Arrays, trust: Scalar, axis_name: AxisName) 
 
 @functools.partial(jax.jit, static_argnames="axis_name")
 def _median_of_ratios(w: Arrays, g: Arrays, trust: Scalar, axis_name: AxisName) -> Wide:
-    # The ratio of two floats may be none; that of their roots is one, and has the same order.
-    roots = [_root_of_ratio(jnp.abs(x), jnp.abs(y)) for x, y in zip(w, g, strict=True)]
+    middle = _middle_ratio(*([jnp.abs(x) for x in column] for column in (w, g)), axis_name)
+    return _ratio(quotient, middle, wide(jnp.ones_like(middle.value)), trust)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _middle_ratio(w: Arrays, g: Arrays, axis_name: AxisName) -> Wide:
+    """The median of the ratios of magnitudes, which need not be floats."""
+    ratios = [jnp.where(y == 0, 0, x / y) for x, y in zip(w, g, strict=True)]
+    low, high = order_statistics.middles(ratios, axis_name, order_statistics.zeros(g, axis_name))
+    are_floats = (low >= jnp.finfo(low.dtype).tiny) & (high < jnp.inf)
+    mean = times(0.5, plus(wide(low), wide(high)))
+    return jax.lax.cond(are_floats, lambda: mean, lambda: _from_roots(w, g, axis_name))
+
+
+@_middle_ratio.defjvp
+def _middle_ratio_jvp(axis_name, primals, tangents):
+    found = _middle_ratio(*primals, axis_name)
+    rounded, slope = jax.jvp(functools.partial(_from_roots, axis_name=axis_name), primals, tangents)
+    relative = slope.value / jnp.where(rounded.value == 0, 1, rounded.value)
+    return found, Wide(found.value * relative, slope.exponent)
+
+
+def _from_roots(w: Arrays, g: Arrays, axis_name: AxisName) -> Wide:
+    """The same, but for rounding: the roots of ratios are floats in any case, and have their order."""
+    roots = [_root_of_ratio(x, y) for x, y in zip(w, g, strict=True)]
     middles = order_statistics.middles(roots, axis_name, order_statistics.zeros(g, axis_name))
     low, high = (Wide(jnp.square(x.value), 2 * x.exponent) for x in map(wide, middles))
-    middle = times(0.5, plus(low, high))
-    return _ratio(quotient, middle, wide(jnp.ones_like(middle.value)), trust)
+    return times(0.5, plus(low, high))
 
 
 def _root_of_ratio(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ class Phase:
       learning_rate: peak, before warm-up and decay.
 
     Raises:
-      ValueError: if one of them is not above 0.
+      ValueError: if one of them is not above 0, or epochs or batch size are no whole number.
 
     Example:
       >>> from curvax import BatchSchedule, Phase
@@ -44,7 +44,8 @@ class Phase:
 
     def __post_init__(self):
         for name in ("epochs", "batch_size"):
-            check_number(name, getattr(self, name), "[1, inf)", whole=True)
+            # Small integers of NumPy overflow where they meet the number of examples.
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
         check_number("learning_rate", self.learning_rate, "(0, inf)")
 
 
@@ -81,11 +82,12 @@ class BatchSchedule:
 
     Attributes:
       phases: at least one.
-      warmup_epochs: of linear rise from 0 (Goyal et al. 2017), from the start of the first phase.
+      warmup_epochs: of linear rise from 0 (Goyal et al. 2017), from the start of the first phase. They may exceed all
+        phases, as in a run that is cut short: the peak is not reached then.
       decay: `"constant"` or `"cosine"`, which falls to 0 at the end of the last phase.
 
     Raises:
-      ValueError: if there is no phase, or `decay` is neither.
+      ValueError: if `phases` are not phases, `warmup_epochs` is no number of at least 0, or `decay` is neither.
 
     Example:
       >>> from curvax.schedules import BatchSchedule, Phase
@@ -99,8 +101,8 @@ class BatchSchedule:
     decay: Literal["constant", "cosine"] = "constant"
 
     def __post_init__(self):
-        if not self.phases:
-            raise ValueError("a schedule without phases trains nothing; pass at least one Phase.")
+        if not self.phases or not all(isinstance(phase, Phase) for phase in self.phases):
+            raise ValueError(f"phases={self.phases!r} is no schedule; pass a tuple of at least one Phase.")
         if self.decay not in ("constant", "cosine"):
             raise ValueError(f"decay={self.decay!r} is unknown; pass 'constant' or 'cosine'.")
         check_number("warmup_epochs", self.warmup_epochs, "[0, inf)")
@@ -118,6 +120,7 @@ class BatchSchedule:
         Raises:
           ValueError: if a batch is larger than all examples together.
         """
+        num_examples = _whole("num_examples", num_examples)
         total = sum(phase.epochs for phase in self.phases)
         number = first_step = 0
         for phase in self.phases:
@@ -180,12 +183,16 @@ def small_batch_start(
     Returns:
       A schedule of two phases.
 
+    Raises:
+      ValueError: if a number is not above 0, or no epoch is left after the first ones.
+
     Example:
       >>> from curvax.schedules import small_batch_start
       >>> [epoch.steps for epoch in small_batch_start(3).epochs(50_000)]
       [97, 6, 6]
     """
     first = Phase(first_epochs, first_batch_size, first_learning_rate)
+    check_number("epochs", epochs, f"[{first.epochs + 1}, inf)", whole=True)
     return BatchSchedule((first, Phase(epochs - first_epochs, batch_size, learning_rate)))
 
 
@@ -220,12 +227,22 @@ def growing_batches(
     Returns:
       A schedule of constant phases.
 
+    Raises:
+      ValueError: if a number is not above 0, or one that counts epochs or examples, or the factor of the batch, is no
+        whole number; or if `max_batch_size` is below the first batch.
+
     Example:
       >>> from curvax.schedules import growing_batches
       >>> schedule = growing_batches(6, 128, 0.1, every=2, batch_factor=5, max_batch_size=1000)
       >>> [(phase.epochs, phase.batch_size, round(phase.learning_rate, 6)) for phase in schedule.phases]
       [(2, 128, 0.1), (2, 640, 0.1), (2, 640, 0.02)]
     """
+    epochs, every, batch_size = _whole("epochs", epochs), _whole("every", every), _whole("batch_size", batch_size)
+    batch_factor = _whole("batch_factor", batch_factor)
+    check_number("learning_rate", learning_rate, "(0, inf)")
+    check_number("rate_factor", rate_factor, "(0, inf)")
+    if max_batch_size is not None:
+        check_number("max_batch_size", max_batch_size, f"[{batch_size}, inf)", whole=True)
     phases = []
     for start in range(0, epochs, every):
         phases.append(Phase(min(every, epochs - start), batch_size, learning_rate))
@@ -262,11 +279,21 @@ def legw(
     Returns:
       A schedule of one phase with a warm-up.
 
+    Raises:
+      ValueError: if a size or a rate is not above 0, or the warm-up is below 0.
+
     Example:
       >>> from curvax.schedules import legw
       >>> legw(10, 1024, base_batch_size=256, base_learning_rate=0.1, base_warmup_epochs=0.5)
       BatchSchedule(phases=(Phase(epochs=10, batch_size=1024, learning_rate=0.2),), warmup_epochs=2.0, decay='constant')
     """
-    times = batch_size / base_batch_size
+    times = _whole("batch_size", batch_size) / _whole("base_batch_size", base_batch_size)
+    check_number("base_learning_rate", base_learning_rate, "(0, inf)")
+    check_number("base_warmup_epochs", base_warmup_epochs, "[0, inf)")
     peak = Phase(epochs, batch_size, base_learning_rate * float(np.sqrt(times)))
     return BatchSchedule((peak,), base_warmup_epochs * times, decay)
+
+
+def _whole(name: str, value: int) -> int:
+    check_number(name, value, "[1, inf)", whole=True)
+    return int(value)

@@ -39,6 +39,14 @@ def slopes(half: jax.Array, w: jax.Array, g: jax.Array) -> list[jax.Array]:
     return [jnp.where(is_zero, 0, _slope(jnp.abs(g), jnp.where(is_zero, 1, jnp.abs(w)), half))]
 
 
+def falls_and_rises(half: jax.Array, u: jax.Array, g: jax.Array) -> list[jax.Array]:
+    """Terms of the sum of `-u g` where it is positive, and of that of `u g` where it is."""
+    pairs = [(u, g)] if not jnp.iscomplexobj(g) else [(jnp.real(u), jnp.real(g)), (jnp.imag(u), jnp.imag(g))]
+    sizes = [jnp.sign(x) * jnp.sign(y) * (_scaled(x, half) * _scaled(y, half)) for x, y in pairs]
+    rise = functools.reduce(jnp.add, sizes)
+    return [jnp.maximum(-rise, 0), jnp.maximum(rise, 0)]
+
+
 @jax.custom_jvp
 def _slope(g: jax.Array, w: jax.Array, half: jax.Array) -> jax.Array:
     # Where w vanishes at the scale for small terms, g is 0.

@@ -87,3 +87,30 @@ def test_errors_say_what_to_pass():
         discard_small_losses(jnp.ones((2, 3)), 0.1)
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
         discard_small_losses(jnp.ones(3), 1.0)
+
+
+ENDS = [-np.inf, -3e38, -1e8, -1.0, -1e-30, -0.0, 0.0, 1e-30, 0.1, 0.5, 1.0, 1e8, 3e38, np.inf]
+
+
+@settings(max_examples=30, deadline=None)
+@given(losses=st.lists(st.sampled_from(ENDS), min_size=40, max_size=40), fraction=FRACTIONS)
+def test_losses_are_ranked_as_they_are_given(losses, fraction):
+    """However far apart, of either sign and infinite: nothing rounds, and 0 ties with -0."""
+    losses = np.array(losses, np.float32)
+    np.testing.assert_allclose(DISCARD(losses, fraction), reference(losses, fraction), rtol=1e-6)
+    np.testing.assert_allclose(BY_NAME(losses, jnp.float32(fraction)), reference(losses, fraction), rtol=1e-6)
+
+
+def test_losses_on_an_explicit_mesh():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    losses = np.random.default_rng(0).normal(size=40).astype(np.float32)
+    with jax.set_mesh(mesh):
+        weights = jax.jit(lambda x: discard_small_losses(x, 0.3))(jax.device_put(losses, NamedSharding(mesh, P("x"))))
+    np.testing.assert_allclose(weights, reference(losses, 0.3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("fraction", [np.nan, -0.1, np.float32(1), jnp.array(1.5), np.inf, "0.5", True, None])
+def test_fractions_that_are_none_are_refused(fraction):
+    for discard in (discard_small_losses, functools.partial(discard_random_losses, jax.random.key(0))):
+        with pytest.raises(ValueError, match=r"fraction=.*\[0, 1\)"):
+            discard(jnp.ones(3), fraction)

@@ -169,3 +169,22 @@ def test_hyperparameters_can_be_injected_as_schedules():
     _, state = tx.update(g, state, w)
     updates, _ = tx.update(g, state, w)
     np.testing.assert_allclose(updates, -(0.9 * 0.1 + 0.05) * 2.0 * np.ones((2, 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_lamb_of_halves_keeps_its_averages_in_float32(dtype):
+    """They are those of float32 parameters with the same gradients; in bfloat16 the second moment would stand still."""
+    params, gradients = jax_tree(0), [jax_tree(i) for i in range(1, 60)]
+    halves = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
+    tx = curvax.lamb(0.01, b2=0.99)
+    update, narrow = jax.jit(tx.update), tx.init(halves(params))
+    wide = tx.init(params)
+    for g in gradients:
+        updates, narrow = update(halves(g), narrow, halves(params))
+        expected, wide = update(jax.tree.map(lambda x: x.astype(jnp.float32), halves(g)), wide, params)
+    chex.assert_trees_all_close(narrow[0], wide[0], rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, halves(params))
+    # The parameters are rounded, and the updates are.
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda x: x.astype(jnp.float32), updates), expected, rtol=4 * float(jnp.finfo(dtype).eps)
+    )

@@ -124,7 +124,7 @@ def test_interpolation_is_rounded_as_in_jax_numpy(dtype):
 def test_one_nan_or_many_give_nan(size, share):
     x = np.asarray(population("normal", size)).copy()
     x[: max(1, int(share * size))] = -np.nan
-    assert np.isnan(median(x)) and np.isnan(quantile(x, 0.0)) and np.isnan(quantile(jnp.ones(size), jnp.nan))
+    assert np.isnan(median(x)) and np.isnan(quantile(x, 0.0))
 
 
 @pytest.mark.parametrize("x", [[], (), None, jnp.zeros((0, 3)), [jnp.zeros(0), jnp.zeros((2, 0))]])

@@ -188,5 +188,121 @@ def test_no_signal_has_an_infinite_critical_batch_size():
 def test_errors_say_what_to_pass():
     with pytest.raises(ValueError, match="vary the size"):
         curvax.noise_scale_from_batches(W, W, 8, 8)
-    with pytest.raises(ValueError, match="quantile=50 is out of range"):
+    with pytest.raises(ValueError, match="quantiles=50 is out of range"):
         curvax.with_probes(optax.identity(), quantiles=(50,))
+
+
+def test_without_parameters_all_but_the_radius_is_measured():
+    """The inner transformation decides whether it needs them; its own error is what a user sees."""
+    tx = curvax.with_probes(optax.sgd(0.25))
+    updates, state = jax.jit(lambda g, s: tx.update(g, s))(G, tx.init(W))
+    chex.assert_trees_all_equal(updates, jax.tree.map(lambda x: np.float32(-0.25) * x, G))
+    for name in ("kernel", "bias"):
+        expected = reference(np.ones_like(W["dense"][name]), G["dense"][name], -0.25 * G["dense"][name])
+        found = {key: value[f"dense/{name}"] for key, value in measured(state).items()}
+        assert np.isnan(found.pop("radius_quantiles")).all()
+        expected.pop("radius_quantiles")
+        chex.assert_trees_all_close(found, expected, rtol=1e-5)
+    needs_params = curvax.with_probes(optax.add_decayed_weights(0.1))
+    with pytest.raises(ValueError, match="params"):
+        needs_params.update(G, needs_params.init(W))
+
+
+def test_extra_arguments_are_handed_on():
+    spy = optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(), lambda u, s, p=None, *, scale=1.0: (jax.tree.map(lambda x: scale * x, u), s)
+    )
+    tx = curvax.with_probes(spy)
+    chex.assert_trees_all_equal(tx.update(G, tx.init(W), W, scale=2.0)[0], jax.tree.map(lambda x: 2 * x, G))
+
+
+WRAPPED = {
+    "adam": curvax.with_probes(optax.adam(0.1)),
+    "chain": optax.chain(optax.scale_by_adam(), curvax.with_probes(optax.trace(0.9))),
+    "inject": optax.inject_hyperparams(lambda rate: curvax.with_probes(optax.sgd(rate, momentum=0.9)))(rate=0.1),
+    "masked": optax.masked(curvax.with_probes(optax.adam(0.1)), {"dense": {"kernel": True, "bias": False}}),
+    "multi_steps": optax.MultiSteps(curvax.with_probes(optax.adam(0.1)), 2),
+    "lamb": curvax.with_probes(curvax.lamb(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_trees_of_parameters_in_a_state_are_found_by_optax(name):
+    tx = WRAPPED[name]
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = tx.update(G, tx.init(W), W)
+    doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
+    chex.assert_trees_all_equal_structs(doubled, state)
+    for field in ("trace", "mu"):
+        for (_, new), (_, old) in zip(*(optax.tree.get_all_with_path(s, field) for s in (doubled, state)), strict=True):
+            chex.assert_trees_all_equal(new, jax.tree.map(lambda x: 2 * x, old))
+    for field in NAMES:
+        chex.assert_trees_all_equal(
+            optax.tree.get_all_with_path(doubled, field)[0][1], optax.tree.get_all_with_path(state, field)[0][1]
+        )
+
+
+def test_paths_that_read_alike_are_measured_apart():
+    w = {"a/b": jnp.array([1.0]), "a": {"b": jnp.array([2.0])}}
+    tx = curvax.with_probes(optax.identity())
+    means = optax.tree.get(tx.update(w, tx.init(w), w)[1], "mean_abs_gradient")
+    assert sorted(map(float, means.values())) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("w", [{}, {"empty": jnp.zeros((0, 3))}, {"none": None, "scalar": jnp.array(-2.0)}])
+def test_trees_with_little_in_them(w):
+    tx = curvax.with_probes(optax.sgd(1.0))
+    state = tx.init(w)
+    updates, after = tx.update(w, state, w)
+    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.negative, w))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+
+
+def test_a_state_keeps_its_types_under_gradients_of_others():
+    with jax.enable_x64(True):
+        w, g = jnp.ones(3, jnp.bfloat16), jnp.ones(3, jnp.float64)
+        tx = curvax.with_probes(optax.identity())
+        state = tx.init(w)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.update(g, state, w)[1])
+
+
+@pytest.mark.parametrize("scale", [1e-28, 1e-19, 1.0, 1e37])
+@pytest.mark.parametrize("size", [12, 3000])
+def test_means_at_the_ends_of_the_range(scale, size):
+    rng = np.random.default_rng(9)
+    g, w = (rng.normal(size=(2, size)) * [[scale], [1.0]]).astype(np.float32)
+    rate = np.float32({1e-28: 1e20, 1e-19: 1e5, 1.0: 1e-9, 1e37: 1e-37}[scale])
+    tx = curvax.with_probes(optax.scale(-rate))
+    state = jax.jit(lambda g, w: tx.update(g, tx.init(w), w)[1])(g, w)
+    expected = reference(w, g, -rate * g.astype(np.float64))
+    for name in ("mean_abs_gradient", "parameter_stride", "loss_stride"):
+        np.testing.assert_allclose(measured(state)[name][""], np.float32(expected[name]), rtol=1e-5, atol=1e-37)
+
+
+def test_the_noise_scale_of_small_gradients_and_of_halves():
+    """Squares that vanish one by one have a sum; and means of halves over devices are not summed in halves."""
+    small, large = np.full(4000, 3e-20, np.float32), np.full(4000, 2e-20, np.float32)
+    scale = curvax.noise_scale_from_batches(small, large, 1, 4)
+    expected = np.linalg.solve([[1, 1], [1, 1 / 4]], [4000 * np.float64(3e-20) ** 2, 4000 * np.float64(2e-20) ** 2])
+    np.testing.assert_allclose(np.array(scale) * 1e30, expected * 1e30, rtol=1e-5)
+    scale = curvax.noise_scale_from_batches(1e18 * jnp.ones(2), 9e17 * jnp.ones(2), 10_000, 40_000)
+    squares = np.array([2 * 1e36, 2 * 8.1e35])
+    np.testing.assert_allclose(scale.squared_gradient, (4 * squares[1] - squares[0]) / 3, rtol=1e-5)
+    g = jnp.full((8, 3), 30_000, jnp.float16)
+    scale = jax.vmap(lambda g: curvax.noise_scale_over_devices(g, np.int8(100), "x"), axis_name="x")(g)
+    np.testing.assert_allclose(scale.squared_gradient, np.full(8, 3 * 9e8), rtol=1e-5)
+    np.testing.assert_array_equal(scale.noise, np.zeros(8))
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (-1, 4), (np.int64(4), 4), (0.5, 4), (True, 4), (4, np.nan), ("4", 8)])
+def test_sizes_of_no_batches_are_refused(sizes):
+    with pytest.raises(ValueError, match=r"batch_size=|two batches of 4"):
+        curvax.noise_scale_from_batches(W, W, *sizes)
+
+
+@pytest.mark.parametrize("q", [np.nan, -0.1, np.float32(1.5), jnp.array(2.0), "0.5", True])
+def test_quantiles_that_do_not_exist_are_refused(q):
+    with pytest.raises(ValueError, match=r"quantiles=.*\[0, 1\]"):
+        curvax.with_probes(optax.identity(), quantiles=(0.5, q))
+    with pytest.raises(ValueError, match=r"q=.*\[0, 1\]"):
+        curvax.quantile(jnp.ones(3), q)

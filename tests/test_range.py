@@ -112,15 +112,17 @@ def test_updates_are_right_wherever_they_are_floats(rule, dtype):
 @pytest.mark.parametrize("size", [5, 3000])
 @pytest.mark.parametrize("rule", HOMOGENEOUS)
 def test_powers_of_two_pass_through(rule, size):
-    """An identity, bit for bit: 2^a w and 2^b g have the update of w and g, times 2^a. Even powers, for the roots."""
+    """2^a w and 2^b g have the update of w and g times 2^a, to the last bit if the ratios themselves are floats."""
     with jax.enable_x64(True):
-        for dtype, powers in ((np.float32, (-98, 0, 90)), (np.float64, (-900, 0, 900))):
+        for dtype, powers in ((np.float32, (-99, 0, 90)), (np.float64, (-900, 0, 900))):
             w, g = np.random.default_rng(1).normal(size=(2, size)).astype(dtype)
             once = update(rule, w, g)
             for a in powers:
                 for b in powers:
                     scaled = update(rule, w * dtype(2.0) ** a, g * dtype(2.0) ** b)
-                    np.testing.assert_array_equal(scaled, once * dtype(2.0) ** a)
+                    by_roots = rule == "median_of_ratios" and abs(a - b) > 100
+                    rtol = 4 * np.finfo(dtype).eps if by_roots else 0
+                    np.testing.assert_allclose(scaled, once * dtype(2.0) ** a, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("rule", ["lars", "percent_delta"])

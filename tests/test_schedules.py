@@ -67,10 +67,11 @@ def test_legw_keeps_the_steps_of_the_warmup_and_its_slope_by_the_root():
         (lambda: Phase(0, 1, 1.0), "epochs=0 is out of range"),
         (lambda: Phase(1, 1, float("nan")), "learning_rate=nan is out of range"),
         (lambda: BatchSchedule(()), "at least one Phase"),
+        (lambda: BatchSchedule((Phase(1, 1, 1.0), 3)), "at least one Phase"),
         (lambda: BatchSchedule((Phase(1, 1, 1.0),), decay="linear"), "'constant' or 'cosine'"),
         (lambda: BatchSchedule((Phase(1, 1, 1.0),), -1.0), "warmup_epochs=.*out of range"),
         (lambda: list(BatchSchedule((Phase(1, 64, 1.0),)).epochs(63)), "a batch of 64 exceeds the 63 examples"),
-        (lambda: small_batch_start(1), "epochs=0 is out of range"),
+        (lambda: small_batch_start(1), r"epochs=1 is out of range; pass a whole number in \[2, inf\)"),
         (
             lambda: dataclasses.replace(
                 legw(1, 2, base_batch_size=1, base_learning_rate=1, base_warmup_epochs=0), phases=()
@@ -82,3 +83,36 @@ def test_legw_keeps_the_steps_of_the_warmup_and_its_slope_by_the_root():
 def test_impossible_schedules_say_what_to_pass(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+GOOD = {
+    Phase: {"epochs": 2, "batch_size": 8, "learning_rate": 0.1},
+    small_batch_start: {"epochs": 3, "batch_size": 8, "learning_rate": 0.1, "first_epochs": 1, "first_batch_size": 4}
+    | {"first_learning_rate": 0.1},
+    growing_batches: {"epochs": 3, "batch_size": 8, "learning_rate": 0.1, "every": 1, "batch_factor": 2}
+    | {"rate_factor": 0.5, "max_batch_size": 16},
+    legw: {"epochs": 3, "batch_size": 8, "base_batch_size": 4, "base_learning_rate": 0.1, "base_warmup_epochs": 1.0},
+}
+WHOLE = ("epochs", "batch_size", "first_epochs", "first_batch_size", "every", "batch_factor", "base_batch_size")
+
+
+@pytest.mark.parametrize("make", GOOD)
+def test_every_argument_is_checked_where_it_is_given(make):
+    good = GOOD[make]
+    make(**good)
+    for name in good:
+        may_be_zero = name == "base_warmup_epochs"
+        bad = [-1, float("nan"), float("inf"), "1", True, *([] if may_be_zero else [0, np.float32(0)])]
+        bad += [0.5, 2.0] if name in (*WHOLE, "max_batch_size") else []
+        for value in bad:
+            with pytest.raises(ValueError, match=f"{name.removeprefix('first_')}=.*pass a"):
+                make(**{**good, name: value})
+
+
+def test_numbers_of_numpy_make_the_same_schedules():
+    """Eight bits hold a batch, but not the number of examples that it divides."""
+    small = growing_batches(np.int8(3), np.uint8(100), np.float32(0.5), every=np.int8(1), batch_factor=np.int8(4))
+    assert small == growing_batches(3, 100, 0.5, every=1, batch_factor=4)
+    assert [epoch.steps for epoch in small.epochs(np.int64(50_000))] == [500, 125, 31]
+    with pytest.raises(ValueError, match=r"num_examples=0\.5"):
+        list(small.epochs(0.5))
