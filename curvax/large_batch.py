@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from curvax import order_statistics
 from curvax.checks import check_number
+from curvax.keys import Key, as_key
 from curvax.radii import AxisName
 
 
@@ -61,7 +62,7 @@ def discard_small_losses(losses: jax.Array, fraction: jax.typing.ArrayLike, *, a
 
 
 def discard_random_losses(
-    key: jax.Array, losses: jax.Array, fraction: jax.typing.ArrayLike, *, axis_name: AxisName = None
+    key: Key, losses: jax.Array, fraction: jax.typing.ArrayLike, *, axis_name: AxisName = None
 ) -> jax.Array:
     """Weights that leave out as many examples as `discard_small_losses` does, whatever their loss.
 
@@ -70,7 +71,7 @@ def discard_random_losses(
       that of a smaller batch.
 
     Args:
-      key: a `jax.random.key`, the same on all devices.
+      key: a seed or a `jax.random.key`, the same on all devices.
       losses: one loss per example, `(B,)`; only their number and dtype matter.
       fraction: how many to leave out, in [0, 1).
       axis_name: mesh axes that split the examples; each device then draws numbers of its own.
@@ -89,6 +90,7 @@ def discard_random_losses(
       (2, 1.0)
     """
     _check(losses, fraction)
+    key = as_key(key)
     if axis_name is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
     weights = discard_small_losses(jax.random.uniform(key, losses.shape), fraction, axis_name=axis_name)

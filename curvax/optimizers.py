@@ -106,9 +106,9 @@ def cblr(
       True
     """
     radius = scale_by_curvature_radius(
-        damping, max_radius, slope_term=slope_term, layers=layers, axis_name=param_axis_name
+        damping, max_radius, slope_term=slope_term, layers=layers, param_axis_name=param_axis_name
     )
-    length = scale_by_lars(layers=layers, follow_all=False, axis_name=param_axis_name)
+    length = scale_by_lars(layers=layers, follow_all=False, param_axis_name=param_axis_name)
     length = length if norm_ratio else optax.identity()
     return with_hessian_diag(
         optax.chain(
@@ -139,7 +139,7 @@ def mclr(
     trust_coefficient: jax.typing.ArrayLike = 1.0,
     median_of_ratios: bool = False,
     layers: Layers = "kernel",
-    axis_name: radii.AxisName = None,
+    param_axis_name: radii.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Median-curvature learning rates.
 
@@ -156,7 +156,7 @@ def mclr(
       trust_coefficient: factor inside the radius; it multiplies gamma, but for degenerate layers, whose radius is 1.
       median_of_ratios: whether to take the median of `|w / g|` instead.
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
-      axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
+      param_axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
       A transformation whose `update` takes `params`.
@@ -177,7 +177,7 @@ def mclr(
         trust_coefficient=trust_coefficient,
         median_of_ratios=median_of_ratios,
         layers=layers,
-        axis_name=axis_name,
+        param_axis_name=param_axis_name,
     )
     return optax.chain(radius, *_rate_and_trace(learning_rate, momentum, nesterov))
 
@@ -193,7 +193,7 @@ def lars(
     eps: jax.typing.ArrayLike = 0.0,
     trust_ratio_mask: Mask = True,
     layers: Layers = "array",
-    axis_name: radii.AxisName = None,
+    param_axis_name: radii.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Layer-wise adaptive rate scaling; equal to `optax.lars` to float32 rounding.
 
@@ -211,7 +211,7 @@ def lars(
       eps: added to the norm of the gradient.
       trust_ratio_mask: which parameters have a radius, as in `optax.masked`; the others have 1.
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
-      axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
+      param_axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
       A transformation whose `update` takes `params`.
@@ -232,7 +232,7 @@ def lars(
         trust_coefficient=trust_coefficient,
         eps=eps,
         layers=layers,
-        axis_name=axis_name,
+        param_axis_name=param_axis_name,
     )
     decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
 
@@ -256,7 +256,7 @@ def percent_delta(
     *,
     trust_coefficient: jax.typing.ArrayLike = 1.0,
     layers: Layers = "kernel",
-    axis_name: radii.AxisName = None,
+    param_axis_name: radii.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """PercentDelta: every layer changes by the same percentage in a step.
 
@@ -272,7 +272,7 @@ def percent_delta(
       nesterov: whether to use Nesterov momentum.
       trust_coefficient: factor inside the radius; it multiplies gamma, but for degenerate layers, whose radius is 1.
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
-      axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
+      param_axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
       A transformation whose `update` takes `params`.
@@ -288,7 +288,11 @@ def percent_delta(
       [[-0.5 -1. ]]
     """
     radius = scale_by_percent_delta(
-        weight_decay, weight_decay_mask, trust_coefficient=trust_coefficient, layers=layers, axis_name=axis_name
+        weight_decay,
+        weight_decay_mask,
+        trust_coefficient=trust_coefficient,
+        layers=layers,
+        param_axis_name=param_axis_name,
     )
     return optax.chain(radius, *_rate_and_trace(learning_rate, momentum, nesterov))
 
@@ -303,7 +307,7 @@ def lamb(
     mask: Mask = None,
     *,
     layers: Layers = "array",
-    axis_name: radii.AxisName = None,
+    param_axis_name: radii.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LAMB: LARS's radius after Adam; equal to `optax.lamb` to float32 rounding.
 
@@ -319,7 +323,7 @@ def lamb(
       weight_decay: strength of the decay, added before the radius.
       mask: which parameters decay, as in `optax.add_decayed_weights`.
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
-      axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
+      param_axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
       A transformation whose `update` takes `params`.
@@ -337,7 +341,7 @@ def lamb(
     return _in_float32(
         optax.chain(
             optax.scale_by_adam(b1, b2, eps, eps_root),
-            scale_by_lars(weight_decay, mask, layers=layers, axis_name=axis_name),
+            scale_by_lars(weight_decay, mask, layers=layers, param_axis_name=param_axis_name),
             optax.scale_by_learning_rate(learning_rate),
         )
     )

@@ -61,7 +61,7 @@ def with_probes(
     *,
     layers: Layers = "array",
     quantiles: Sequence[float] = QUANTILES,
-    axis_name: AxisName = None,
+    param_axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Measure gradient, step and radius of each layer in every step, without changing any.
 
@@ -76,7 +76,7 @@ def with_probes(
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`. A layer is
         measured on all that it scales: with `"kernel"` biases count among their kernel's entries.
       quantiles: which quantiles of the radius, each in [0, 1].
-      axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
+      param_axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
       A transformation whose updates are those of `inner`, bit for bit. Its measurements, float32 at least, are read by
@@ -121,7 +121,7 @@ def with_probes(
         values = {}
         for layer in group(gradients, layers):
             # A state keeps its types, whatever those of the gradients are.
-            measured = _measure(*_arrays(layer, g, u, w), quantiles, axis_name)
+            measured = _measure(*_arrays(layer, g, u, w), quantiles, param_axis_name)
             before = state.loss_stride.get(layer.name, measured[0])
             values[layer.name] = [x.astype(before.dtype) for x in measured]
         columns = ({name: row[i] for name, row in values.items()} for i in range(4))

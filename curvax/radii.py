@@ -67,11 +67,15 @@ def each(rule: Rule) -> TreeRule:
     return lambda layers, kernels: [rule(*layer) for layer in layers]
 
 
-def curvature(damping: Scalar, max_radius: Scalar | None, slope_term: bool, axis_name: AxisName) -> TreeRule:
+def curvature(damping: Scalar, max_radius: Scalar | None, slope_term: bool | None, axis_name: AxisName) -> TreeRule:
     """Eq. 9 per parameter: `(1 + g^2)^(3/2) / (|h| + damping * mean|h|)`, or `1 / ...` without the slope term.
 
-    The mean is at least `NOISE` of that over all measured leaves, which is also that of a layer without any.
+    With `None` there is one where `damping` is 0, which may change from step to step. The mean is at least `NOISE` of
+    that over all measured leaves, which is also that of a layer without any.
     """
+
+    def slope(g: jax.Array):
+        return jnp.where(damping == 0 if slope_term is None else slope_term, g, 0)
 
     def radii(layers: Sequence[tuple[Leaves, Leaves]], kernels: Leaves):
         # Without any measured leaf there is one layer.
@@ -79,7 +83,7 @@ def curvature(damping: Scalar, max_radius: Scalar | None, slope_term: bool, axis
         own = [_mean_curvature(measured, axis_name) if measured.h else tree for measured, _ in layers]
         one_leaf = functools.partial(_curvature, tree=tree, damping=damping, max_radius=max_radius)
         return [
-            [one_leaf(g if slope_term else None, h, mean) for g, h in zip(scaled.g, scaled.h, strict=True)]
+            [one_leaf(slope(g), h, mean) for g, h in zip(scaled.g, scaled.h, strict=True)]
             for (_, scaled), mean in zip(layers, own, strict=True)
         ]
 
@@ -87,10 +91,8 @@ def curvature(damping: Scalar, max_radius: Scalar | None, slope_term: bool, axis
 
 
 @jax.jit
-def _curvature(
-    g: jax.Array | None, h: jax.Array, mean: Wide, tree: Wide, damping: Scalar, max_radius: Scalar | None
-) -> Wide:
-    arc = wide(jnp.ones_like(h) if g is None else jnp.hypot(jnp.ones_like(h), g))
+def _curvature(g: jax.Array, h: jax.Array, mean: Wide, tree: Wide, damping: Scalar, max_radius: Scalar | None) -> Wide:
+    arc = wide(jnp.hypot(jnp.ones_like(h), g))
     mean = greatest(cast(mean, h.dtype), times(NOISE, cast(tree, h.dtype)))
     damped = plus(wide(jnp.abs(h)), normal(times(damping, mean)))
     return _bounded(Wide(arc.value**3, 3 * arc.exponent), damped, max_radius)

@@ -30,25 +30,27 @@ def scale_by_curvature_radius(
     damping: jax.typing.ArrayLike = 0.0,
     max_radius: jax.typing.ArrayLike | None = None,
     *,
-    slope_term: bool = False,
+    slope_term: bool | None = None,
     layers: Layers = "array",
-    axis_name: radii.AxisName = None,
+    param_axis_name: radii.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale each parameter's update by the radius of curvature of the loss along it.
 
     Formula:
-      `R_i = 1 / (|h_i| + damping * mean|h|)`, with the mean over the layer: damped diagonal Newton, which does not
-      depend on the scale of the loss. With the slope term `(1 + g_i^2)^(3/2)` as a factor it does, and is exactly eq.
-      9-11 of Gao & Zhong; where slopes are steep that step overshoots by orders of magnitude. `h` is the Hessian
-      diagonal, and its absolute value is taken here, so that averages of `h` over time keep their sign.
+      `R_i = (1 + g_i^2)^(3/2) / |h_i|`, exactly eq. 9 of Gao & Zhong. With damping it is `1 / (|h_i| + damping *
+      mean|h|)`, with the mean over the layer: damped diagonal Newton, which does not depend on the scale of the loss.
+      The slope term `(1 + g_i^2)^(3/2)` does, and where slopes are steep a step with it overshoots by orders of
+      magnitude. `h` is the Hessian diagonal, and its absolute value is taken here, so that averages of `h` over time
+      keep their sign.
 
     Args:
       damping: dimensionless, as a fraction of the layer's mean absolute curvature.
       max_radius: the largest radius, in units of parameter^2 / loss; `None` for no bound.
-      slope_term: whether to keep the factor `(1 + g^2)^(3/2)`, the arc length over the slope.
+      slope_term: whether to keep the factor `(1 + g^2)^(3/2)`; `None` for eq. 9's own
+        form, which has it where `damping` is 0.
       layers: the groups over which `mean|h|` is taken; `"array"`, `"module"`, `"kernel"` or rules from path regex to
         layer name, see `layers.group`.
-      axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
+      param_axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
       A transformation whose `update` takes `params` and `hessian_diag`: a real tree with the structure of `params`,
@@ -56,19 +58,21 @@ def scale_by_curvature_radius(
       where `hessian_diag` has `optax.MaskedNode()` or `None` in place of a leaf.
 
     Raises:
-      ValueError: from `update`, without `params` or `hessian_diag`, or where a parameter is complex or the shape of its
-        `hessian_diag` differs.
+      ValueError: if `damping` is below 0 or `max_radius` not above it; from `update`, without `params` or
+        `hessian_diag`, or where a parameter is complex or the shape of its `hessian_diag` differs.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from curvax import scale_by_curvature_radius
-      >>> tx = scale_by_curvature_radius(slope_term=True)
+      >>> tx = scale_by_curvature_radius()
       >>> w, g, h = jnp.array([1.0, 1.0]), jnp.array([0.0, 0.75]), jnp.array([2.0, -4.0])
       >>> updates, _ = tx.update(g, tx.init(w), w, hessian_diag=h)
       >>> print(updates.round(4))
       [0.     0.3662]
     """
-    rule = radii.curvature(damping, max_radius, slope_term, axis_name)
+    check_number("damping", damping, "[0, inf)")
+    _check_max_radius(max_radius)
+    rule = radii.curvature(damping, max_radius, slope_term, param_axis_name)
     return _scale_by_radius(rule, layers, needs_curvature=True)
 
 
@@ -99,6 +103,7 @@ def scale_by_approximate_radius(
       >>> tx.update(g, tx.init(w), w)[0].tolist()
       [-2.0, 3.0]
     """
+    _check_max_radius(max_radius)
     return _scale_by_radius(radii.each(radii.approximate(max_radius)), "array")
 
 
@@ -109,7 +114,7 @@ def scale_by_median_curvature(
     trust_coefficient: jax.typing.ArrayLike = 1.0,
     median_of_ratios: bool = False,
     layers: Layers = "kernel",
-    axis_name: radii.AxisName = None,
+    param_axis_name: radii.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale each layer's update by the ratio of its median parameter to its median gradient, in magnitude.
 
@@ -125,7 +130,7 @@ def scale_by_median_curvature(
       trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1 without it.
       median_of_ratios: whether to take `median(|w / (g + weight_decay * w)|)` instead.
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
-      axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
+      param_axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
       A transformation whose `update` takes `params`. Units that are dead and rows of embeddings that were not looked up
@@ -142,8 +147,8 @@ def scale_by_median_curvature(
       >>> tx.update(g, tx.init(w), w)[0].tolist()
       [-2.0, 4.0, 6.0, 0.0]
     """
-    rule = radii.median(trust_coefficient, median_of_ratios, axis_name)
-    return _scale_by_layer(rule, trust_coefficient, layers, axis_name, weight_decay, weight_decay_mask)
+    rule = radii.median(trust_coefficient, median_of_ratios, param_axis_name)
+    return _scale_by_layer(rule, trust_coefficient, layers, param_axis_name, weight_decay, weight_decay_mask)
 
 
 def scale_by_lars(
@@ -154,7 +159,7 @@ def scale_by_lars(
     eps: jax.typing.ArrayLike = 0.0,
     layers: Layers = "array",
     follow_all: bool = True,
-    axis_name: radii.AxisName = None,
+    param_axis_name: radii.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale each layer's update by the ratio of its parameters' norm to its gradient's.
 
@@ -172,7 +177,7 @@ def scale_by_lars(
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
       follow_all: whether, with `layers="kernel"`, what follows no kernel has the radius of all kernels together. Else
         it is 1: for updates that are steps already, such as Newton's.
-      axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
+      param_axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
       A transformation whose `update` takes `params`. A zero norm gives radius 1. Units that are dead and rows of
@@ -189,9 +194,10 @@ def scale_by_lars(
       >>> print(tx.update(g, tx.init(w), w)[0])
       [3. 4. 0.]
     """
-    rule = radii.lars(trust_coefficient, eps, axis_name)
+    check_number("eps", eps, "[0, inf)")
+    rule = radii.lars(trust_coefficient, eps, param_axis_name)
     return _scale_by_layer(
-        rule, trust_coefficient, layers, axis_name, weight_decay, weight_decay_mask, follow_all=follow_all
+        rule, trust_coefficient, layers, param_axis_name, weight_decay, weight_decay_mask, follow_all=follow_all
     )
 
 
@@ -201,7 +207,7 @@ def scale_by_percent_delta(
     *,
     trust_coefficient: jax.typing.ArrayLike = 1.0,
     layers: Layers = "kernel",
-    axis_name: radii.AxisName = None,
+    param_axis_name: radii.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale each layer's update so that its parameters change by the same percentage on average.
 
@@ -216,7 +222,7 @@ def scale_by_percent_delta(
       weight_decay_mask: which parameters decay, as in `optax.add_decayed_weights`.
       trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1 without it.
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
-      axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
+      param_axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
       A transformation whose `update` takes `params`. A layer of zeros, or of zero gradient, has radius 1. Units that
@@ -234,15 +240,15 @@ def scale_by_percent_delta(
       >>> tx.update(g, tx.init(w), w)[0].tolist()
       [1.0, 2.0, 7.0, 0.0]
     """
-    rule = radii.percent_delta(trust_coefficient, axis_name)
-    return _scale_by_layer(rule, trust_coefficient, layers, axis_name, weight_decay, weight_decay_mask)
+    rule = radii.percent_delta(trust_coefficient, param_axis_name)
+    return _scale_by_layer(rule, trust_coefficient, layers, param_axis_name, weight_decay, weight_decay_mask)
 
 
 def discard_small_gradients(
     fraction: jax.typing.ArrayLike,
     *,
     layers: Layers = "array",
-    axis_name: radii.AxisName = None,
+    param_axis_name: radii.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Zero the smallest-magnitude fraction of each layer's gradient.
 
@@ -254,7 +260,7 @@ def discard_small_gradients(
       fraction: of each layer's entries, in [0, 1). Entries that tie with the quantile are kept; 0 changes nothing.
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`. Leaves that
         are not measured themselves (the biases of `"kernel"`) are cut at their layer's quantile.
-      axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
+      param_axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
       A transformation whose `update` needs no `params`.
@@ -274,37 +280,43 @@ def discard_small_gradients(
 
     def kept(measured: radii.Leaves, scaled: radii.Leaves):
         population = measured.g or scaled.g
-        rank = order_statistics.count_of(fraction, order_statistics.population_size(population, axis_name))
-        threshold, _ = order_statistics.order_statistics(population, rank, axis_name)
+        rank = order_statistics.count_of(fraction, order_statistics.population_size(population, param_axis_name))
+        threshold, _ = order_statistics.order_statistics(population, rank, param_axis_name)
         # Below is discarded, rather than above kept: NaN compares false, and has to be seen.
         return [wide(jnp.where(jnp.abs(g) < threshold, 0, 1).astype(threshold.dtype)) for g in scaled.g]
 
     return _scale_by_radius(radii.each(kept), layers, needs_params=False)
 
 
+def _check_max_radius(max_radius: jax.typing.ArrayLike | None) -> None:
+    if max_radius is not None:
+        check_number("max_radius", max_radius, "(0, inf]")
+
+
 def _scale_by_layer(
     rule: radii.Rule,
     trust_coefficient: jax.typing.ArrayLike,
     layers: Layers,
-    axis_name: radii.AxisName,
+    param_axis_name: radii.AxisName,
     weight_decay: jax.typing.ArrayLike,
     weight_decay_mask: Mask,
     follow_all: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """For the rules with one radius for all of a layer."""
+    check_number("trust_coefficient", trust_coefficient, "[0, inf)")
     is_bounded = isinstance(layers, str) and layers == "kernel"
-    rule = bounded(rule, trust_coefficient, follow_all, axis_name) if is_bounded else radii.each(rule)
+    rule = bounded(rule, trust_coefficient, follow_all, param_axis_name) if is_bounded else radii.each(rule)
     # A number that is not zero, or one that may change.
     decays = not isinstance(weight_decay, float | int) or weight_decay != 0
     decay = optax.add_decayed_weights(weight_decay, weight_decay_mask) if decays else None
-    return _scale_by_radius(rule, layers, decay, axis_name)
+    return _scale_by_radius(rule, layers, decay, param_axis_name)
 
 
 def _scale_by_radius(
     rule: radii.TreeRule,
     layers: Layers,
     decay: optax.GradientTransformation | None = None,
-    axis_name: radii.AxisName = None,
+    param_axis_name: radii.AxisName = None,
     *,
     needs_curvature: bool = False,
     needs_params: bool = True,
@@ -339,7 +351,7 @@ def _scale_by_radius(
 
         def measured(indices):
             masks = [moving[i] for i in indices]
-            return masks if decay is None else _or_all(masks, axis_name)
+            return masks if decay is None else _or_all(masks, param_axis_name)
 
         scaled = treedef.unflatten(_scaled(rule, group(leaves, layers), radii.Leaves(w, g, h), measured))
         return jax.tree.map(lambda new, g: g if is_hole(new) else new, scaled, everything, is_leaf=is_hole), state
@@ -378,12 +390,12 @@ def _scaled(
     return updates
 
 
-def _or_all(masks: Sequence[jax.Array], axis_name: radii.AxisName) -> Sequence[jax.Array]:
+def _or_all(masks: Sequence[jax.Array], param_axis_name: radii.AxisName) -> Sequence[jax.Array]:
     """The masks; where none has an entry, all entries: a layer without a gradient decays by all that it is."""
     if not masks:
         return masks
     some = functools.reduce(jnp.logical_or, [jnp.any(mask) for mask in masks])
-    some = some if axis_name is None else jax.lax.pmax(some.astype(jnp.int32), axis_name) > 0
+    some = some if param_axis_name is None else jax.lax.pmax(some.astype(jnp.int32), param_axis_name) > 0
     return [mask | ~some for mask in masks]
 
 

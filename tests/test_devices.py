@@ -21,7 +21,7 @@ RULES = {
     "median": curvax.scale_by_median_curvature,
     "median_of_ratios": functools.partial(curvax.scale_by_median_curvature, 0.1, median_of_ratios=True),
     "curvature": functools.partial(curvax.scale_by_curvature_radius, 0.1),
-    "approximate": lambda axis_name=None: curvax.scale_by_approximate_radius(),
+    "approximate": lambda param_axis_name=None: curvax.scale_by_approximate_radius(),
     "discard": functools.partial(curvax.discard_small_gradients, 0.3),
 }
 
@@ -70,14 +70,14 @@ def test_sharded_parameters_under_jit(rule, spec, axis_type):
 @pytest.mark.parametrize("spec", ["first_axis", "last_axis"])
 @pytest.mark.parametrize("rule", RULES)
 def test_axis_name_of_split_parameters(rule, spec):
-    scaler = functools.partial(update, RULES[rule](axis_name="x"))
+    scaler = functools.partial(update, RULES[rule](param_axis_name="x"))
     sharded = jax.shard_map(scaler, mesh=mesh(AxisType.Auto), in_specs=(SPECS[spec],) * 3, out_specs=SPECS[spec])
     chex.assert_trees_all_close(jax.jit(sharded)(G, W, H), on_one_device(rule), rtol=1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_axis_name_of_split_parameters_under_pmap(rule):
-    scaler = functools.partial(update, RULES[rule](axis_name="x"))
+    scaler = functools.partial(update, RULES[rule](param_axis_name="x"))
     shards = [jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), t) for t in (G, W, H)]
     updates = jax.tree.map(lambda x, w: x.reshape(w.shape), jax.pmap(scaler, axis_name="x")(*shards), W)
     chex.assert_trees_all_close(updates, jax.device_get(on_one_device(rule)), rtol=1e-5)

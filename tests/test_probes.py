@@ -64,7 +64,7 @@ def test_measurements_of_two_steps(layers):
 
 
 def step(g, w, axis_name=None):
-    tx = curvax.with_probes(OPTIMIZER, axis_name=axis_name)
+    tx = curvax.with_probes(OPTIMIZER, param_axis_name=axis_name)
     return measured(tx.update(g, tx.init(w), w)[1])
 
 

@@ -174,7 +174,7 @@ def test_sums_over_devices_of_different_scales(rule, size):
         "median_of_ratios": functools.partial(curvax.scale_by_median_curvature, median_of_ratios=True),
     }[rule]
     by_name = jax.shard_map(
-        lambda g, w: tx(layers=ALL, axis_name="x").update(g, optax.EmptyState(), w)[0],
+        lambda g, w: tx(layers=ALL, param_axis_name="x").update(g, optax.EmptyState(), w)[0],
         mesh=MESH,
         in_specs=P("x"),
         out_specs=P("x"),

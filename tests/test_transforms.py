@@ -107,17 +107,48 @@ def test_layer_rules(rule, layers, seed, zeros):
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), damping=st.sampled_from([0.0, 0.1, 1.0]), cap=st.sampled_from([None, 3.0]))
-@pytest.mark.parametrize("slope_term", [True, False])
+@pytest.mark.parametrize("slope_term", [True, False, None])
 def test_curvature_radius(slope_term, seed, damping, cap):
     w, g, h = (problems.random_tree(seed + i) for i in range(3))
 
     def reference(g, h):
         g, h = g.astype(np.float64), np.abs(h.astype(np.float64))
-        radius = ((1 + g**2) ** 1.5 if slope_term else 1) / (h + damping * np.mean(h))
+        with_slope = damping == 0 if slope_term is None else slope_term
+        radius = ((1 + g**2) ** 1.5 if with_slope else 1) / (h + damping * np.mean(h))
         return (radius if cap is None else np.minimum(radius, cap)) * g
 
     tx = curvax.scale_by_curvature_radius(damping, cap, slope_term=slope_term)
     chex.assert_trees_all_close(update(tx, g, w, hessian_diag=h), jax.tree.map(reference, g, h), rtol=2e-5)
+
+
+def test_a_damping_that_is_injected_decides_on_the_slope_term_as_a_number_does():
+    w, g, h = (problems.random_tree(i) for i in range(3))
+    tx = optax.inject_hyperparams(curvax.scale_by_curvature_radius)(damping=0.0)
+    for damping in (0.0, 0.1):
+        state = tx.init(w)
+        state.hyperparams["damping"] = jnp.asarray(damping)
+        found = jax.jit(tx.update)(g, state, w, hessian_diag=h)[0]
+        expected = update(curvax.scale_by_curvature_radius(damping), g, w, hessian_diag=h)
+        chex.assert_trees_all_close(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda x: curvax.scale_by_curvature_radius(x), "damping"),
+        (lambda x: curvax.scale_by_curvature_radius(max_radius=x), "max_radius"),
+        (lambda x: curvax.scale_by_approximate_radius(x), "max_radius"),
+        (lambda x: curvax.scale_by_lars(trust_coefficient=x), "trust_coefficient"),
+        (lambda x: curvax.lars(0.1, eps=x), "eps"),
+        (lambda x: curvax.mclr(0.1, trust_coefficient=x), "trust_coefficient"),
+        (lambda x: curvax.percent_delta(0.1, trust_coefficient=x), "trust_coefficient"),
+        (lambda x: curvax.cblr(0.1, x), "damping"),
+    ],
+)
+@pytest.mark.parametrize("value", [-0.1, np.float32(np.nan), "0.1", True])
+def test_numbers_that_are_none_are_refused(make, name, value):
+    with pytest.raises(ValueError, match=f"{name}="):
+        make(value)
 
 
 def test_the_sign_of_curvature_is_ignored_by_the_radius():

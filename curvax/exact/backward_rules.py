@@ -17,8 +17,8 @@ from curvax.exact.trace import apply, equations, inline
 
 # Linear in all operands together, and in one of them.
 LINEAR = frozenset(
-    "add_any broadcast_in_dim concatenate convert_element_type copy copy_p cumsum mesh_cast neg pcast psum pvary real"
-    " reduce_sum reshape reshard rev sharding_constraint slice split squeeze transpose".split()
+    "add_any broadcast_in_dim concatenate convert_element_type copy cumsum neg psum pvary real reduce_sum reshape"
+    " reshard rev sharding_constraint slice split squeeze transpose".split()
 )
 BILINEAR = frozenset("conv_general_dilated dot_general mul".split())
 # Linear in the first operand, where the others are known.

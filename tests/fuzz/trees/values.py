@@ -22,8 +22,8 @@ _REFERENCES = {
         weight_decay, 1.0, median_of_ratios
     ),
     "scale_by_approximate_radius": lambda max_radius=None: reference.approximate(max_radius),
-    "scale_by_curvature_radius": lambda damping=0.0, max_radius=None, slope_term=False, **_: reference.curvature(
-        damping, max_radius, slope_term
+    "scale_by_curvature_radius": lambda damping=0.0, max_radius=None, slope_term=None, **_: reference.curvature(
+        damping, max_radius, damping == 0 if slope_term is None else slope_term
     ),
     "discard_small_gradients": lambda fraction, **_: reference.discard(fraction),
 }
