@@ -17,13 +17,12 @@ import curvax
 from tests.fuzz.programs import methods
 from tests.fuzz.programs.build import Skip, Spec
 from tests.fuzz.programs.spec import Program, write
-from tests.fuzz.programs.truth import PERTURBATION, Matrix, Truth, is_fit, truth
+from tests.fuzz.programs.truth import EPS, PERTURBATION, Matrix, Truth, is_fit, truth
 
 # Standard errors by which a mean may be off.
 ERRORS = 5.5
-# Relative error that is rounding, and the unit of it.
+# Relative error that is rounding.
 RTOL = {True: 1e-8, False: 1e-4}
-EPS = {True: 2.0**-52, False: 2.0**-23}
 HOME = os.path.dirname(curvax.__file__)
 CURES = re.compile(
     r"\b(pass|choose|use|leave|raise|put|split|call|give|name|write|wrap|take|replace|reduce|return|make|add|set|keep|move)\b"

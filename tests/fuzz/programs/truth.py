@@ -20,6 +20,7 @@ from tests.fuzz.programs.build import Spec
 
 PERTURBATION = 1e-6
 NAMES = ("hessian", "gauss_newton")
+EPS = {True: 2.0**-52, False: 2.0**-23}
 
 
 class Matrix(NamedTuple):
@@ -44,29 +45,25 @@ class Truth(NamedTuple):
 def truth(spec: Spec, traits: frozenset[str], wide: dict[str, Any], namespace: dict[str, Any]) -> Truth:
     """The truth of a program whose text was run in `namespace`, and, with 64 bits, in `wide`."""
     with jax.enable_x64(True):
-        exact, moved = _at_and_near(spec, traits, wide, PERTURBATION)
-        noise = {name: _largest(moved, exact, name) for name in NAMES}
-        unknown = dict.fromkeys(
-            NAMES, exact["floor"] + np.finfo(float).eps * np.max(exact["hessian_terms"], initial=0.0)
-        )
+        exact, moved, rounded = _matrices_near(spec, traits, wide, PERTURBATION, EPS[True])
+    noise = {name: _largest(moved, exact, name) for name in NAMES}
+    # What dense matrices lose, to cancellation inside the network say, any method may lose.
+    largest = EPS[True] * np.max(exact["hessian_terms"], initial=0.0)
+    unknown = {name: exact["floor"] + largest + 30 * _largest(rounded, exact, name) for name in NAMES}
     if not spec.double:
-        # What the same dense matrices lose in 32 bits, to cancellation inside the network, any method may lose.
         with jax.enable_x64(False):
-            at, near = _at_and_near(spec, traits, namespace, float(np.finfo(np.float32).eps))
-        unknown = {name: unknown[name] + 10 * _largest([at, *near], exact, name) for name in NAMES}
+            single, rounded = _matrices_near(spec, traits, namespace, EPS[False])
+        unknown = {name: unknown[name] + 10 * _largest([single, *rounded], exact, name) for name in NAMES}
     hessian, gauss_newton = (Matrix(exact[name], exact[f"{name}_terms"], noise[name], unknown[name]) for name in NAMES)
-    return Truth(exact["value"], exact["grad"], hessian, gauss_newton, exact["rare"])
+    return Truth(exact["value"], exact["grad"], hessian, gauss_newton, exact["rare"] > 0)
 
 
-def _at_and_near(
-    spec: Spec, traits, namespace, size: float
-) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
-    """The matrices of a program, and those of two programs whose numbers are a little off."""
+def _matrices_near(spec: Spec, traits, namespace, *sizes: float) -> list[Any]:
+    """The matrices of a program; then, for each relative size, those of two programs whose numbers are so much off."""
     numbers, rng = (namespace["params"], namespace["data"]), np.random.default_rng(spec.seed)
     compiled = jax.jit(functools.partial(_matrices, spec, traits, namespace)).lower(*numbers).compile()
-    results = [compiled(*numbers), *(compiled(*_perturbed(numbers, rng, size)) for _ in range(2))]
-    at, *near = [jax.tree.map(lambda x: np.asarray(x, np.float64), result) for result in results]
-    return {**at, "rare": at["rare"] > 0}, near
+    result = [compiled(*numbers), *([compiled(*_perturbed(numbers, rng, size)) for _ in range(2)] for size in sizes)]
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), result)
 
 
 def _largest(others: list[dict[str, np.ndarray]], exact: dict[str, np.ndarray], name: str) -> np.ndarray:

@@ -132,7 +132,7 @@ def _arguments(draw, name: str) -> str:
         "scale_by_lars": lambda: draw(st.sampled_from(["", "trust_coefficient=0.001, ", "eps=0.5, "])) + layers,
         "scale_by_percent_delta": lambda: layers,
         "scale_by_median_curvature": lambda: (
-            draw(st.sampled_from(["", "median_of_ratios=True, ", "weight_decay=0.25, "])) + layers
+            draw(st.sampled_from(["", "median_of_ratios=True, ", "trust_coefficient=0.5, "])) + layers
         ),
         "scale_by_approximate_radius": lambda: draw(st.sampled_from(["", "max_radius=2.0"])),
         "scale_by_curvature_radius": lambda: (

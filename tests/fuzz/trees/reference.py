@@ -1,101 +1,124 @@
 """The rules in NumPy, in the widest floats there are, so that nothing overflows: what a radius is, and no more.
 
-A rule is `rule(w, g, h) -> radii`, from the flat arrays of one layer to a radius for each entry. What is degenerate is
-what is truly zero, and has radius 1.
+A rule is `rule(layers, w, g, h) -> radii`, with `layers` as `curvax.layers.group` gives them, `w`, `g` and `h` lists of
+arrays, and a radius for each entry of each leaf. What is degenerate is what is truly zero, and has radius 1. Entries
+whose gradient is exactly zero are not measured.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 Wide = np.longdouble
-Rule = Callable[[np.ndarray, np.ndarray, np.ndarray | None], np.ndarray]
+Arrays = Sequence[np.ndarray]
+Rule = Callable[[Sequence, Arrays, Arrays, Arrays], list[np.ndarray]]
+# A layer whose curvature is less than this part of the tree's is damped by that.
+NOISE = 1e-4
 
 
 def lars(trust_coefficient: float = 1.0, eps: float = 0.0) -> Rule:
     """`|w| / (|g| + eps)`."""
-
-    def rule(w, g, h):
-        return _ratio(_norm(w), _norm(g), trust_coefficient, eps, g)
-
-    return rule
+    return _ratios(lambda w, g: (_norm(w), _norm(g)), trust_coefficient, eps)
 
 
 def percent_delta(trust_coefficient: float = 1.0) -> Rule:
     """The count of the parameters that are not zero over the sum of `|g / w|` over them."""
 
-    def rule(w, g, h):
+    def ratio(w, g):
         there = w != 0
-        return _ratio(Wide(there.sum()), np.sum(np.abs(g[there]) / np.abs(w[there])), trust_coefficient, 0.0, g)
+        return Wide(np.sum(there)), np.sum(np.abs(g[there]) / np.abs(w[there]))
 
-    return rule
+    return _ratios(ratio, trust_coefficient)
 
 
-def median(weight_decay: float = 0.0, trust_coefficient: float = 1.0, of_ratios: bool = False) -> Rule:
-    """`median|w| / median|g + weight_decay w|`, or the median of the ratios."""
-
-    def rule(w, g, h):
-        slope = g + Wide(weight_decay) * w
-        if not of_ratios:
-            return _ratio(_median(w), _median(slope), trust_coefficient, 0.0, g)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = np.where((w == 0) & (slope == 0), 0, np.abs(w) / np.abs(slope))
-        return _ratio(_median(ratios), Wide(1), trust_coefficient, 0.0, g)
-
-    return rule
+def median(median_of_ratios: bool = False, trust_coefficient: float = 1.0) -> Rule:
+    """`median|w| / median|g|`, or the median of the ratios."""
+    if median_of_ratios:
+        return _ratios(lambda w, g: (_median(np.abs(w) / np.abs(g)), Wide(1)), trust_coefficient)
+    return _ratios(lambda w, g: (_median(w), _median(g)), trust_coefficient)
 
 
 def approximate(max_radius: float | None = None) -> Rule:
-    """`|w / g|`."""
-
-    def rule(w, g, h):
-        return _bounded(np.abs(w), np.abs(g), max_radius)
-
-    return rule
+    """`|w / g|` for each entry."""
+    return lambda layers, w, g, h: [_bounded(np.abs(x), np.abs(y), max_radius) for x, y in zip(w, g, strict=True)]
 
 
-def curvature(damping: float = 0.0, max_radius: float | None = None, slope_term: bool = True) -> Rule:
-    """`(1 + g^2)^(3/2) / (|h| + damping mean|h|)`."""
+def curvature(damping: float = 0.0, max_radius: float | None = None, slope_term: bool | None = None) -> Rule:
+    """`1 / (|h| + damping mean|h|)` for each entry, times `(1 + g^2)^(3/2)` with the slope term."""
+    slope_term = damping == 0 if slope_term is None else slope_term
 
-    def rule(w, g, h):
-        mean = np.mean(np.abs(h)) if h.size else Wide(0)
-        arc = (1 + np.abs(g) ** 2) ** Wide(1.5) if slope_term else np.ones(g.shape, Wide)
-        return _bounded(arc, np.abs(h) + Wide(damping) * mean, max_radius)
+    def rule(layers, w, g, h):
+        del w
+        tree = _mean(g, h, [i for layer in layers for i in layer.measured] or range(len(g)))
+        radii = [np.ones(x.shape, Wide) for x in g]
+        for layer in layers:
+            mean = max(_mean(g, h, layer.measured) if layer.measured else tree, Wide(NOISE) * tree)
+            for i in layer.scaled:
+                arc = (1 + np.abs(g[i]) ** 2) ** Wide(1.5) if slope_term else np.ones(g[i].shape, Wide)
+                radii[i] = _bounded(arc, np.abs(h[i]) + Wide(damping) * mean, max_radius)
+        return radii
 
     return rule
 
 
 def discard(fraction: float) -> Rule:
-    """1, and 0 for the `floor(fraction n)` entries that are smallest; ties at the border stay."""
+    """1, and 0 for the `floor(fraction n)` entries of a layer that are smallest; ties at the border stay."""
 
-    def rule(w, g, h):
-        if not g.size:
-            return np.ones(g.shape, Wide)
-        # The product in float64, as the library counts: the decimal fraction is not exactly its float.
-        border = np.sort(np.abs(g))[int(np.floor(fraction * g.size + 1e-9))]
-        return np.where(np.abs(g) < border, Wide(0), Wide(1))
+    def rule(layers, w, g, h):
+        del w, h
+        radii = [np.ones(x.shape, Wide) for x in g]
+        for layer in layers:
+            sizes = np.sort(np.abs(_joined(g, layer.measured or layer.scaled)))
+            # The decimal fraction is not exactly its float.
+            border = sizes[int(np.floor(fraction * len(sizes) + 1e-9))] if len(sizes) else Wide(0)
+            for i in layer.scaled:
+                radii[i] = np.where(np.abs(g[i]) < border, Wide(0), Wide(1))
+        return radii
 
     return rule
 
 
-def _norm(x):
+def _ratios(ratio, trust_coefficient: float, eps: float = 0.0) -> Rule:
+    """One radius for all of a layer, from the entries that are measured; what follows nothing follows all."""
+
+    def rule(layers, w, g, h):
+        del h
+        everything = [i for layer in layers for i in layer.measured]
+        radii = [np.ones(x.shape, Wide) for x in g]
+        for layer in layers:
+            measured = layer.measured or everything
+            moving = _joined(g, measured) != 0
+            numerator, denominator = ratio(_joined(w, measured)[moving], _joined(g, measured)[moving])
+            known = numerator != 0 and denominator != 0
+            radius = Wide(trust_coefficient) * numerator / (denominator + Wide(eps)) if known else Wide(1)
+            for i in layer.scaled:
+                radii[i] = np.full(g[i].shape, radius)
+        return radii
+
+    return rule
+
+
+def _joined(arrays: Arrays, indices: Sequence[int]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, Wide), *(arrays[i].ravel() for i in indices)])
+
+
+def _norm(x: np.ndarray) -> np.ndarray:
     return np.sqrt(np.sum(np.abs(x) ** 2, dtype=Wide))
 
 
-def _median(x):
+def _median(x: np.ndarray) -> np.ndarray:
     return np.median(np.abs(x)) if x.size else Wide(0)
 
 
-def _ratio(numerator, denominator, trust_coefficient, eps, like):
-    degenerate = numerator == 0 or denominator == 0 or not np.isfinite(numerator / denominator)
-    radius = Wide(1) if degenerate else Wide(trust_coefficient) * numerator / (denominator + Wide(eps))
-    return np.full(like.shape, radius)
+def _mean(g: Arrays, h: Arrays, indices: Sequence[int]) -> np.ndarray:
+    moving = _joined(g, indices) != 0
+    return np.sum(np.abs(_joined(h, indices)[moving])) / max(np.sum(moving), 1)
 
 
-def _bounded(numerator, denominator, max_radius):
-    with np.errstate(divide="ignore", invalid="ignore"):
-        radius = np.where(denominator == 0, Wide(np.inf), numerator / denominator)
-    radius = radius if max_radius is None else np.minimum(radius, Wide(max_radius))
-    if max_radius is None:
-        radius = np.where((denominator == 0) & (numerator == 0), 1, radius)
+def _bounded(numerator: np.ndarray, denominator: np.ndarray, max_radius: float | None) -> np.ndarray:
+    radius = np.where(denominator == 0, Wide(np.inf), numerator / np.where(denominator == 0, 1, denominator))
+    if max_radius is not None:
+        radius = np.minimum(radius, Wide(max_radius))
+    elif np.ndim(radius):
+        radius = np.where((denominator == 0) & (numerator == 0), Wide(1), radius)
     return np.where((radius == 0) | np.isinf(radius), Wide(1), radius)
