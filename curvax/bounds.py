@@ -6,14 +6,25 @@ times what its kernel's parameters are large, in root mean square. LARS's radius
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from curvax.order_statistics import population_size
 from curvax.radii import AxisName, Leaves, Rule, Scalar, TreeRule, root_mean_square
-from curvax.wide import Wide, cast, least, quotient, select, times, wide
+from curvax.wide import Wide, cast, least, norm, product_of, quotient, select, times, wide
 
 #: The longest step of an array, in multiples of its kernel's parameters, both in root mean square.
 LONGEST = 3.0
+
+
+class _Kernel(NamedTuple):
+    """What others need to know of a kernel: its radius, and the root mean squares of w and g, over so many entries."""
+
+    radius: Wide
+    size: Wide
+    slope: Wide
+    count: int
 
 
 def bounded(rule: Rule, trust_coefficient: Scalar, follow_all: bool, axis_name: AxisName) -> TreeRule:
@@ -21,44 +32,74 @@ def bounded(rule: Rule, trust_coefficient: Scalar, follow_all: bool, axis_name: 
 
     Formula:
       `min(R, 3 * trust_coefficient * rms(w) / rms(g))`, with w the parameters of the kernel that the array follows and
-      g the array's gradient. What follows no kernel follows all kernels together. Where w is zero it is that of all
-      kernels, too; where these are zero, or there are none, the radius is at most `1 / rms(g)`.
+      g the array's gradient. What follows no kernel, and a kernel of zeros, follows all others together: `R^2 = sum_k
+      R_k^2 norm2(g_k)^2 / sum_k norm2(g_k)^2`, which is LARS's radius of them all if each has LARS's; w is then that of
+      all others, too. Where there are none the radius is 1, and at most `1 / rms(g)`.
 
     Args:
-      rule: one radius for a layer, 1 if nothing is measured: `radii.lars` and others.
+      rule: one radius for a layer, as `radii.lars` and others return it.
       trust_coefficient: the one that is inside this radius.
-      follow_all: whether what follows no kernel has the radius of all kernels together; else 1, and the same bound.
+      follow_all: whether what has no kernel, or is one of zeros, has the radius of all others; else 1, bounded alike.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
     Returns:
       A rule for all layers.
     """
 
-    def longest(of_layer: Wide, of_all: Wide):
-        size = select(of_layer.value > 0, of_layer, cast(of_all, of_layer.value.dtype))
-        return select(size.value > 0, times(LONGEST, times(trust_coefficient, size)), wide(jnp.ones_like(size.value)))
+    def longest(size: Wide) -> Wide:
+        return select(size.value == 0, wide(jnp.ones_like(size.value)), times(LONGEST, times(trust_coefficient, size)))
+
+    def of_kernel(measured: Leaves) -> _Kernel:
+        size, slope = (root_mean_square(x, axis_name) for x in (measured.w, measured.g))
+        radius = _at_most(rule(measured, measured)[0], longest(size), slope)
+        return _Kernel(radius, size, slope, population_size(measured.w, axis_name))
 
     def radii(layers: Sequence[tuple[Leaves, Leaves]], kernels: Leaves):
-        of_all = _size(kernels, axis_name)
+        del kernels
+        own = [of_kernel(measured) if measured.w else None for measured, _ in layers]
+        of_all = _together([kernel for kernel in own if kernel], follow_all)
         found = []
-        for measured, scaled in layers:
-            followed = measured if measured.w or not follow_all else kernels
-            step = longest(_size(measured, axis_name), of_all)
-            pairs = zip(rule(followed, scaled), scaled.g, strict=True)
-            found.append([_at_most(radius, step, root_mean_square([g], axis_name)) for radius, g in pairs])
+        for kernel, (_, scaled) in zip(own, layers, strict=True):
+            radius, size = of_all
+            if kernel is not None:
+                dtype = kernel.size.value.dtype
+                # NaN is not zero, and stays.
+                radius, size = (
+                    select(kernel.size.value == 0, cast(of_others, dtype), x)
+                    for of_others, x in ((radius, kernel.radius), (size, kernel.size))
+                )
+            found.append([_at_most(radius, longest(size), root_mean_square([g], axis_name)) for g in scaled.g])
         return found
 
     return radii
 
 
-def _at_most(radius: Wide, step: Wide, gradient: Wide) -> Wide:
+def _together(kernels: Sequence[_Kernel], follow_all: bool) -> tuple[Wide, Wide]:
+    """The radius of all kernels that are not zero, and their root mean square."""
+    one = wide(jnp.ones((), jnp.float32))
+    if not kernels:
+        return one, wide(jnp.zeros((), jnp.float32))
+    dtype = max((kernel.size.value.dtype for kernel in kernels), key=lambda dtype: dtype.itemsize)
+
+    def column(name: str) -> Wide:
+        parts = [cast(getattr(kernel, name), dtype) for kernel in kernels]
+        return Wide(*(jnp.stack(x) for x in zip(*parts, strict=True)))
+
+    radius, size, slope = map(column, ("radius", "size", "slope"))
+    count = jnp.where(size.value == 0, 0, jnp.asarray([kernel.count for kernel in kernels], dtype))
+    slope = times(jnp.sqrt(count), slope)
+    steps, slopes, sizes = norm(product_of(radius, slope)), norm(slope), norm(times(jnp.sqrt(count), size))
+    size = times(1 / jnp.sqrt(jnp.maximum(jnp.sum(count), 1)), sizes)
+    if not follow_all:
+        return cast(one, dtype), size
+    is_known = slopes.value != 0
+    radius = quotient(steps, Wide(jnp.where(is_known, slopes.value, 1), slopes.exponent))
+    return select(is_known, radius, cast(one, dtype)), size
+
+
+def _at_most(radius: Wide, step: Wide, slope: Wide) -> Wide:
     """The radius, or what takes a gradient of this size one step far, whichever is smaller."""
-    radius, step = (cast(x, gradient.value.dtype) for x in (radius, step))
-    is_known = gradient.value > 0
-    bound = quotient(step, Wide(jnp.where(is_known, gradient.value, 1), gradient.exponent))
+    radius, step = (cast(x, slope.value.dtype) for x in (radius, step))
+    is_known = slope.value != 0
+    bound = quotient(step, Wide(jnp.where(is_known, slope.value, 1), slope.exponent))
     return select(is_known, least(radius, bound), radius)
-
-
-def _size(leaves: Leaves, axis_name: AxisName) -> Wide:
-    """The root mean square of the parameters; 0 without any."""
-    return root_mean_square(leaves.w, axis_name) if leaves.w else wide(jnp.zeros((), jnp.float32))

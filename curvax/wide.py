@@ -52,6 +52,12 @@ def times(x: jax.typing.ArrayLike, a: Wide) -> Wide:
     return Wide(jnp.asarray(x, a.value.dtype) * a.value, a.exponent)
 
 
+def product_of(a: Wide, b: Wide) -> Wide:
+    """`a * b`."""
+    a, b = normal(a), normal(b)
+    return Wide(a.value * b.value, a.exponent + b.exponent)
+
+
 def least(a: Wide, b: Wide) -> Wide:
     """The smaller of two numbers that are not negative; NaN if one is."""
     return select((to_float(quotient(a, b)) > 1) | jnp.isnan(b.value), b, a)
@@ -75,6 +81,16 @@ def plus(a: Wide, b: Wide) -> Wide:
     shifts = [jnp.maximum(e - exponent, _least(a.value.dtype)) for e in exponents]
     shifted = [x.value * power_of_two(e, x.value.dtype) for x, e in zip((a, b), shifts, strict=True)]
     return Wide(sum(shifted), exponent)
+
+
+def norm(a: Wide) -> Wide:
+    """The root of the sum of the squares of a vector."""
+    value, exponent = normal(a)
+    least = _least(value.dtype)
+    # The exponent of a zero must not decide.
+    largest = jnp.max(jnp.where(value == 0, 8 * least, exponent))
+    shifted = value * power_of_two(jnp.maximum(exponent - largest, least), value.dtype)
+    return root(Wide(jnp.sum(jnp.square(shifted)), 2 * largest))
 
 
 def plus_float(a: Wide, x: jax.typing.ArrayLike) -> Wide:

@@ -14,6 +14,8 @@ Arrays = Sequence[np.ndarray]
 Rule = Callable[[Sequence, Arrays, Arrays, Arrays], list[np.ndarray]]
 # A layer whose curvature is less than this part of the tree's is damped by that.
 NOISE = 1e-4
+# How far an array of the layers of `"kernel"` goes, in multiples of its kernel's parameters.
+LONGEST = 3
 
 
 def lars(trust_coefficient: float = 1.0, eps: float = 0.0) -> Rule:
@@ -78,17 +80,57 @@ def discard(fraction: float) -> Rule:
     return rule
 
 
+def bounded(layers, radii: Arrays, w: Arrays, g: Arrays) -> list[np.ndarray]:
+    """The radii, such that no leaf goes further than three times its kernel's parameters are large.
+
+    What has no kernel, or one of zeros, follows the other kernels as if they were one, of the norms that these and
+    their steps have together.
+    """
+    kernels = [layer for layer in layers if layer.measured]
+    sizes = {id(layer): _root_mean_square(w, g, layer.measured) for layer in kernels}
+    others = [layer for layer in kernels if sizes[id(layer)] != 0]
+    everything = [i for layer in others for i in layer.measured]
+    size_of_all = _root_mean_square(w, g, everything)
+
+    def shortened(radius, i, size):
+        longest, step = LONGEST * size or Wide(1), _root_mean_square(g, g, [i])
+        return np.minimum(radius, longest / step) if step != 0 else radius
+
+    radii = list(radii)
+    for layer in others:
+        step = _root_mean_square(g, g, layer.measured)
+        for i in layer.scaled:
+            if step != 0:
+                # The kernel itself is shortened by what its leaves are together.
+                radii[i] = np.minimum(radii[i], LONGEST * sizes[id(layer)] / step)
+    steps, slopes = (
+        _norm(_joined([r * x for r, x in zip(radii, g, strict=True)], everything)),
+        _norm(_joined(g, everything)),
+    )
+    radius_of_all = steps / slopes if slopes != 0 else Wide(1)
+    for layer in layers:
+        alone = not layer.measured or sizes[id(layer)] == 0
+        for i in layer.scaled:
+            radius = np.full(g[i].shape, radius_of_all) if alone else radii[i]
+            radii[i] = shortened(radius, i, size_of_all if alone else sizes[id(layer)])
+    return radii
+
+
+def _root_mean_square(x: Arrays, g: Arrays, indices: Sequence[int]) -> np.ndarray:
+    """Of all entries, those without a gradient taken for zeros."""
+    entries = _joined(x, indices)
+    return _norm(entries[_joined(g, indices) != 0]) / np.sqrt(Wide(max(len(entries), 1)))
+
+
 def _ratios(ratio, trust_coefficient: float, eps: float = 0.0) -> Rule:
-    """One radius for all of a layer, from the entries that are measured; what follows nothing follows all."""
+    """One radius for all of a layer, from the entries that are measured; 1 where there are none."""
 
     def rule(layers, w, g, h):
         del h
-        everything = [i for layer in layers for i in layer.measured]
         radii = [np.ones(x.shape, Wide) for x in g]
         for layer in layers:
-            measured = layer.measured or everything
-            moving = _joined(g, measured) != 0
-            numerator, denominator = ratio(_joined(w, measured)[moving], _joined(g, measured)[moving])
+            moving = _joined(g, layer.measured) != 0
+            numerator, denominator = ratio(*(_joined(x, layer.measured)[moving] for x in (w, g)))
             known = numerator != 0 and denominator != 0
             radius = Wide(trust_coefficient) * numerator / (denominator + Wide(eps)) if known else Wide(1)
             for i in layer.scaled:

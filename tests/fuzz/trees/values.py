@@ -24,8 +24,6 @@ _RULES = {
     "discard_small_gradients": reference.discard,
 }
 _KERNELS = ("scale_by_percent_delta", "scale_by_median_curvature")
-# How far an array of the layers of `"kernel"` goes, in multiples of its kernel's parameters.
-LONGEST = 3
 
 
 def values(ran: Ran) -> None:
@@ -55,30 +53,16 @@ def _check_layers(ran: Ran, w, g, h, u) -> None:
     doubles = any(jnp.finfo(x.dtype).bits == 64 for x in (*w, *g))
     statistics = np.finfo(np.float64 if doubles else np.float32)
     with silenced():
-        radii = rule(layers, list(map(wide, w)), list(map(wide, g)), [wide(x).real for x in h])
-    bounded = way == "kernel" and ran.example.name in ("scale_by_lars", *_KERNELS)
+        columns = [list(map(wide, x)) for x in (w, g)]
+        radii = rule(layers, *columns, [wide(x).real for x in h])
+        if way == "kernel" and ran.example.name in ("scale_by_lars", *_KERNELS):
+            radii = reference.bounded(layers, radii, *columns)
     for i, radius in enumerate(radii):
-        if bounded:
-            radius = _at_most(layers, i, radius, list(map(wide, w)), wide(g[i]))
         _check_leaf(i, u[i], wide(g[i]), radius, statistics)
 
 
 def _evaluate(example: Example, function) -> Any:
     return eval(f"function({example.arguments})", {"function": function})
-
-
-def _at_most(layers, i: int, radius: np.ndarray, w, g: np.ndarray) -> np.ndarray:
-    """The radius, or what takes the leaf as far as three times its kernel's parameters are large."""
-
-    def size(arrays):
-        entries = np.concatenate([np.zeros(0, np.longdouble), *(np.abs(x).ravel() for x in arrays)])
-        return np.sqrt(np.mean(entries**2)) if entries.size else np.longdouble(0)
-
-    (measured,) = (layer.measured for layer in layers if i in layer.scaled)
-    kernels = size([w[j] for layer in layers for j in layer.measured])
-    longest = LONGEST * (size([w[j] for j in measured]) or kernels) or np.longdouble(1)
-    step = size([g])
-    return np.minimum(radius, longest / step) if step > 0 else radius
 
 
 def _check_leaf(i: int, got: np.ndarray, g: np.ndarray, radius: np.ndarray, statistics) -> None:
