@@ -363,3 +363,26 @@ def test_parameters_that_are_not_real_are_named(dtype):
     real = {"real": True, "odd": False}
     diag = curvax.hessian_diag(lambda p: jnp.sum(p["real"] ** 2), params, method="basis", where=real)
     np.testing.assert_allclose(diag["real"], 2.0)
+
+
+@pytest.mark.parametrize("v", [{"a": jnp.ones(3)}, {"b": jnp.ones(2)}, jnp.ones(2)])
+def test_vectors_unlike_the_parameters_are_refused(v):
+    with pytest.raises(ValueError, match=r"v (is|has the shape .* at 'a').*make it a tree like params"):
+        curvax.hvp(lambda p: jnp.sum(p["a"] ** 2), {"a": jnp.ones(2)}, v)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (lambda p: p, "is a dict; return curvax.Estimate"),
+        (lambda p: curvax.Estimate(0.0, p, {"a": jnp.ones(3)}), "has the shape .3,. at 'a'"),
+        (lambda p: curvax.Estimate(0.0, p, jnp.ones(2)), "make it a tree like params"),
+    ],
+)
+def test_what_a_method_of_the_callers_own_returns_is_checked(found, message):
+    class Own:
+        def estimate(self, objective, params, key):
+            return found(params)
+
+    with pytest.raises(ValueError, match=message):
+        curvax.hessian_diag(lambda p: jnp.sum(p["a"] ** 2), {"a": jnp.ones(2)}, Own())

@@ -111,3 +111,16 @@ def check_real(params: Any) -> None:
                 f"the parameter '{path_name(path)}' is {jnp.result_type(leaf)}, and has no second derivative; leave it"
                 " out with where=..., or split a complex one into real and imaginary parts."
             )
+
+
+def check_like(name: str, tree: Any, params: Any) -> None:
+    """Raises a ValueError unless `tree` has the structure and the shapes of `params`; it names the leaf."""
+    wanted, found = jax.tree.structure(params), jax.tree.structure(tree)
+    if wanted != found:
+        raise ValueError(f"{name} is {found}, where the parameters are {wanted}; make it a tree like params.")
+    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(tree), strict=True):
+        if jnp.shape(leaf) != jnp.shape(other):
+            raise ValueError(
+                f"{name} has the shape {jnp.shape(other)} at '{path_name(path)}', where the parameter has"
+                f" {jnp.shape(leaf)}; make it a tree like params."
+            )

@@ -4,13 +4,14 @@ Everything rests on `H v = d/dt grad L(w + t v)`, forward over reverse: `jax.jvp
 diagonal are methods (see `method`); here is what they share: what is refused, and what comes back.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from curvax.curvature.estimate import Estimate, at_least_float32, check_real
+from curvax.curvature.estimate import Estimate, at_least_float32, check_like, check_real
 from curvax.curvature.scalar import aux_of, scalar_objective
 from curvax.curvature.short_forms import as_method, needs_key
 from curvax.exact import Explanation, explain_products
@@ -36,7 +37,7 @@ def hvp(objective: Callable[[Any], jax.Array], params: Any, v: Any) -> Any:
       `H v`, a tree like `params`.
 
     Raises:
-      ValueError: if a parameter is not real.
+      ValueError: if a parameter is not real, or `v` is no tree like `params`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -45,6 +46,7 @@ def hvp(objective: Callable[[Any], jax.Array], params: Any, v: Any) -> Any:
       [4.0, 2.0]
     """
     check_real(params)
+    check_like("v", v, params)
     return hessian_product(objective, params)[2](v)
 
 
@@ -225,6 +227,17 @@ def check_method_key(method: Any, key: Any) -> None:
 def estimated(method: Any, objective: Any, params: Any, key: jax.Array | None) -> Estimate:
     """`method.estimate`, on any mesh, and where nothing is wanted."""
     if any(jnp.size(x) for x in jax.tree.leaves(params)):
-        return on_auto_axes(method.estimate)(objective, params, key)
+        return on_auto_axes(functools.partial(_checked, method))(objective, params, key)
     diag = jax.tree.map(lambda x: jnp.zeros_like(at_least_float32(x)), params)
     return Estimate(*jax.value_and_grad(objective)(params), diag, diag)
+
+
+def _checked(method: Any, objective: Any, params: Any, key: jax.Array | None) -> Estimate:
+    """`method.estimate`, which may be a user's own."""
+    found = method.estimate(objective, params, key)
+    if not isinstance(found, Estimate):
+        raise ValueError(
+            f"the estimate of {method!r} is a {type(found).__name__}; return curvax.Estimate(value, grad, diag)."
+        )
+    check_like(f"the diag of {method!r}", found.diag, params)
+    return found
