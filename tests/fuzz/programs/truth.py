@@ -107,7 +107,8 @@ def _matrices(spec: Spec, traits, namespace, params, data) -> dict[str, jax.Arra
         "hessian_terms": terms + bends + jnp.abs(penalised),
         "gauss_newton": gauss_newton + penalised,
         "gauss_newton_terms": terms + jnp.abs(penalised),
-        "floor": 2.0**-48 * (jnp.sum(jnp.abs(jacobian), 0) ** 2 + jnp.sum(jnp.abs(second), 0)) / spec.batch,
+        # The numbers of a program are about 1, and what cancels between them leaves a rest.
+        "floor": 2.0**-48 * (jnp.sum(jnp.abs(jacobian), 0) ** 2 + jnp.sum(jnp.abs(second), 0)) / spec.batch + 2.0**-50,
         "rare": terms < 1e-3 * largest,
     }
 

@@ -80,7 +80,7 @@ def discard(fraction: float) -> Rule:
     return rule
 
 
-def bounded(layers, radii: Arrays, w: Arrays, g: Arrays) -> list[np.ndarray]:
+def bounded(layers, radii: Arrays, w: Arrays, g: Arrays, trust: float) -> list[np.ndarray]:
     """The radii, such that no leaf goes further than three times its kernel's parameters are large.
 
     What has no kernel, or one of zeros, follows the other kernels as if they were one, of the norms that these and
@@ -93,7 +93,7 @@ def bounded(layers, radii: Arrays, w: Arrays, g: Arrays) -> list[np.ndarray]:
     size_of_all = _root_mean_square(w, g, everything)
 
     def shortened(radius, i, size):
-        longest, step = LONGEST * size or Wide(1), _root_mean_square(g, g, [i])
+        longest, step = LONGEST * trust * size or Wide(1), _root_mean_square(g, g, [i])
         return np.minimum(radius, longest / step) if step != 0 else radius
 
     radii = list(radii)
@@ -102,7 +102,7 @@ def bounded(layers, radii: Arrays, w: Arrays, g: Arrays) -> list[np.ndarray]:
         for i in layer.scaled:
             if step != 0:
                 # The kernel itself is shortened by what its leaves are together.
-                radii[i] = np.minimum(radii[i], LONGEST * sizes[id(layer)] / step)
+                radii[i] = np.minimum(radii[i], LONGEST * trust * sizes[id(layer)] / step)
     steps, slopes = (
         _norm(_joined([r * x for r, x in zip(radii, g, strict=True)], everything)),
         _norm(_joined(g, everything)),

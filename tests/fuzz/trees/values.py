@@ -43,8 +43,13 @@ def values(ran: Ran) -> None:
 
 def _check_layers(ran: Ran, w, g, h, u) -> None:
     default = "kernel" if ran.example.name in _KERNELS else "array"
-    way, rule = _evaluate(
-        ran.example, lambda *numbers, layers=default, **named: (layers, _RULES[ran.example.name](*numbers, **named))
+    way, trust, rule = _evaluate(
+        ran.example,
+        lambda *numbers, layers=default, **named: (
+            layers,
+            named.get("trust_coefficient", 1.0),
+            _RULES[ran.example.name](*numbers, **named),
+        ),
     )
     layers = group(jax.tree_util.tree_leaves_with_path(ran.g), way)
     # Denormal numbers are zero to some operations, and not to others.
@@ -56,7 +61,7 @@ def _check_layers(ran: Ran, w, g, h, u) -> None:
         columns = [list(map(wide, x)) for x in (w, g)]
         radii = rule(layers, *columns, [wide(x).real for x in h])
         if way == "kernel" and ran.example.name in ("scale_by_lars", *_KERNELS):
-            radii = reference.bounded(layers, radii, *columns)
+            radii = reference.bounded(layers, radii, *columns, trust)
     for i, radius in enumerate(radii):
         _check_leaf(i, u[i], wide(g[i]), radius, statistics)
 
@@ -102,12 +107,18 @@ def scale(ran: Ran) -> None:
     if any(leaf.dtype == "float16" for leaf in example.leaves):
         return
     larger = lambda tree: jax.tree.map(lambda x: x * jnp.asarray(factor, x.dtype), tree)
+    # What becomes denormal is zero to some operations.
+    if any(_has_denormals(x) for x in (*leaves(larger(ran.g)), *leaves(larger(ran.h)))):
+        return
     ratios = ("scale_by_lars", *_KERNELS, "scale_by_approximate_radius", "lars", "percent_delta", "mclr")
     if example.name in ratios and not re.search("weight_decay|eps|max_radius", example.arguments):
         _check_unmoved(ran, ran.step(ran.tx, larger(ran.g))[0], factor)
     elif example.name == "discard_small_gradients":
         check_same(larger(ran.updates), ran.step(ran.tx, larger(ran.g))[0], 0.0, "scaled")
     elif example.name == "cblr" and "norm_ratio=False" not in example.arguments:
+        layers = group(jax.tree_util.tree_leaves_with_path(ran.g), "kernel")
+        if not any(layer.measured for layer in layers):
+            return  # Without a kernel there is no norm ratio.
         updates = ran.step(ran.tx, ran.g, hessian_diag=larger(ran.h))[0]
         check_same(ran.updates, updates, 32 * float(jnp.finfo(jnp.bfloat16).eps), "with larger curvature")
 
