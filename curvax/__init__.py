@@ -26,6 +26,7 @@ from curvax.probes import (
     noise_scale_over_devices,
     with_probes,
 )
+from curvax.reports.report import Report, report
 from curvax.schedules import BatchSchedule, Phase, growing_batches, legw, small_batch_start
 from curvax.transforms import (
     discard_small_gradients,
@@ -51,6 +52,7 @@ __all__ = [
     "Objective",
     "Phase",
     "ProbeState",
+    "Report",
     "XDiag",
     "cblr",
     "discard_random_losses",
@@ -70,6 +72,7 @@ __all__ = [
     "noise_scale_over_devices",
     "percent_delta",
     "quantile",
+    "report",
     "scale_by_approximate_radius",
     "scale_by_curvature_radius",
     "scale_by_lars",

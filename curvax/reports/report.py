@@ -1,0 +1,223 @@
+"""The curvature of a network at a glance: the first call."""
+
+import contextlib
+import dataclasses
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from curvax.checks import check_number
+from curvax.curvature.hessian import explain
+from curvax.curvature.methods import Auto, Exact
+from curvax.curvature.scalar import scalar_objective
+from curvax.curvature.short_forms import as_method, needs_key
+from curvax.keys import Key, as_key
+from curvax.layers import Layers, group, path_name
+from curvax.objective import Objective
+from curvax.reports import advice, measure, plot, table
+
+#: Passes and products up to which curvature is computed exactly: an estimate in four draws takes eight.
+CHEAP = 32
+#: Seconds after which a stage says that it is running.
+PATIENCE = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `curvax.report` found; printed, a table and what stands out in it.
+
+    Attributes:
+      layers: a dict of numbers for each layer, see `to_dict`.
+      findings: sentences on what stands out, and what to do.
+      loss: its value on the batch.
+      params: how many there are.
+      num_examples: of the batch; 0 where the objective does not show them.
+      critical_batch_size: the noise scale of the whole gradient, in examples; infinite where all of it is noise, `None`
+        where it is not known, for `noise_reason`.
+      method: how the curvature was computed.
+      unreached: the paths of arrays that no derivative reaches.
+      cost: a line.
+    """
+
+    layers: list[dict[str, Any]]
+    loss: float
+    params: int
+    num_examples: int
+    critical_batch_size: float | None
+    noise_reason: str
+    method: str
+    unreached: tuple[str, ...]
+    cost: str
+
+    @property
+    def findings(self) -> list[str]:
+        """What stands out."""
+        return list(advice.findings(self))
+
+    def __str__(self) -> str:
+        return table.text(self)
+
+    def _repr_html_(self) -> str:
+        return table.markup(self)
+
+    def plot(self) -> Any:
+        """The radius of each layer, as Figure 2 of the paper has it; a matplotlib figure.
+
+        Raises:
+          ImportError: without matplotlib.
+        """
+        return plot.radii(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain numbers and text, as JSON takes them but for infinities.
+
+        Returns:
+          `{"layers": [...], "findings": [...], ...}`; `pandas.DataFrame(report.to_dict()["layers"])` is a table.
+        """
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**fields, "unreached": list(self.unreached), "findings": self.findings}
+
+
+def report(
+    objective: Any,
+    params: Any,
+    *,
+    method: Any = None,
+    num_samples: int = 4,
+    layers: Layers = "kernel",
+    key: Key = 0,
+    has_aux: bool = False,
+) -> Report:
+    """Measure the curvature of each layer of a network, and what the rules would make of it.
+
+    Formula:
+      For each layer: norms and medians of w and g; the mean of the Hessian's diagonal h; radii by eq. 23 (LARS), eq.
+      20-22 (MCLR) and eq. 24 (PercentDelta) of Gao & Zhong, and `norm2(R g) / norm2(g)` with `R = 1 / (|h| + 0.1
+      mean|h|)` (`cblr`), each over `R_all = sqrt(sum_k R_k^2 norm2(g_k)^2 / sum_k norm2(g_k)^2)`; and the noise scale
+      `tr(Sigma) / |G|^2` of McCandlish et al. 2018, from gradients of eight parts of the batch.
+
+    Args:
+      objective: an `Objective`, or any function `params -> scalar`, of which no noise can be told.
+      params: a tree of real arrays.
+      method: how curvature is computed, as in `hessian_diag`; `None` for the exact diagonal where `explain` says that
+        it costs 32 passes at most, and else `num_samples` draws of the estimate that the objective allows.
+      num_samples: draws of an estimate; two at least for a standard error.
+      layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`. A layer is
+        measured on its kernels; what follows none, on itself.
+      key: a seed or a `jax.random.key`, of the draws.
+      has_aux: whether the objective returns other output too.
+
+    Returns:
+      A `Report`: print it, or `plot()` it, or take `to_dict()`.
+
+    Raises:
+      ValueError: as `hessian_diag`; if there are no parameters.
+
+    Example:
+      >>> import jax.numpy as jnp, curvax
+      >>> def predict(params, x):
+      ...   return jnp.tanh(x @ params["hidden"]) @ params["head"]
+      >>> objective = curvax.Objective(predict, lambda z, x: (z[:, 0] - x[:, 0]) ** 2, jnp.eye(8, 4))
+      >>> found = curvax.report(objective, {"hidden": jnp.ones((4, 3)) / 9, "head": jnp.ones((3, 1)) / 9})
+      >>> [row["layer"] for row in found.layers], found.params, found.method
+      (['head', 'hidden'], 15, 'Exact()')
+    """
+    start, clock = time.perf_counter(), _Clock()
+    check_number("num_samples", num_samples, "[1, inf)", whole=True)
+    if not sum(jnp.size(x) for x in jax.tree.leaves(params)):
+        raise ValueError("there are no parameters to report on; pass the tree of arrays that you train.")
+    scalar, params = scalar_objective(objective, params, None, has_aux)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    groups = [layer for layer in group(leaves, layers) if any(leaves[i][1].size for i in layer.scaled)]
+    parts = measure.Parts.of(groups)
+    with clock.stage("plan"):
+        method, passes, products = _method(scalar, params, method)
+    keys = list(jax.random.split(as_key(key), int(num_samples))) if needs_key(method) else []
+    loss, grad, noise = measure.gradient(scalar, params, parts, clock.stage)
+    with clock.stage("norms and medians"):
+        dark = measure.unreached(scalar, params, grad)
+        first = jax.tree.map(np.asarray, jax.jit(lambda w, g: measure.first_order(parts, w, g))(params, grad))
+    second, errors = measure.curvature(scalar, params, grad, parts, method, keys, clock.stage)
+    rows = _rows(groups, leaves, first, second, errors, noise)
+    gradients = 1 + max(len(keys), 1)
+    times = f"{len(keys)} x " if keys else ""
+    return Report(
+        layers=rows,
+        loss=float(loss),
+        params=sum(x.size for _, x in leaves),
+        num_examples=measure.num_examples(scalar, params) if isinstance(scalar, Objective) else 0,
+        critical_batch_size=None if isinstance(noise, str) else _ratio(noise.noise.sum(), noise.squared_gradient.sum()),
+        noise_reason=noise if isinstance(noise, str) else "",
+        method=repr(method) + (f", {len(keys)} draws" if keys else ""),
+        unreached=tuple(path_name(leaves[i][0]) for i in dark),
+        cost=f"Cost: {time.perf_counter() - start:.1f} s with compilation; {gradients} gradients,"
+        f" {times}{passes} backward passes and {times}{products} Hessian-vector products.",
+    )
+
+
+def _method(objective: Any, params: Any, method: Any) -> tuple[Any, int, int]:
+    """The method, and the passes and products that it takes."""
+    if method is None:
+        said = explain(objective, params, Exact())
+        if said.passes + said.products <= CHEAP:
+            return Exact(), said.passes, said.products
+        method = Auto().choose(objective, params)
+    method = as_method(method, {})
+    said = explain(objective, params, method)
+    return method, said.passes, said.products
+
+
+def _rows(groups, leaves, first, second, errors, noise) -> list[dict[str, Any]]:
+    radii = {name: first[f"radius_{name}"].astype(np.float64) for name in measure.RULES}
+    radii["cblr"] = second["radius_cblr"]
+    squares = first["gradient_norm"].astype(np.float64) ** 2
+    whole = {name: np.sqrt(_over(np.nansum(r**2 * squares), np.nansum(squares))) for name, r in radii.items()}
+    rows = []
+    for i, layer in enumerate(groups):
+        arrays = [leaves[j][1] for j in layer.measured or layer.scaled]
+        units = sum(x.shape[-1] for x in arrays if x.ndim > 1)
+        scale = None if isinstance(noise, str) else _ratio(noise.noise[i], noise.squared_gradient[i])
+        numbers = {name: float(column[i]) for name, column in (first | second).items() if name != "dead_units"}
+        rows.append(
+            {
+                "layer": layer.name,
+                "params": sum(leaves[j][1].size for j in layer.scaled),
+                "is_kernel": bool(layer.measured),
+                "units": units,
+                "dead": float(first["dead_units"][i]) / units if units else 0.0,
+                "curvature_error": float(errors["curvature"][i]),
+                "critical_batch_size": scale,
+                **numbers,
+                **{f"rate_{name}": _over(radii[name][i], whole[name]) for name in radii},
+            }
+        )
+    return rows
+
+
+def _ratio(noise: float, squared_gradient: float) -> float:
+    """The noise scale; infinite where the gradient is none beside its noise."""
+    return float(noise / squared_gradient) if squared_gradient > 0 else float("inf")
+
+
+def _over(a: float, b: float) -> float:
+    return float(a / b) if b > 0 else float("nan")
+
+
+class _Clock:
+    """Says which stage is running, once it has taken longer than anybody likes to wait without a word."""
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        timer = threading.Timer(PATIENCE, lambda: print(f"curvax.report: {name} ...", file=sys.stderr, flush=True))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()

@@ -1,0 +1,158 @@
+"""How a report is shown: as text of at most 100 columns, with rich where it is installed, and as HTML in a notebook."""
+
+import html
+import importlib.util
+import io
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+WIDTH = 100
+NAME = 24
+
+
+class Column(NamedTuple):
+    """A column of a table: its head, and the text of a row of the report."""
+
+    head: str
+    text: Callable[[Any], str]
+
+
+def number(x: float) -> str:
+    """Three digits, short."""
+    if not np.isfinite(x):
+        return str(x)
+    if x == 0 or 1e-3 <= abs(x) < 1e4:
+        return f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}"
+    mantissa, exponent = f"{x:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def count(x: float) -> str:
+    """A number of things, with a letter for thousands and more."""
+    if not np.isfinite(x):
+        return "inf"
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if x >= size:
+            x, unit = (x / 1e3, "k") if letter == "k" else (x / size, letter)
+            return f"{x:.3g}{unit}"
+    return f"{x:.0f}"
+
+
+def _share(x: float) -> str:
+    return "" if x == 0 else "<1" if x < 0.005 else f"{100 * x:.0f}"
+
+
+def _with_error(row: Any) -> str:
+    error, value = row["curvature_error"], row["curvature"]
+    relative = f" ±{100 * error / abs(value):.0f}%" if error and value else ""
+    return number(value) + relative
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= NAME else f"{name[: NAME // 2 - 1]}…{name[-NAME // 2 :]}"
+
+
+def _name(row: Any) -> str:
+    return _short(row["layer"] or "(all)")
+
+
+LAYERS = (
+    Column("layer", _name),
+    Column("params", lambda row: count(row["params"])),
+    Column("|w|", lambda row: number(row["weight_norm"])),
+    Column("|g|", lambda row: number(row["gradient_norm"])),
+    Column("curvature", _with_error),
+    Column("<0 %", lambda row: _share(row["negative"])),
+    Column("=0 %", lambda row: _share(row["zero"])),
+    Column("dead %", lambda row: _share(row["dead"])),
+    Column("batch", lambda row: "" if row["critical_batch_size"] is None else count(row["critical_batch_size"])),
+)
+RATES = (
+    Column("layer", _name),
+    Column("median|w|", lambda row: number(row["weight_median"])),
+    Column("median|g|", lambda row: number(row["gradient_median"])),
+    Column("R 5%", lambda row: number(row["curvature_5"])),
+    Column("R 50%", lambda row: number(row["curvature_50"])),
+    Column("R 95%", lambda row: number(row["curvature_95"])),
+    *(
+        Column(head, lambda row, name=name: number(row[f"rate_{name}"]))
+        for head, name in (("lars", "lars"), ("mclr", "mclr"), ("p.delta", "percent_delta"), ("cblr", "cblr"))
+    ),
+)
+
+
+def text(report, color: bool | None = None) -> str:
+    """The report as text; in colour on a terminal."""
+    tables = [(title, columns, report.layers) for title, columns in _tables(report)]
+    lines = [_heading(report), ""]
+    draw = _rich if importlib.util.find_spec("rich") else _plain
+    color = sys.stdout.isatty() if color is None else color
+    for title, columns, rows in tables:
+        lines += [draw(title, columns, rows, color), ""]
+    for sentence in report.findings:
+        lines += _wrapped(f"- {sentence}")
+    return "\n".join([*lines, "", report.cost])
+
+
+def _tables(report):
+    yield f"Layers. Curvature is the mean of the Hessian's diagonal, by {report.method}.", LAYERS
+    yield (
+        "Radii R = 1 / (|h| + 0.1 mean|h|) of single parameters, and rates of each rule over that of the whole.",
+        RATES,
+    )
+
+
+def _heading(report) -> str:
+    noise = report.critical_batch_size
+    batch = f", batch {report.num_examples:,}" if report.num_examples else ""
+    scale = "" if noise is None else f", noise scale {count(noise)} examples"
+    return f"loss {number(report.loss)}, {count(report.params)} parameters{batch}{scale}"
+
+
+def _cells(columns: Sequence[Column], rows) -> list[list[str]]:
+    return [[column.text(row) for column in columns] for row in rows]
+
+
+def _plain(title: str, columns: Sequence[Column], rows, color: bool) -> str:
+    del color
+    table = [[column.head for column in columns], *_cells(columns, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in table]
+    return "\n".join([*_wrapped(title), lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _rich(title: str, columns: Sequence[Column], rows, color: bool) -> str:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), collapse_padding=True, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column.head, justify="right" if i else "left", no_wrap=True, style=None if i else "bold")
+    for line in _cells(columns, rows):
+        table.add_row(*line)
+    stream = io.StringIO()
+    console = Console(file=stream, width=WIDTH, force_terminal=color, no_color=not color, markup=False, highlight=False)
+    console.print(*_wrapped(title), sep="\n")
+    console.print(table)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines() if line.strip())
+
+
+def _wrapped(sentence: str) -> list[str]:
+    return textwrap.wrap(sentence, WIDTH, subsequent_indent="  " if sentence.startswith("- ") else "")
+
+
+def markup(report) -> str:
+    """The report as HTML."""
+    parts = [f"<p><b>{html.escape(_heading(report))}</b></p>"]
+    for title, columns in _tables(report):
+        head = "".join(f"<th>{html.escape(column.head)}</th>" for column in columns)
+        rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in _cells(columns, report.layers))
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        parts.append(f"<p>{html.escape(title)}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    said = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in report.findings)
+    return "".join([*parts, f"<ul>{said}</ul>" if said else "", f"<p>{html.escape(report.cost)}</p>"])

@@ -1,0 +1,237 @@
+"""The report of a network: its numbers against NumPy and known values, what it says, and how it looks."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import curvax
+from curvax.reports import table
+
+RNG = np.random.default_rng(0)
+B = 32
+X = RNG.normal(size=(B, 6)).astype(np.float32)
+PARAMS = {
+    "hidden": {"kernel": RNG.normal(size=(6, 8)).astype(np.float32) / 2, "bias": np.full(8, 0.1, np.float32)},
+    "head": {"kernel": RNG.normal(size=(8, 3)).astype(np.float32) / 3},
+}
+DATA = {"x": X, "y": np.arange(B, dtype=np.int32) % 3}
+
+
+def predict(params, data):
+    return jnp.tanh(data["x"] @ params["hidden"]["kernel"] + params["hidden"]["bias"][None]) @ params["head"]["kernel"]
+
+
+def loss(logits, data):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, data["y"])
+
+
+OBJECTIVE = curvax.Objective(predict, loss, DATA)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return curvax.report(OBJECTIVE, PARAMS, method="exact")
+
+
+def rows(report):
+    return {row["layer"]: row for row in report.layers}
+
+
+def test_norms_medians_and_radii_are_those_of_numpy(exact):
+    grads = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.grad(OBJECTIVE)(PARAMS))
+    for module in ("hidden", "head"):
+        w, g, row = PARAMS[module]["kernel"], grads[module]["kernel"], rows(exact)[f"{module}/kernel"]
+        expected = {
+            "weight_norm": np.linalg.norm(w),
+            "weight_median": np.median(np.abs(w)),
+            "gradient_norm": np.linalg.norm(g),
+            "gradient_median": np.median(np.abs(g)),
+            "radius_lars": np.linalg.norm(w) / np.linalg.norm(g),
+            "radius_mclr": np.median(np.abs(w)) / np.median(np.abs(g)),
+            "radius_percent_delta": w.size / np.sum(np.abs(g / w)),
+            "approximate_50": np.sort(np.abs(w / g).ravel())[(w.size - 1) // 2],
+        }
+        for name, value in expected.items():
+            np.testing.assert_allclose(row[name], value, rtol=1e-4, err_msg=name)
+    assert exact.params == sum(x.size for x in jax.tree.leaves(PARAMS)) and exact.num_examples == B
+    np.testing.assert_allclose(exact.loss, OBJECTIVE(PARAMS), rtol=1e-6)
+
+
+def test_curvature_is_that_of_the_dense_hessian(exact):
+    diag = jax.tree.map(lambda x: np.asarray(x, np.float64), curvax.hessian_diag(OBJECTIVE, PARAMS, "basis"))
+    grads = jax.grad(OBJECTIVE)(PARAMS)
+    for module in ("hidden", "head"):
+        h, g, row = diag[module]["kernel"], np.asarray(grads[module]["kernel"]), rows(exact)[f"{module}/kernel"]
+        np.testing.assert_allclose(row["curvature"], h.mean(), rtol=1e-4)
+        assert row["curvature_error"] == 0 and row["negative"] == pytest.approx(np.mean(h < 0))
+        radius = 1 / (np.abs(h) + 0.1 * np.abs(h).mean())
+        np.testing.assert_allclose(row["curvature_95"], np.sort(radius.ravel())[int(0.95 * (h.size - 1))], rtol=1e-3)
+        np.testing.assert_allclose(row["radius_cblr"], np.linalg.norm(radius * g) / np.linalg.norm(g), rtol=1e-3)
+
+
+def test_the_rates_are_those_of_the_layers_over_that_of_all_together(exact):
+    """A step of the whole at rate 1 is as long as the layers' steps are together."""
+    for name in ("lars", "mclr", "percent_delta", "cblr"):
+        gradient = np.array([row["gradient_norm"] for row in exact.layers])
+        rate = np.array([row[f"rate_{name}"] for row in exact.layers])
+        np.testing.assert_allclose(np.linalg.norm(rate * gradient), np.linalg.norm(gradient), rtol=1e-5)
+
+
+def test_an_estimate_is_within_its_standard_errors(exact):
+    found = curvax.report(OBJECTIVE, PARAMS, method=curvax.Hutchinson(8), num_samples=64)
+    assert found.method == "Hutchinson(num_samples=8), 64 draws"
+    for row in found.layers:
+        expected = rows(exact)[row["layer"]]["curvature"]
+        assert 0 < row["curvature_error"] and abs(row["curvature"] - expected) < 5 * row["curvature_error"]
+
+
+def test_the_noise_scale_is_that_of_gaussian_gradients():
+    """The loss (w - x)^2 / 2 of one weight has the gradient w - x: signal and noise are those of x."""
+    x = 2 + 3 * np.random.default_rng(1).normal(size=(40_000, 1))
+    objective = curvax.Objective(lambda w, x: w["w"] - x, lambda z, x: z[:, 0] ** 2 / 2, jnp.asarray(x, jnp.float32))
+    found = curvax.report(objective, {"w": jnp.zeros((1, 1))})
+    # Eight parts know a variance to a relative sqrt(2 / 7).
+    assert found.critical_batch_size == pytest.approx(9 / 4, rel=5 * np.sqrt(2 / 7))
+    parts = x.reshape(-1, 8).mean(0)
+    noise = parts.var(ddof=1) * 5000
+    np.testing.assert_allclose(found.critical_batch_size, noise / (x.mean() ** 2 - noise / 40_000), rtol=1e-3)
+
+
+def test_what_no_derivative_reaches_is_named():
+    params = {**PARAMS, "unused": jnp.ones(3), "stopped": jnp.ones((8, 3))}
+
+    def through(params, data):
+        return predict(params, data) + jnp.sum(jax.lax.stop_gradient(params["stopped"]))
+
+    found = curvax.report(curvax.Objective(through, loss, DATA), params, method="exact")
+    assert set(found.unreached) == {"unused", "stopped"}
+    assert any("No derivative reaches stopped, unused" in sentence for sentence in found.findings)
+    # A constant slope depends on nothing either, but reaches its parameter.
+    linear = curvax.report(lambda w: jnp.sum(w["w"]), {"w": jnp.ones((2, 2))})
+    assert not linear.unreached
+
+
+def test_dead_units_are_counted():
+    params = {"kernel": jnp.ones((6, 4)).at[:, :3].set(-1.0), "head": jnp.ones((4, 3))}
+    positive = {**DATA, "x": np.abs(X)}
+    objective = curvax.Objective(lambda p, d: jax.nn.relu(d["x"] @ p["kernel"]) @ p["head"], loss, positive)
+    found = rows(curvax.report(objective, params, layers="array", method="exact"))
+    assert found["kernel"]["dead"] == 0.75 and found["kernel"]["units"] == 4 and found["head"]["dead"] == 0
+
+
+def test_coupled_examples_have_no_noise_scale():
+    centred = lambda p, d: (z := predict(p, d)) - z.mean(0, keepdims=True)
+    found = curvax.report(curvax.Objective(centred, loss, DATA), PARAMS)
+    assert found.critical_batch_size is None and found.layers[0]["critical_batch_size"] is None
+    assert any("not proved to treat examples apart" in sentence for sentence in found.findings)
+    assert "examples can be told apart" in curvax.report(lambda p: jnp.sum(p**2), jnp.ones((2, 2))).noise_reason
+
+
+def test_a_function_of_one_vector_has_a_report():
+    found = curvax.report(lambda w: jnp.sum(jnp.array([1.0, 4.0]) * w**2), jnp.array([1.0, 2.0]))
+    assert found.layers[0]["curvature"] == 5 and "(all)" in str(found)
+
+
+def finite(**changes):
+    """A report in which nothing stands out, but for what is changed in its first layer, or in it."""
+    layer = {
+        "layer": "a", "is_kernel": True, "units": 8, "dead": 0.0, "non_finite": 0.0, "non_finite_gradient": 0.0,
+        "weight_norm": 1.0, "radius_lars": 1.0, "negative": 0.0, "curvature": 1.0, "curvature_error": 0.0,
+    }  # fmt: skip
+    own = {name: changes.pop(name) for name in list(changes) if name in layer}
+    fields = {
+        "loss": 1.0, "params": 8, "num_examples": 64, "critical_batch_size": 64.0, "noise_reason": "", "method": "",
+        "unreached": (), "cost": "",
+    }  # fmt: skip
+    return curvax.Report(layers=[layer | own, layer | {"layer": "b"}], **(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "said"),
+    [
+        ({"radius_lars": 99.0}, {"radius_lars": 101.0}, "The radius of a is 101 times that of b"),
+        ({"critical_batch_size": 33.0}, {"critical_batch_size": 16.0}, "64 is 4.0 times the noise scale"),
+        ({"critical_batch_size": 255.0}, {"critical_batch_size": 640.0}, "64 is 1/10 of the noise scale"),
+        ({}, {"critical_batch_size": np.inf}, "all is noise"),
+        ({"dead": 0.25}, {"dead": 0.5}, "50 % of the 8 columns of a have no gradient"),
+        ({"negative": 0.4}, {"negative": 0.5}, "50 % of the curvature of a is negative"),
+        ({"curvature_error": 0.5}, {"curvature_error": 0.6}, "a is known to its order of magnitude"),
+        ({}, {"non_finite": 0.1}, "10 % of the curvature of a are not finite"),
+        ({}, {"non_finite_gradient": 1.0}, "100 % of the gradient of a are not finite"),
+        ({}, {"weight_norm": 0.0}, "a: all zeros"),
+        ({}, {"unreached": ("x",)}, "No derivative reaches x"),
+    ],
+)
+def test_what_stands_out_is_said_from_its_threshold_on(below, above, said):
+    assert finite(**below).findings == []
+    (sentence,) = finite(**above).findings
+    assert said in sentence
+
+
+def test_it_fits_a_hundred_columns_and_goes_into_json(exact, monkeypatch):
+    other = curvax.report(OBJECTIVE, PARAMS)
+    for report in (exact, other):
+        for use_rich in (True, False):
+            monkeypatch.setattr(table.importlib.util, "find_spec", lambda name, use=use_rich: use or None)
+            text = table.text(report, color=False)
+            assert max(map(len, text.splitlines())) <= 100 and "\x1b" not in text
+            assert "hidden/kernel" in text and text.splitlines()[-1].startswith("Cost: ")
+        assert "\x1b[1m" not in str(report)
+    said = json.loads(json.dumps(exact.to_dict()))
+    assert said["layers"][0]["layer"] == exact.layers[0]["layer"] and said["findings"] == exact.findings
+    assert all(isinstance(x, str | float | int | bool) or x is None for row in said["layers"] for x in row.values())
+    assert exact._repr_html_().count("<tr>") == 2 * (1 + len(exact.layers))
+
+
+@pytest.mark.parametrize(
+    ("x", "text"), [(0.0, "0"), (1.0, "1"), (0.0123456, "0.0123"), (12345.0, "1.2e4"), (-3.2e-7, "-3.2e-7")]
+)
+def test_numbers_are_short(x, text):
+    assert table.number(x) == text
+
+
+@pytest.mark.parametrize(
+    ("x", "text"), [(12, "12"), (4640, "4640"), (131072, "131k"), (2.5e6, "2.5M"), (np.inf, "inf")]
+)
+def test_counts_are_short(x, text):
+    assert table.count(x) == text
+
+
+def test_the_plot_has_a_bar_for_each_layer_and_source(exact):
+    (axes,) = exact.plot().axes
+    assert axes.get_yscale() == "log" and len(axes.patches) == 2 * len(exact.layers)
+    medians = sorted(patch.get_height() for patch in axes.patches[: len(exact.layers)])
+    np.testing.assert_allclose(medians, sorted(row["curvature_50"] for row in exact.layers))
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(exact, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        exact.plot()
+
+
+def test_progress_is_said_after_two_seconds(monkeypatch, capsys):
+    monkeypatch.setattr("curvax.reports.report.PATIENCE", 0.0)
+    curvax.report(lambda w: jnp.sum(w**2), jnp.ones(2))
+    assert "curvax.report: curvature ..." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"params": {}}, "no parameters to report on"),
+        ({"method": "newton"}, "'newton' is unknown"),
+        ({"num_samples": 0}, "num_samples=0 is out of range"),
+        ({"key": "seed"}, "no random key"),
+        ({"layers": "rows"}, "layers='rows' is not a way"),
+    ],
+)
+def test_errors_say_what_to_pass(change, message):
+    arguments = {"objective": lambda w: jnp.sum(w**2), "params": jnp.ones(2), "method": "hutchinson"} | change
+    with pytest.raises(ValueError, match=message):
+        curvax.report(**arguments)
