@@ -7,6 +7,8 @@ import numpy as np
 import optax
 import problems
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import curvax
 from curvax import scale_by_curvature_radius, with_hessian_diag
@@ -232,9 +234,63 @@ def test_without_the_loss_what_is_stored_is_used_and_a_refresh_waits():
         u, state = tx.update(w, state, w, **({} if c is None else {"obj_fn": quadratic(c)}))
         seen.append(u[0])
     np.testing.assert_allclose(seen, [3, 3, 3, 5, 5, 7])
-    # Under jit nobody can tell whether something is stored.
-    zeros, _ = jax.jit(lambda w: tx.update(w, tx.init(w), w))(w)
-    np.testing.assert_array_equal(zeros, 0)
+
+
+def step_without_the_loss(w):
+    """The updates of a fresh state, for parameters of all kinds."""
+    tx, params = with_hessian_diag(optax.identity(), "basis"), {"w": w, "half": w.astype(jnp.bfloat16), "n": w > 5}
+    return tx.update(params, tx.init(params), params)[0]
+
+
+MESH = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda step: jax.jit(step)(jnp.ones(2)),
+        lambda step: jax.lax.scan(lambda w, _: (step(w)["w"], step(w)), jnp.ones(2), length=2)[1],
+        lambda step: jax.jit(jax.vmap(step))(jnp.ones((3, 2))),
+        lambda step: jax.pmap(step, devices=jax.devices()[:2])(jnp.ones((2, 2))),
+        lambda step: jax.jit(jax.shard_map(step, mesh=MESH, in_specs=P("x"), out_specs=P("x")))(jnp.ones(4)),
+    ],
+)
+def test_a_program_that_never_has_the_loss_warns_and_its_updates_are_nan(run):
+    with pytest.warns(RuntimeWarning, match=r"pass obj_fn=.*or hessian_diag=.*updates are NaN"):
+        updates = jax.block_until_ready(run(step_without_the_loss))
+        jax.effects_barrier()
+    assert updates["half"].dtype == jnp.bfloat16 and not np.any(updates["n"])
+    assert np.all(np.isnan(updates["w"])) and np.all(np.isnan(updates["half"].astype(jnp.float32)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_program_without_the_loss_is_right_where_a_refresh_was_tried():
+    """Also a bad one, and for several optimizers in parallel."""
+    tx, w = with_hessian_diag(optax.scale(-1.0), "basis", every=2), jnp.ones(2)
+    for curvature in (3.0, jnp.nan):
+        _, state = tx.update(w, tx.init(w), w, obj_fn=quadratic(curvature))
+        updates, state = jax.jit(tx.update)(w, state, w)
+        np.testing.assert_array_equal(updates, -1)
+    states = jax.tree.map(lambda *x: jnp.stack(x), state, state)
+    updates, _ = jax.jit(jax.vmap(tx.update, (None, 0, None)))(w, states, w)
+    np.testing.assert_array_equal(updates, -1)
+    # Nothing is asked of the host where the loss is given, or the curvature.
+    given = {"obj_fn": quadratic(3.0)}, {"hessian_diag": w}
+    assert not any("callback" in str(jax.make_jaxpr(lambda w, g=g: tx.update(w, tx.init(w), w, **g))(w)) for g in given)
+
+
+@pytest.mark.filterwarnings("ignore:curvature needs the loss")
+def test_steps_with_and_without_the_loss_may_be_chosen_between_in_a_program():
+    """Under `vmap` both are computed, and what the one says of a state that has nothing yet does not end the other."""
+    tx, w = with_hessian_diag(seen_curvature(), "basis"), jnp.ones(2)
+
+    def step(state, loss_is_given):
+        update = lambda **given: tx.update(w, state, w, **given)
+        return jax.lax.cond(loss_is_given, lambda: update(obj_fn=quadratic(3.0)), lambda: update())[::-1]
+
+    run = jax.vmap(lambda given: jax.lax.scan(step, tx.init(w), given)[1])
+    updates = jax.jit(run)(jnp.array([[True, False], [True, True], [False, True]]))
+    np.testing.assert_array_equal(updates[:, :, 0], [[3, 3], [3, 3], [np.nan, 3]])
 
 
 def test_a_seed_is_a_key_and_refreshes_draw_anew():

@@ -5,6 +5,7 @@ wrapper is the only place that owns it: the scalers inside read `hessian_diag` f
 which optax hands down through `chain`, `masked`, `partition` and `MultiSteps`. One wrapper, outermost, serves them all.
 """
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,11 @@ from curvax.layers import path_name
 from curvax.varying import varying_over
 
 AxisNames = str | tuple[str, ...] | None
+
+NOTHING_STORED = (
+    "curvature needs the loss: pass obj_fn=..., an Objective or a function params -> scalar, to update; or"
+    " hessian_diag=..., if you have it. Nothing is stored yet that could be used in its place."
+)
 
 #: What `HessianDiagState.method` counts.
 METHODS = ("none", "exact", "basis", "ggn", "ggn_mc", "hutchinson", "xdiag", "other")
@@ -106,8 +112,9 @@ def with_hessian_diag(
     Returns:
       A transformation whose `update` takes `obj_fn=` (or optax's `value_fn=`), the loss whose gradient is passed, as an
       `Objective` or a function `params -> scalar`. Without it the step uses the average that is stored, and a refresh
-      that is due waits for the next step that has it. Where the caller passes `hessian_diag=`, that is handed on
-      instead and nothing is computed or averaged.
+      that is due waits for the next step that has it. Before any refresh was tried there is nothing to use: an error,
+      or, under `jit`, where that is not known before the program runs, a RuntimeWarning and updates that are NaN. Where
+      the caller passes `hessian_diag=`, that is handed on instead and nothing is computed or averaged.
 
     Raises:
       ValueError: if the method, its options, its key, `every` or `decay` are wrong; from `update`, without `params`, or
@@ -182,13 +189,12 @@ def with_hessian_diag(
         if params is None:
             raise ValueError("curvature depends on the parameters; call update(updates, state, params, obj_fn=...).")
         own, inner_state = state._replace(inner_state=()), state.inner_state
-        usable = _all_finite(updates, axis_name, param_axis_name)
+        usable, stored = _all_finite(updates, axis_name, param_axis_name), True
         objective = obj_fn if obj_fn is not None or value_fn is None else bound(value_fn, extra_args)
         if hessian_diag is not None:
             kept = own
         elif objective is None:
-            _check_stored(own)
-            kept = own
+            stored, kept = _stored(own), own
         else:
             _check_whole(params)
             kept = refresh_if_due(objective, params, usable, own)
@@ -198,6 +204,7 @@ def with_hessian_diag(
         if value_fn is not None:
             given["value_fn"] = tolerant(value_fn, given)
         updates, new_inner = inner.update(updates, inner_state, params, **given, **extra_args)
+        updates = updates if stored is True else jax.tree.map(lambda x: _nan_unless(stored, x), updates)
         if multi_steps:
             # A mini-step that `should_skip_update_fn` left out.
             moved = (new_inner.mini_step != inner_state.mini_step) | (
@@ -239,13 +246,27 @@ def _all_finite(tree: Any, *axis_names: AxisNames) -> jax.Array:
     return finite
 
 
-def _check_stored(state: HessianDiagState) -> None:
+def _stored(state: HessianDiagState) -> jax.Array | bool:
+    """Whether a refresh was ever tried; if not, an error, or under `jit` a warning when the program runs."""
     tried = state.num_refreshes + state.num_skipped
-    if not isinstance(tried, jax.core.Tracer) and tried == 0:
-        raise ValueError(
-            "curvature needs the loss: pass obj_fn=..., an Objective or a function params -> scalar, to update; or"
-            " hessian_diag=..., if you have it. Nothing is stored yet that could be used in its place."
-        )
+    if not isinstance(tried, jax.core.Tracer):
+        if tried == 0:
+            raise ValueError(NOTHING_STORED)
+        return True
+    jax.lax.cond(tried == 0, lambda: jax.debug.callback(_warn, tried), lambda: None)
+    return tried > 0
+
+
+def _warn(tried: Any) -> None:
+    # Under `vmap` both branches of a `cond` run, so that this is called without need. So is the whole step where a
+    # caller chooses between steps with and without the loss: an exception would end a program that is right.
+    if tried == 0:
+        warnings.warn(f"{NOTHING_STORED} The updates are NaN.", RuntimeWarning, stacklevel=1)
+
+
+def _nan_unless(condition: jax.Array, x: Any) -> Any:
+    x = jnp.asarray(x)
+    return jnp.where(condition, x, jnp.full_like(x, jnp.nan)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
 def _check_whole(params: Any) -> None:
