@@ -122,7 +122,7 @@ def scale_by_median_curvature(
       `R * (g + weight_decay * w)`, `R = trust_coefficient * median|w| / median|g + weight_decay * w|`, Gao & Zhong, eq.
       20-22, over the entries whose g is not exactly zero. The paper writes medians of signed values, which are near 0/0
       in any symmetric layer; magnitudes are meant. With `layers="kernel"` no array moves further than `3 *
-      trust_coefficient` times its kernel's parameters in root mean square, see `bounds`.
+      trust_coefficient` times its kernel's parameters in root mean square, nor hardly at all, see `bounds`.
 
     Args:
       weight_decay: beta of eq. 22, in units of loss / parameter^2.
@@ -167,7 +167,7 @@ def scale_by_lars(
       `R * (g + weight_decay * w)`, `R = trust_coefficient * norm2(w) / (norm2(g + weight_decay * w) + eps)`, Gao &
       Zhong, eq. 23; You et al. 2017; over the entries whose g is not exactly zero. Where none is it equals
       `optax.scale_by_trust_ratio` but for its statistics, which here are float32 at least. With `layers="kernel"` no
-      array moves further than `3 * trust_coefficient` times its kernel's parameters in root mean square, see `bounds`.
+      array moves further than `3 * trust_coefficient` times its kernel's parameters in root mean square, nor hardly at all, see `bounds`.
 
     Args:
       weight_decay: strength of the decay, in units of loss / parameter^2.

@@ -90,16 +90,30 @@ def test_a_median_of_mostly_tiny_gradients_does_not_throw_the_others():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_kernel_of_zeros_follows_the_others(rule):
-    """It leaves zero at the pace at which they move, however large or small the loss."""
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-3])
+def test_a_kernel_near_zero_moves_as_if_it_were_larger(rule, size):
+    """It leaves zero at a tenth of the others' size, whatever the scale of the loss, or of the parameters."""
     w, g = network(0), network(1)
-    w["embedding"] = jnp.zeros((10, 4))
-    kernel = update(RULES[rule](), g, w)["dense"]["kernel"]
-    radius = np.linalg.norm(kernel) / np.linalg.norm(g["dense"]["kernel"])
-    for factor in (1e-3, 1e6):
-        gradients = {**g, "embedding": factor * g["embedding"]}
-        expected = min(radius, 3 * rms(w["dense"]["kernel"]) / rms(gradients["embedding"])) * gradients["embedding"]
-        np.testing.assert_allclose(update(RULES[rule](), gradients, w)["embedding"], expected, rtol=1e-5)
+    sign = jnp.sign(w["embedding"])
+    for factor, scale in ((1e-6, 1.0), (1.0, 1e-10), (1e6, 1e10)):
+        parameters = jax.tree.map(lambda x: scale * x, {**w, "embedding": size * sign})  # noqa: B023
+        gradients = jax.tree.map(lambda x: factor * x, g)  # noqa: B023
+        entries = [*np.ravel(parameters["dense"]["kernel"]), *np.ravel(parameters["embedding"])]
+        expected = 0.1 * rms(entries if size else entries[:48])
+        found = update(RULES[rule](), gradients, parameters)["embedding"]
+        assert rms(found) == pytest.approx(expected, rel=1e-5)
+        np.testing.assert_allclose(found / rms(found), g["embedding"] / rms(g["embedding"]), rtol=1e-5)
+    rows = {**g, "embedding": g["embedding"].at[2:].set(0)}
+    found = update(RULES[rule](), rows, {**w, "embedding": jnp.zeros((10, 4))})["embedding"]
+    assert rms(found[:2]) == pytest.approx(0.1 * rms(w["dense"]["kernel"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_network_of_one_tiny_kernel_is_not_near_zero(rule):
+    w, g = 1e-20 * network(0)["embedding"], network(1)["embedding"]
+    array = {"lars": curvax.scale_by_lars(), "percent_delta": curvax.scale_by_percent_delta(layers="array")}
+    plain = array.get(rule, curvax.scale_by_median_curvature(layers="array"))
+    np.testing.assert_allclose(update(RULES[rule](), g, w), update(plain, g, w), rtol=1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -110,6 +124,13 @@ def test_where_all_is_zero_the_radius_is_at_most_one(rule):
         updates = update(RULES[rule](), gradients, nothing)
         for u, x in zip(jax.tree.leaves(updates), jax.tree.leaves(gradients), strict=True):
             np.testing.assert_allclose(u, min(1, 1 / rms(x)) * x, rtol=1e-5)
+
+
+def test_newton_s_steps_out_of_zero_keep_their_length():
+    w, u = network(0), network(1)
+    w["embedding"] = jnp.zeros((10, 4))
+    updates = update(curvax.scale_by_lars(layers="kernel", follow_all=False), u, w)
+    np.testing.assert_allclose(updates["embedding"], u["embedding"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)

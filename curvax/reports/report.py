@@ -123,10 +123,10 @@ def report(
       >>> import jax.numpy as jnp, curvax
       >>> def predict(params, x):
       ...   return jnp.tanh(x @ params["hidden"]) @ params["head"]
-      >>> objective = curvax.Objective(predict, lambda z, x: (z[:, 0] - x[:, 0]) ** 2, jnp.eye(8, 4))
-      >>> found = curvax.report(objective, {"hidden": jnp.ones((4, 3)) / 9, "head": jnp.ones((3, 1)) / 9})
+      >>> objective = curvax.Objective(predict, lambda z, x: jnp.sum(z**2, 1) + x[:, 0], jnp.eye(8, 4))
+      >>> found = curvax.report(objective, {"hidden": jnp.ones((4, 3)) / 9, "head": jnp.ones((3, 2)) / 9})
       >>> [row["layer"] for row in found.layers], found.params, found.method
-      (['head', 'hidden'], 15, 'Exact()')
+      (['head', 'hidden'], 18, 'Exact()')
     """
     start, clock = time.perf_counter(), _Clock()
     check_number("num_samples", num_samples, "[1, inf)", whole=True)

@@ -16,6 +16,8 @@ Rule = Callable[[Sequence, Arrays, Arrays, Arrays], list[np.ndarray]]
 NOISE = 1e-4
 # How far an array of the layers of `"kernel"` goes, in multiples of its kernel's parameters.
 LONGEST = 3
+# A kernel counts for no smaller than this part of all kernels together.
+SMALLEST = 0.1
 
 
 def lars(trust_coefficient: float = 1.0, eps: float = 0.0) -> Rule:
@@ -83,36 +85,41 @@ def discard(fraction: float) -> Rule:
 def bounded(layers, radii: Arrays, w: Arrays, g: Arrays, trust: float) -> list[np.ndarray]:
     """The radii, such that no leaf goes further than three times its kernel's parameters are large.
 
-    What has no kernel, or one of zeros, follows the other kernels as if they were one, of the norms that these and
-    their steps have together.
+    A kernel that is nearly zero takes the step of a larger one. What has no kernel follows all as if they were one, of
+    the norms that these and their steps have together.
     """
+    radii, sizes = list(radii), {}
     kernels = [layer for layer in layers if layer.measured]
-    sizes = {id(layer): _root_mean_square(w, g, layer.measured) for layer in kernels}
-    others = [layer for layer in kernels if sizes[id(layer)] != 0]
-    everything = [i for layer in others for i in layer.measured]
-    size_of_all = _root_mean_square(w, g, everything)
-
-    def shortened(radius, i, size):
-        longest, step = LONGEST * trust * size or Wide(1), _root_mean_square(g, g, [i])
-        return np.minimum(radius, longest / step) if step != 0 else radius
-
-    radii = list(radii)
-    for layer in others:
-        step = _root_mean_square(g, g, layer.measured)
+    alive = [i for layer in kernels if _root_mean_square(w, g, layer.measured) != 0 for i in layer.measured]
+    moving = _joined(g, alive) != 0
+    of_all = _norm(_joined(w, alive)[moving]) / np.sqrt(Wide(max(np.sum(moving), 1)))
+    for layer in kernels:
+        size, step = _root_mean_square(w, g, layer.measured), _root_mean_square(g, g, layer.measured)
+        entries = _joined(g, layer.measured)
+        least = Wide(SMALLEST) * of_all * np.sqrt(np.sum(entries != 0) / Wide(max(len(entries), 1)))
+        if size < least and step != 0:
+            size = least
+            radii = [np.full(r.shape, trust * least / step) if i in layer.scaled else r for i, r in enumerate(radii)]
+        sizes[id(layer)] = size
         for i in layer.scaled:
-            if step != 0:
+            if step != 0 and size != 0:
                 # The kernel itself is shortened by what its leaves are together.
-                radii[i] = np.minimum(radii[i], LONGEST * trust * sizes[id(layer)] / step)
-    steps, slopes = (
-        _norm(_joined([r * x for r, x in zip(radii, g, strict=True)], everything)),
-        _norm(_joined(g, everything)),
-    )
+                radii[i] = np.minimum(radii[i], LONGEST * trust * size / step)
+    alive = [layer for layer in kernels if sizes[id(layer)] != 0]
+    everything = [i for layer in alive for i in layer.measured]
+    counts = [sum(g[i].size for i in layer.measured) for layer in alive]
+    squares = [sizes[id(layer)] ** 2 * count for layer, count in zip(alive, counts, strict=True)]
+    size_of_all = np.sqrt(sum(squares, Wide(0)) / max(sum(counts), 1))
+    steps = _norm(_joined([r * x for r, x in zip(radii, g, strict=True)], everything))
+    slopes = _norm(_joined(g, everything))
     radius_of_all = steps / slopes if slopes != 0 else Wide(1)
     for layer in layers:
         alone = not layer.measured or sizes[id(layer)] == 0
+        size = size_of_all if alone else sizes[id(layer)]
         for i in layer.scaled:
             radius = np.full(g[i].shape, radius_of_all) if alone else radii[i]
-            radii[i] = shortened(radius, i, size_of_all if alone else sizes[id(layer)])
+            step = _root_mean_square(g, g, [i])
+            radii[i] = np.minimum(radius, (LONGEST * trust * size or Wide(1)) / step) if step != 0 else radius
     return radii
 
 

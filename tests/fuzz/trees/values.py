@@ -129,7 +129,8 @@ def _check_unmoved(ran: Ran, updates, factor: float) -> None:
     layers = group(
         jax.tree_util.tree_leaves_with_path(ran.g), way if ran.example.name.startswith("scale") else "kernel"
     )
-    alone = {i for layer in layers if not layer.measured for i in layer.scaled}
+    sizes = [x.size for x in leaves(ran.g)]
+    alone = {i for layer in layers if not sum(sizes[j] for j in layer.measured) for i in layer.scaled}
     for i, (x, y, g) in enumerate(zip(*map(leaves, (ran.updates, updates, ran.g)), strict=True)):
         if i in alone:
             # What follows no kernel, where there is none, has radius 1 up to a bound.
