@@ -170,3 +170,58 @@ def test_what_can_be_differentiated_only_once_is_computed_all_the_same():
 
     seen = curvature_of_steps(Squares(), [lambda w: jnp.sum(once(w))], jnp.array([0.1, 0.2]))
     np.testing.assert_allclose(seen[0], np.cos([0.1, 0.2]) ** 2, rtol=1e-5)
+
+
+def test_a_diagonal_is_compiled_once_and_is_another_program_than_a_refresh():
+    method = Counting("a diagonal")
+    for batch in BATCHES:
+        found = curvax.hessian_diag(new_objective(batch), PARAMS, method)
+        expected = problems.dense_hessian_diag(new_lambda(batch), PARAMS)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), found, expected)
+    assert method.calls == 1
+    curvature_of_steps(method, [new_objective(BATCHES[0])])
+    assert method.calls == 2
+
+
+@pytest.mark.parametrize("seen", [lambda x: {"first": x[0]}, lambda x: {"name": "batch", "first": x[0]}])
+def test_other_output_of_an_eager_call_may_be_anything(seen):
+    """Of an Objective and of a plain function; what is no array cannot come out of a program."""
+    x, w = jnp.array([[1.0, 2.0], [3.0, 0.0]]), jnp.ones(2)
+    objective = curvax.Objective(lambda w, x: (x @ w, seen(x)), lambda z, x: z**2, x, has_aux=True)
+    plain = lambda w: objective(w)
+    for loss in (objective, plain):
+        diag, aux = curvax.hessian_diag(loss, w, "basis", has_aux=loss is plain)
+        assert diag.tolist() == [10.0, 4.0]
+        assert aux.keys() == seen(x).keys() and aux["first"].tolist() == [1.0, 2.0]
+
+
+def test_a_method_of_the_callers_own_may_look_at_numbers():
+    @dataclasses.dataclass(frozen=True)
+    class OnTheHost:
+        """Differences of gradients, by NumPy."""
+
+        step: float
+
+        def estimate(self, objective, params, key):
+            points = np.asarray(params) + self.step * np.eye(len(params), dtype=np.float32)
+            slopes = np.stack([np.asarray(jax.grad(objective)(point)) for point in points])
+            diag = np.diag(slopes - np.asarray(jax.grad(objective)(params))) / self.step
+            return curvax.Estimate(float(objective(params)), jax.grad(objective)(params), diag)
+
+    loss = lambda w: jnp.sum(jnp.array([1.0, 3.0]) * w**2)
+    found = curvax.value_grad_and_hessian_diag(loss, jnp.ones(2), OnTheHost(0.5))
+    assert found.value == 4.0 and found.diag.tolist() == [2.0, 6.0]
+
+
+def test_functions_that_close_over_what_is_being_traced():
+    """Their arrays are known outside of them only, at another time."""
+
+    @jax.jit
+    def diagonals(x, shift):
+        objective = curvax.Objective(lambda w, x: x @ w, lambda z, x: shift * z**2, jnp.eye(2))
+        return [curvax.hessian_diag(loss, jnp.ones(2), "basis") for loss in (objective, lambda w: x @ w**2)]
+
+    for x in (jnp.array([1.0, 2.0]), jnp.array([5.0, 7.0])):
+        found = diagonals(x, x[1])
+        np.testing.assert_allclose(found[0], jnp.full(2, x[1]), rtol=1e-6)
+        np.testing.assert_allclose(found[1], 2 * x, rtol=1e-6)

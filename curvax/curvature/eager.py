@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
-from curvax.curvature.scalar import scalar_objective, select
+from curvax.curvature.scalar import aux_of, scalar_objective, select
 from curvax.objective import Objective
 
 #: The programs that are kept, those used last.
@@ -31,10 +31,10 @@ _programs: collections.OrderedDict[Hashable, Callable] = collections.OrderedDict
 
 
 def once(compute: Callable, method: Any, where: Any, has_aux: bool, objective: Any, params: Any, key: Any) -> Any:
-    """`compute(objective, params, key)`, of arrays that are known by a program that is compiled once.
+    """`compute(method, where, has_aux, objective, params, key)`, of known arrays by a program that is compiled once.
 
     Args:
-      compute: a function that follows from `method`, `where` and `has_aux`, and from nothing else.
+      compute: a function that stays, and whose result follows from its arguments alone.
       method: a method, hashable or not.
       where: the leaves whose curvature is wanted, as in `hessian_diag`.
       has_aux: whether the objective returns other output too.
@@ -46,22 +46,31 @@ def once(compute: Callable, method: Any, where: Any, has_aux: bool, objective: A
       What `compute` returns.
     """
     data = objective.data if isinstance(objective, Objective) else ()
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, data, key))):
-        return compute(objective, params, key)
+    if _is_traced((params, data, key)):
+        return compute(method, where, has_aux, objective, params, key)
     try:
         said, arrays, function = _read(objective, params, data, where, has_aux)
     except Exception:
         # What cannot be traced, or not differentiated twice, may still be computed, or else says why not.
-        return compute(objective, params, key)
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)) or not _has_value(method):
-        return compute(objective, params, key)
-    name = (_value(method), jax.tree.structure(select(params, where)), has_aux, said)
+        return compute(method, where, has_aux, objective, params, key)
+    if _is_traced(arrays) or not _has_value(method):
+        return compute(method, where, has_aux, objective, params, key)
+    name = (compute, _value(method), jax.tree.structure(select(params, where)), has_aux, said)
     if name not in _programs:
-        _programs[name] = jax.jit(lambda arrays, params, key: compute(function(arrays), params, key))
+        alone = lambda arrays, params, key: compute(method, where, has_aux, function(arrays), params, key)
+        _programs[name] = jax.jit(alone)
         if len(_programs) > CAPACITY:
             _programs.popitem(last=False)
     _programs.move_to_end(name)
-    return _programs[name](arrays, params, key)
+    try:
+        return _programs[name](arrays, params, key)
+    except jax.errors.JAXTypeError:
+        # A method of the caller's own may look at numbers, which a program does not have before it runs.
+        return compute(method, where, has_aux, objective, params, key)
+
+
+def _is_traced(tree: Any) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 def _read(objective, params, data, where, has_aux) -> tuple[Hashable, Any, Callable[[Any], Any]]:
@@ -71,13 +80,17 @@ def _read(objective, params, data, where, has_aux) -> tuple[Hashable, Any, Calla
         this = dataclasses.replace(objective, data=data) if isinstance(objective, Objective) else objective
         alone, chosen = scalar_objective(this, params, where, has_aux)
         outputs = alone.predict(chosen, data) if isinstance(alone, Objective) else ()
-        return outputs, jax.jvp(jax.grad(alone), (chosen,), (chosen,))
+        return outputs, aux_of(this, params, has_aux), jax.jvp(jax.grad(alone), (chosen,), (chosen,))
 
     twice, out = jax.make_jaxpr(derivatives, return_shape=True)(params, data)
     said = (jax.tree.structure((params, data)), jax.tree.structure(out), _jaxpr(twice.jaxpr))
     if isinstance(objective, Objective):
         # Its functions may be called on parts of the batch: they stay as they are, with all that they close over.
-        return (*said, *map(_constant, twice.consts)), data, lambda data: dataclasses.replace(objective, data=data)
+        if _is_traced(twice.consts):
+            return said, twice.consts, objective
+        without_data = dataclasses.replace(objective, data=None)
+        function = lambda data: dataclasses.replace(without_data, data=data)
+        return (*said, *map(_constant, twice.consts)), data, function
     closed, out = jax.make_jaxpr(lambda params: objective(params), return_shape=True)(params)
     known = {id(x) for x in closed.consts}
     # Of a derivative rule alone.

@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvax.curvature.eager import once
 from curvax.curvature.estimate import Estimate, at_least_float32, check_like, check_real
-from curvax.curvature.scalar import aux_of, scalar_objective
+from curvax.curvature.scalar import aux_of, returns_aux, scalar_objective
 from curvax.curvature.short_forms import as_method, needs_key
 from curvax.exact import Explanation, explain_products
 from curvax.exact.derivatives import hessian_product
-from curvax.keys import Key, check_key
+from curvax.keys import Key, as_key, check_key
 from curvax.meshes import on_auto_axes
 from curvax.objective import Objective
 
@@ -76,6 +77,9 @@ def hessian_diag(
       | `"xdiag"`, `XDiag` | Hutchinson's of what the products leave unknown | a key |
       | `None`, `Auto` | the estimate that the objective allows | a key |
 
+      Outside of `jit` it is compiled as one program, which serves again for a loss that is the same computation on
+      other arrays.
+
     Args:
       objective: an `Objective`, or any function `params -> scalar`.
       params: a tree of real arrays.
@@ -117,7 +121,7 @@ def hessian_diag(
                 " num_samples."
             )
         diag = (diag, estimate.standard_error)
-    return (diag, estimate.aux) if has_aux else diag
+    return (diag, estimate.aux) if returns_aux(objective, has_aux) else diag
 
 
 def value_grad_and_hessian_diag(
@@ -160,9 +164,12 @@ def value_grad_and_hessian_diag(
     """
     method = as_method(method, options)
     check_method_key(method, key)
+    return once(_estimate, method, where, has_aux, objective, params, None if key is None else as_key(key))
+
+
+def _estimate(method: Any, where: Any, has_aux: bool, objective: Any, params: Any, key: Any) -> Estimate:
     scalar, chosen = scalar_objective(objective, params, where, has_aux)
-    estimate = estimated(method, scalar, chosen, key)
-    return estimate._replace(aux=aux_of(objective, params, has_aux))
+    return estimated(method, scalar, chosen, key)._replace(aux=aux_of(objective, params, has_aux))
 
 
 def explain(

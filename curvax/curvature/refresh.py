@@ -149,21 +149,18 @@ def with_hessian_diag(
         return HessianDiagState(*zeros, average, inner.init(params))
 
     def compute(objective, params, key):
-        if axis_name is not None:
-            # A gradient of replicated parameters is summed over the mesh by `shard_map` itself. Parameters that are
-            # marked as different on each device keep every device's curvature apart until the mean.
-            params = jax.tree.map(lambda x: varying_over(x, axis_name), params)
-            key = None if key is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        objective, chosen = scalar_objective(objective, params, where, has_aux)
-        taken = method.choose(objective, chosen) if isinstance(method, Auto) else method
-        diag = estimated(taken, objective, chosen, key).diag
-        diag = diag if axis_name is None else jax.lax.pmean(diag, axis_name)
-        name = getattr(taken, "name", "other")
-        return diag, jnp.int32(METHODS.index(name if name in METHODS else "other"))
+        if axis_name is None:
+            return once(_fresh, method, where, has_aux, objective, params, key)
+        # A gradient of replicated parameters is summed over the mesh by `shard_map` itself. Parameters that are marked
+        # as different on each device keep every device's curvature apart until the mean.
+        params = jax.tree.map(lambda x: varying_over(x, axis_name), params)
+        key = None if key is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        diag, taken = _fresh(method, where, has_aux, objective, params, key)
+        return jax.lax.pmean(diag, axis_name), taken
 
     def refresh(objective, params, usable, state):
         draw = None if key is None else jax.random.fold_in(as_key(key), state.num_refreshes)
-        fresh, taken = once(compute, method, where, has_aux, objective, params, draw)
+        fresh, taken = compute(objective, params, draw)
         good = usable & _all_finite(fresh, param_axis_name)
         number = optax.safe_increment(state.num_refreshes)
         # Without overflow, however large `every` is.
@@ -217,6 +214,14 @@ def with_hessian_diag(
         return updates, kept._replace(count=count, inner_state=new_inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _fresh(method: Any, where: Any, has_aux: bool, objective: Any, params: Any, key: Any) -> tuple[Any, jax.Array]:
+    """The diagonal, and the index in `METHODS` of the method that it was computed by."""
+    objective, chosen = scalar_objective(objective, params, where, has_aux)
+    taken = method.choose(objective, chosen) if isinstance(method, Auto) else method
+    name = getattr(taken, "name", "other")
+    return estimated(taken, objective, chosen, key).diag, jnp.int32(METHODS.index(name if name in METHODS else "other"))
 
 
 @jax.jit

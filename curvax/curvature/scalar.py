@@ -25,18 +25,23 @@ def scalar_objective(objective: Any, params: Any, where: Any, has_aux: bool) -> 
     if not isinstance(objective, Objective):
         return _restrict(_scalar(objective, "the objective", has_aux), params, where)
     _check_data(objective.data)
-    if has_aux or objective.has_aux:
+    if returns_aux(objective, has_aux):
         objective = _without_aux(objective)
     if objective.penalty is not None:
         objective = dataclasses.replace(objective, penalty=_scalar(objective.penalty, "penalty", False))
     return _restrict(objective, params, where)
 
 
+def returns_aux(objective: Any, has_aux: bool) -> bool:
+    """Whether an objective has other output: an `Objective` says so itself, of a function the caller does."""
+    return has_aux or (isinstance(objective, Objective) and objective.has_aux)
+
+
 def aux_of(objective: Any, params: Any, has_aux: bool) -> Any:
     """The other output of an objective; under `jit` the forward pass that finds it is shared."""
-    if isinstance(objective, Objective):
-        return objective.predict(params, objective.data)[1] if has_aux or objective.has_aux else None
-    return objective(params)[1] if has_aux else None
+    if not returns_aux(objective, has_aux):
+        return None
+    return (objective.predict(params, objective.data) if isinstance(objective, Objective) else objective(params))[1]
 
 
 def select(params: Any, where: Any) -> Any:
