@@ -1,5 +1,6 @@
 """Losses as the trace sees them, and the estimates and closed forms that follow, against dense matrices in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 import curvax
 from curvax import Objective, hessian_diag
+from curvax.curvature import micro_batches
 from curvax.curvature.gauss_newton import plan_sampling, sampled_gauss_newton
 from curvax.exact import columns, exact_diag, explain, ggn_diag
 from curvax.exact.atoms import Separate, Softmax, find_atoms
@@ -19,6 +21,7 @@ from curvax.exact.independence import example_axes
 from curvax.exact.trace import trace_loss
 
 EXAMPLES, CLASSES = 6, 3
+KEY = jax.random.key(0)
 
 
 @pytest.fixture(autouse=True)
@@ -274,6 +277,83 @@ SPLITS |= {
     "discounts": (plain, discounted, "loop"),
     "a power of the batch": (plain, lambda z, d: ce(z ** (z.shape[0] // 3), d), "independent"),
     "a column of the batch": (plain, lambda z, d: z[:, z.shape[0] // 3 - 1] ** 2, "independent"),
+    "a closed array with the size of the batch": (
+        plain,
+        lambda z, d: ce(z * np.full(z.shape[1], 1 / z.shape[0]), d),
+        "independent",
+    ),
+    "a closed array": (plain, lambda z, d: ce(z * np.arange(z.shape[1]), d), None),
+    "a closed key": (lambda p, d: network(p, d) + jax.random.normal(KEY, (CLASSES,)), ce, None),
+}
+
+
+def backward_rule(pull, value=lambda x: x, primal=lambda x: x):
+    """A function whose cotangent `g` becomes `pull(x, g)`."""
+    function = jax.custom_vjp(primal)
+    function.defvjp(lambda x: (value(x), x), lambda x, g: (pull(x, g),))
+    return function
+
+
+def forward_rule(push, value=lambda x: x):
+    """The identity, whose tangent `t` becomes `push(x, t)`."""
+    function = jax.custom_jvp(lambda x: x)
+    function.defjvp(lambda x, t: (value(*x), push(*x, *t)))
+    return function
+
+
+@jax.custom_vjp
+def layer(x, w):
+    return x @ w
+
+
+layer.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+
+halved_in_a_part = forward_rule(lambda x, t: t / x.shape[0])
+
+
+def shared_in_a_loop(p, d):
+    """Weights that a loop makes, by a rule that knows the size of the batch."""
+    rule = forward_rule(lambda w, t: t / len(d["x"]))
+    weights, _ = jax.lax.scan(lambda w, _: (rule(w), None), p["w"], None, length=2)
+    return jax.nn.relu(d["x"] @ weights) @ p["v"]
+
+
+COUPLED_RULES = {
+    "cotangents by the size": backward_rule(lambda x, g: g / g.shape[0]),
+    "centred cotangents": backward_rule(lambda x, g: g - g.mean(0)),
+    "kept from the batch": backward_rule(lambda x, g: g * x.mean(0)),
+    "centred going forward": backward_rule(lambda x, g: g, lambda x: x - x.mean(0)),
+    "tangents by the size": halved_in_a_part,
+    "centred tangents": forward_rule(lambda x, t: t - t.mean(0)),
+    "value of a rule": forward_rule(lambda x, t: t, lambda x: x - x.mean(0)),
+    "rule in a rule": forward_rule(lambda x, t: t * halved_in_a_part(x)),
+    "rule behind a rule": forward_rule(lambda x, t: t * backward_rule(lambda x, g: g - g.mean(0))(x)),
+}
+OWN_RULES = {
+    "straight through": backward_rule(lambda x, g: g, jnp.round, lambda x: jnp.round(x)),
+    "masked": backward_rule(lambda x, g: jnp.where(jnp.abs(x) < 1, -2 * g, 0)),
+    "layer": lambda z: layer(z, jnp.eye(CLASSES)),
+    "entry by entry": forward_rule(lambda x, t: t * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "gelu": jax.nn.gelu,
+    "softplus": jax.nn.softplus,
+    "softmax": jax.nn.softmax,
+    "logsumexp": lambda z: z - jax.nn.logsumexp(z, -1, keepdims=True),
+}
+of_outputs = lambda function: lambda p, d: function(network(p, d))
+SPLITS |= {name: (of_outputs(function), ce, "independent") for name, function in COUPLED_RULES.items()}
+SPLITS |= {name: (of_outputs(function), ce, None) for name, function in OWN_RULES.items()}
+SPLITS |= {
+    # The mean over a part has larger gradients: another clip.
+    "clipped cotangents": (of_outputs(backward_rule(lambda x, g: jnp.clip(g, -0.1, 0.1))), ce, "linear"),
+    "clipped for the weights": (
+        lambda p, d: jax.nn.relu(d["x"] @ backward_rule(lambda x, g: jnp.clip(g, -0.1, 0.1))(p["w"])) @ p["v"],
+        ce,
+        "linear",
+    ),
+    "layer of parameters": (lambda p, d: layer(layer(d["x"], p["w"]), p["v"]), ce, None),
+    "rule in a loop": (shared_in_a_loop, ce, "independent"),
 }
 
 
@@ -288,6 +368,40 @@ def test_a_batch_is_split_only_where_its_parts_have_the_same_losses(name):
         return
     split = dict(zip(sorted(data), axes, strict=True))
     assert split["x"] is not None and split["shared"] is None and split["scale"] is None
+
+
+@pytest.mark.parametrize("name", ["straight through", "masked", "layer of parameters", "silu"])
+def test_functions_with_rules_of_their_own_are_the_mean_over_parts(name, x64):
+    """Where a split is proved, it is right: against JAX's derivatives of the whole batch."""
+    objective, params = Objective(*SPLITS[name][:2], jax.tree.map(jnp.asarray, batch())), parameters()
+    found = curvax.value_grad_and_hessian_diag(objective, params, curvax.Basis(micro_batches=3))
+    flat, unflatten = ravel_pytree(params)
+    function = lambda flat: objective(unflatten(flat))
+    gradient, hessian = jax.grad(function)(flat), jax.jacrev(jax.grad(function))(flat)
+    np.testing.assert_allclose(ravel_pytree(found.grad)[0], gradient, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(ravel_pytree(found.diag)[0], jnp.diag(hessian), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["cotangents by the size", "centred tangents", "clipped cotangents"])
+def test_derivatives_that_a_split_would_change_are_of_the_whole_batch(name):
+    objective, params = Objective(*SPLITS[name][:2], jax.tree.map(jnp.asarray, batch())), parameters()
+    found = curvax.value_grad_and_hessian_diag(objective, params, None, key=0)
+    expected = jax.grad(objective)(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found.grad, expected)
+    with pytest.raises(ValueError, match=SPLITS[name][2]):
+        hessian_diag(objective, params, "basis", micro_batches=2)
+
+
+def test_parts_have_two_examples_at_least(x64):
+    """One example alone would have no axis to be told from others by."""
+    objective, params = Objective(network, ce, jax.tree.map(jnp.asarray, batch())), parameters()
+    assert micro_batches._divisor(objective, params, EXAMPLES) == EXAMPLES // 2
+    found = hessian_diag(objective, params, curvax.Exact(micro_batches=EXAMPLES))
+    expected = dense(objective, params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, expected)
+    alone = dataclasses.replace(objective, data=jax.tree.map(lambda x: jnp.asarray(x)[:1], batch()))
+    found = hessian_diag(alone, params, curvax.Exact(micro_batches=2))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, dense(alone, params))
 
 
 def test_coupled_examples_are_seen_as_one_batch():

@@ -35,9 +35,9 @@ class Method(abc.ABC):
     Attributes:
       chunk_size: how many unit vectors, columns or probes share a pass. Memory grows with it, time falls. By default 16
         unit vectors, and one probe; of columns, so many as make 128 rows with the examples.
-      micro_batches: into how many parts the batch is split (the largest divisor of its size up to this), one after the
-        other: memory falls in proportion, the result stays. The examples have to be independent, which is proved, and
-        `predict` and `loss` treat them alike.
+      micro_batches: into how many parts the batch is split (the largest divisor of its size up to this that leaves two
+        examples in each), one after the other: memory falls in proportion, the result stays. The examples have to be
+        independent, which is proved, and `predict` and `loss` treat them alike.
     """
 
     chunk_size: int | None = dataclasses.field(default=None, kw_only=True)

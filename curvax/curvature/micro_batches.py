@@ -36,7 +36,8 @@ def mean_over_micro_batches(
         objective: on the whole batch.
         params: where, to trace.
         key: a PRNG key, or None.
-        micro_batches: the most parts; the largest divisor of the number of examples up to this is taken.
+        micro_batches: the most parts; the largest divisor of the number of examples up to this is taken that leaves
+            two examples at least in a part: a program for one is another, where nothing is seen to be independent.
         optional: whether a batch that cannot be split is taken whole, or refused.
 
     Returns:
@@ -86,7 +87,7 @@ def _losses(objective: Objective) -> Callable[[Any], jax.Array]:
 
 def _divisor(objective: Objective, params: Any, most: int) -> int:
     size = jax.eval_shape(_losses(objective), params).shape[0] if most > 1 else 1
-    return next(n for n in range(min(most, size), 0, -1) if size % n == 0)
+    return next((n for n in range(min(most, size // 2), 0, -1) if size % n == 0), 1)
 
 
 def _convolves(objective: Objective, params: Any) -> bool:

@@ -4,6 +4,11 @@ The routes follow derivatives, and call whatever has none a constant: a `stop_gr
 such constants count, for they change when the batch does. So every operand is followed, through every call. And since a
 part is computed by the user's functions anew, the program that they are for a part is traced too and compared with that
 for the batch: operation by operation the same, in shapes that differ along the axis of the examples alone.
+
+What holds of the losses must hold of their derivatives, and a `custom_jvp` or `custom_vjp` has its own. Their rules
+are therefore read as a part of the program: to what a call returns is added what its rule makes of tangents, for which
+the operands themselves stand. A backward rule is transposed to be read so, and has to be linear: the parts send it
+gradients of means over fewer examples, which are larger.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,18 +17,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from curvax.exact.dataflow import meet, operand_axes
+from curvax.exact.backward_rules import nonlinear_backward
+from curvax.exact.dataflow import differentiable_slots, meet, operand_axes
 from curvax.exact.indices import FOLDS, Counted, counted_dimensions
 from curvax.exact.primitives import Axis
-from curvax.exact.trace import equations, inline, leaf_paths
+from curvax.exact.trace import INLINED, apply, callee, derivative, equations, inline, is_inexact, leaf_paths, read
 from curvax.objective import Objective
 
 CALLS = ("custom_jvp_call", "custom_vjp_call")
 LOOPS = frozenset("scan while cond".split())
 # Parameters that say no more than the shapes of operands and results, which are compared.
 SHAPES = frozenset("shape new_sizes sizes slice_sizes limit_indices out_sharding sharding length".split())
+# How often an objective is differentiated; a rule may call functions that have rules.
+ORDER = 2
 RANDOM = frozenset("random_bits threefry2x32 rng_bit_generator rng_uniform".split())
 
 Axes = Mapping[Var, Axis | None]
@@ -42,7 +50,11 @@ def example_axes(objective: Objective, params: Any, parts: int) -> list[Axis | N
         why the batch cannot be split.
     """
     leaves, treedef = jax.tree.flatten((params, objective.data))
-    program = _flat(objective, treedef, leaves)
+    closed = _losses(objective, treedef, leaves)
+    try:
+        program = _with_rules(closed)
+    except _Unproved as unproved:
+        return str(unproved)
     jaxpr, num_params = program.jaxpr, len(jax.tree.leaves(params))
     num_examples = jaxpr.outvars[0].aval.shape[0]
     counted = counted_dimensions(jaxpr, program.consts)
@@ -57,24 +69,83 @@ def example_axes(objective: Objective, params: Any, parts: int) -> list[Axis | N
         return reason
     part = [_shortened(leaf, axis, parts) for leaf, axis in zip(leaves, found, strict=True)]
     try:
-        alike = _alike(program, _flat(objective, treedef, part), axes, parts)
+        alike = _alike(program, _with_rules(_losses(objective, treedef, part)), axes, parts)
     except Exception:  # Whatever the user's code raises, on shapes that it was not written for.
         alike = False
     if not alike:
         paths = leaf_paths(objective.data)
         whole = [path for path, axis in zip(paths, found[num_params:], strict=True) if axis is None]
-        seen = ", ".join(map(repr, whole)) or "the loss"
+        seen = ", ".join(map(repr, filter(None, whole))) or "the batch"
         return f"examples are not proved to be independent of each other (each loss may read all of {seen})"
     return found[num_params:]
 
 
-def _flat(objective: Objective, treedef, leaves: Sequence[Any]) -> ClosedJaxpr:
+def _losses(objective: Objective, treedef, leaves: Sequence[Any]) -> ClosedJaxpr:
     def losses(*leaves):
         params, data = treedef.unflatten(leaves)
         return objective.example_losses(objective.predict(params, data), data)
 
-    closed = jax.make_jaxpr(losses)(*leaves)
-    return jax.make_jaxpr(lambda *leaves: inline(closed, *leaves, also=CALLS))(*leaves)
+    return jax.make_jaxpr(losses)(*leaves)
+
+
+class _Unproved(Exception):
+    """Says of which rule nothing is proved."""
+
+
+def _with_rules(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """A flat program that reads all that the losses and their derivatives read: it is not one to be run."""
+    _check_backward(closed)
+    read_too = jax.make_jaxpr(lambda *inputs: _read_rules(closed, inputs, ORDER))(*closed.in_avals)
+    return jax.make_jaxpr(lambda *inputs: inline(read_too, *inputs))(*closed.in_avals)
+
+
+def _check_backward(closed: ClosedJaxpr) -> None:
+    name = nonlinear_backward(closed.jaxpr)
+    if name is not None:
+        raise _Unproved(f"the backward rule of {name!r} is not proved to be linear, and gradients of a part are larger")
+
+
+def _read_rules(closed: ClosedJaxpr, inputs: Sequence[jax.Array], order: int) -> list:
+    env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    env |= zip(closed.jaxpr.invars, inputs, strict=True)
+    for eqn in closed.jaxpr.eqns:
+        values = [read(env, atom) for atom in eqn.invars]
+        if eqn.primitive.name not in (*INLINED, *CALLS):
+            results = apply(eqn, *values)
+        else:
+            results = _read_rules(callee(eqn), values, order)
+        slots = differentiable_slots(eqn) if order and eqn.primitive.name in CALLS else ()
+        if slots:
+            found = _read_rules(_rule(eqn, slots), [*values, *(values[slot] for slot in slots)], order - 1)
+            ruled, tangents = found[: len(results)], found[len(results) :]
+            results = [value + x + t for value, x, t in zip(results, ruled, tangents, strict=True)]
+        env |= zip(eqn.outvars, results, strict=True)
+    return [read(env, atom) for atom in closed.jaxpr.outvars]
+
+
+def _rule(eqn: JaxprEqn, slots: Sequence[int]) -> ClosedJaxpr:
+    """What a call's own rule makes of its operands and the tangents of some: the results, and their tangents."""
+
+    def pushed(operands, tangents):
+        def function(*varying):
+            merged = dict(enumerate(operands)) | dict(zip(slots, varying, strict=True))
+            return apply(eqn, *(merged[slot] for slot in range(len(operands))))
+
+        results, pull = jax.vjp(function, *(operands[slot] for slot in slots))
+        return results, *jax.linear_transpose(pull, results)(tuple(tangents))
+
+    forward = eqn.primitive.name == "custom_jvp_call"
+    operands = [atom.aval for atom in eqn.invars]
+    try:
+        if not all(map(is_inexact, (var.aval for var in eqn.outvars))):
+            raise TypeError("results without a tangent")
+        rule = derivative(eqn, slots) if forward else pushed
+        closed = jax.make_jaxpr(rule)(operands, [operands[slot] for slot in slots])
+    except Exception as error:  # Whatever a rule raises that is traced by itself.
+        name = callee(eqn).jaxpr.debug_info.func_name
+        raise _Unproved(f"nothing is proved of the derivative rule of {name!r}") from error
+    _check_backward(closed)
+    return closed
 
 
 def _shortened(leaf: Any, axis: Axis | None, parts: int) -> jax.ShapeDtypeStruct:
@@ -121,6 +192,8 @@ def _alike(batch: ClosedJaxpr, part: ClosedJaxpr, axes: Axes, parts: int) -> boo
     """Whether the program of a part is that of the batch, in shapes that are shorter where the examples are."""
     if len(batch.jaxpr.eqns) != len(part.jaxpr.eqns) or not _same_numbers(batch.jaxpr, part.jaxpr):
         return False
+    if not _equal(batch.consts, part.consts):
+        return False
     pairs = zip(_variables(batch.jaxpr), _variables(part.jaxpr), strict=True)
     return all(theirs.aval.shape == _shape(ours, axes, parts) for ours, theirs in pairs if ours in axes)
 
@@ -138,8 +211,10 @@ def _shape(var: Var, axes: Axes, parts: int) -> tuple[int, ...]:
 
 def _same_numbers(one: Jaxpr, other: Jaxpr) -> bool:
     """Whether two programs have the same operations with the same numbers in them, but for their shapes."""
-    for ours, theirs in zip(equations(one), equations(other), strict=False):
+    for ours, theirs in zip(equations(one), equations(other), strict=True):
         if ours.primitive is not theirs.primitive or ours.params.keys() != theirs.params.keys():
+            return False
+        if ours.primitive.name in CALLS:  # Left in a loop, where rules are not read.
             return False
         pairs = [(ours.params[name], theirs.params[name]) for name in ours.params.keys() - SHAPES]
         literals = [[atom.val for atom in eqn.invars if isinstance(atom, Literal)] for eqn in (ours, theirs)]
@@ -152,10 +227,16 @@ def _same_numbers(one: Jaxpr, other: Jaxpr) -> bool:
 
 def _equal(one: Any, other: Any) -> bool:
     # Inner programs are compared equation by equation, and functions have been traced.
-    if isinstance(one, Jaxpr | ClosedJaxpr) or callable(one):
+    if isinstance(one, ClosedJaxpr):
+        return _equal(one.consts, other.consts)
+    if isinstance(one, jax.core.Tracer):
+        return one is other
+    if isinstance(one, Jaxpr) or callable(one):
         return True
     if isinstance(one, tuple | list):
         return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, jax.Array) and jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
+        return _equal(jax.random.key_data(one), jax.random.key_data(other))
     if isinstance(one, np.ndarray | np.generic | jax.Array | float | complex):
         return np.array_equal(one, other, equal_nan=np.issubdtype(np.asarray(one).dtype, np.inexact))
     return bool(one == other)

@@ -80,7 +80,8 @@ def _is_index(var: Var) -> bool:
 
 
 def _is_concrete(value) -> bool:
-    return not isinstance(value, jax.core.Tracer) and jnp.result_type(value).kind in "iub"
+    # A key has a dtype of its own.
+    return not isinstance(value, jax.core.Tracer) and getattr(jnp.result_type(value), "kind", "") in tuple("iub")
 
 
 # What computes indices, by NumPy: what JAX computes inside a `shard_map` is traced, even from constants.
