@@ -37,7 +37,7 @@ class Objective:
       Called with `params`: the scalar `L(params)`; with `has_aux` the pair `(L(params), aux)`.
 
     Raises:
-      ValueError: if `loss` does not return an array whose first axis counts examples.
+      ValueError: if `loss` does not return an array of real losses whose first axis counts examples, or an empty one.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -79,5 +79,10 @@ class Objective:
             raise ValueError(
                 f"loss(outputs, data) returned {losses.dtype}; it must return real floating-point losses: take the real"
                 " part of complex ones, and cast integers."
+            )
+        if 0 in shape:
+            raise ValueError(
+                f"loss(outputs, data) returned no losses, an array of shape {shape}, and the mean of none is NaN; leave"
+                " out batches without examples, such as the rest of an epoch, and examples without losses."
             )
         return losses if len(shape) == 1 else jnp.mean(losses, axis=tuple(range(1, len(shape))))

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import chex
 import jax
@@ -59,6 +60,18 @@ def test_losses_that_are_not_those_of_examples_are_refused(loss, message):
     tx = curvax.cblr(0.1, method="hutchinson")
     with pytest.raises(ValueError, match=message):
         tx.update(params, tx.init(params), params, obj_fn=objective)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0)])
+@pytest.mark.parametrize("method", ["exact", "basis", "ggn", "ggn_mc", "hutchinson", "xdiag", None])
+def test_the_mean_of_no_losses_is_refused(method, shape):
+    objective, w = Objective(lambda w, x: x * jnp.sum(w), lambda z, x: z**2, jnp.ones(shape)), jnp.ones(2)
+    message = rf"no losses, an array of shape {re.escape(str(shape))}.*leave out batches without examples"
+    with pytest.raises(ValueError, match=message):
+        objective(w)
+    for options in ({}, {"micro_batches": 2}):
+        with pytest.raises(ValueError, match=message):
+            curvax.hessian_diag(objective, w, method, key=0, **options)
 
 
 METHODS = ["exact", curvax.Hutchinson(1)]
