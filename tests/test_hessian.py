@@ -11,6 +11,7 @@ import problems
 import pytest
 
 import curvax
+from curvax.curvature.short_forms import as_method
 
 
 def smooth_loss(params):
@@ -386,3 +387,61 @@ def test_what_a_method_of_the_callers_own_returns_is_checked(found, message):
 
     with pytest.raises(ValueError, match=message):
         curvax.hessian_diag(lambda p: jnp.sum(p["a"] ** 2), {"a": jnp.ones(2)}, Own())
+
+
+OTHER_OUTPUT = curvax.Objective(
+    lambda w, x: (x @ w, {"first": x[0]}), lambda z, x: z**2, jnp.array([[1.0, 2.0], [3.0, 0.0]]), has_aux=True
+)
+
+
+@pytest.mark.parametrize("method", ["exact", "basis", "ggn", "ggn_mc", "hutchinson", "xdiag", None])
+def test_an_objective_says_itself_that_it_has_other_output(method):
+    w, plain = jnp.ones(2), lambda w: OTHER_OUTPUT(w)[0]
+    found, aux = curvax.hessian_diag(OTHER_OUTPUT, w, method, key=0)
+    method = as_method(method, {})
+    alone = dataclasses.replace(OTHER_OUTPUT, predict=lambda w, x: x @ w, has_aux=False)
+    estimate = method.estimate(OTHER_OUTPUT, w, jax.random.key(0))
+    expected = method.estimate(alone, w, jax.random.key(0))
+    np.testing.assert_allclose(found, expected.diag, rtol=1e-5)
+    chex.assert_trees_all_close(estimate[:4], expected[:4], rtol=1e-5)
+    assert aux["first"].tolist() == estimate.aux["first"].tolist() == [1, 2]
+    assert method.explain(OTHER_OUTPUT, w) == method.explain(alone, w)
+    np.testing.assert_allclose(estimate.grad, jax.grad(plain)(w), rtol=1e-5)
+
+
+def test_products_and_choices_leave_other_output_out():
+    w, v = jnp.ones(2), jnp.array([1.0, -2.0])
+    dense = jax.hessian(lambda w: OTHER_OUTPUT(w)[0])(w)
+    np.testing.assert_allclose(curvax.hvp(OTHER_OUTPUT, w, v), dense @ v, rtol=1e-5)
+    assert curvax.Auto().choose(OTHER_OUTPUT, w) == curvax.GaussNewton(1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "v", "message"),
+    [
+        (lambda p: p["a"] ** 2, jnp.ones(2), r"returned float32 of shape \(2,\).*take its mean"),
+        (lambda p: (jnp.sum(p["a"]), p), jnp.ones(2), "the loss alone"),
+        (lambda p: jnp.sum(p["a"] > 0), jnp.ones(2), "returned int32"),
+        (lambda p: jnp.sum(p["a"] ** 2), jnp.ones(2, jnp.int32), r"v is int32 at 'a'.*cast it: v.astype\(float32\)"),
+        (lambda p: jnp.sum(p["a"] ** 2), jnp.ones(2, jnp.bfloat16), "v is bfloat16 at 'a'"),
+        (lambda p: jnp.sum(p["a"] ** 2), "ones", "v has 'ones' at 'a', which is no array"),
+        (3.0, jnp.ones(2), "the objective is a float.*pass the loss function, not its value"),
+    ],
+)
+def test_products_that_cannot_be_are_refused(loss, v, message):
+    with pytest.raises(ValueError, match=message):
+        curvax.hvp(loss, {"a": jnp.ones(2)}, {"a": v})
+
+
+@pytest.mark.parametrize("odd", ["relu", np.array(["relu"]), jax.nn.relu])
+def test_leaves_that_are_no_numbers_are_named(odd):
+    params = {"w": jnp.ones(2), "layers": [{"activation": odd}]}
+    for where in (None, {"w": True, "layers": False}):
+        for compute in (curvax.hessian_diag, curvax.explain):
+            with pytest.raises(ValueError, match=r"params has .* at 'layers/0/activation'.*leave it out"):
+                compute(lambda p: jnp.sum(p["w"] ** 2), params, "basis", where=where)
+
+
+def test_numbers_of_python_are_parameters():
+    assert float(curvax.hvp(lambda w: w**3, 2.0, 1.0)) == 12.0
+    assert float(curvax.hessian_diag(lambda w: w**3, 2.0)) == 12.0

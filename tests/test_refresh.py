@@ -351,6 +351,39 @@ def test_errors_say_what_to_pass():
         tx.update(w, tx.init(w), obj_fn=quadratic(1.0))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"obj_fn": 0.5}, "obj_fn is a float.*pass the loss function, not its value"),
+        ({"obj_fn": jnp.array(0.5)}, "obj_fn is a .*pass the loss function, not its value"),
+        ({"value_fn": 0.5}, "value_fn is a float.*pass the loss function, not its value"),
+        (
+            {"obj_fn": lambda p, d: jnp.sum(p)},
+            r"obj_fn takes \(p, d\).*loss\(params, batch\).*Objective",
+        ),
+        ({"obj_fn": jax.jit(lambda p, d: jnp.sum(p))}, r"obj_fn takes \(p, d\)"),
+        ({"value_fn": lambda p, d: jnp.sum(p)}, r"value_fn takes \(p, d\)"),
+    ],
+)
+def test_what_is_no_loss_of_the_parameters_is_refused(given, message):
+    """Also in a step without a refresh."""
+    tx, w = with_hessian_diag(optax.identity(), "basis", every=2), jnp.ones(2)
+    state = tx.init(w)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            tx.update(w, state, w, **given)
+        with pytest.raises(ValueError, match=message):
+            jax.jit(lambda w, state: tx.update(w, state, w, **given))(w, state)
+        _, state = tx.update(w, state, w, obj_fn=quadratic(1.0))
+
+
+def test_losses_may_have_other_arguments_that_are_given():
+    tx, w = with_hessian_diag(seen_curvature(), "basis"), jnp.ones(2)
+    loss = lambda p, scale=3.0, *, power=2: scale * jnp.sum(p**power) / 2
+    for given in ({"obj_fn": loss}, {"value_fn": loss, "scale": 3.0}, {"obj_fn": jax.jit(loss)}):
+        assert tx.update(w, tx.init(w), w, **given)[0].tolist() == [3.0, 3.0]
+
+
 def test_the_state_names_the_method_that_was_taken():
     params = problems.mlp_params(sizes=(6, 4))
 

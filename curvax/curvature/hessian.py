@@ -13,11 +13,12 @@ import jax.numpy as jnp
 
 from curvax.curvature.eager import once
 from curvax.curvature.estimate import Estimate, at_least_float32, check_like, check_real
-from curvax.curvature.scalar import aux_of, returns_aux, scalar_objective
+from curvax.curvature.scalar import as_arrays, aux_of, returns_aux, scalar_objective
 from curvax.curvature.short_forms import as_method, needs_key
 from curvax.exact import Explanation, explain_products
 from curvax.exact.derivatives import hessian_product
 from curvax.keys import Key, as_key, check_key
+from curvax.layers import path_name
 from curvax.meshes import on_auto_axes
 from curvax.objective import Objective
 
@@ -30,15 +31,15 @@ def hvp(objective: Callable[[Any], jax.Array], params: Any, v: Any) -> Any:
       two gradients.
 
     Args:
-      objective: an `Objective`, or any function `params -> scalar`.
+      objective: an `Objective`, whose other output is left out, or any function `params -> scalar`.
       params: a tree of real arrays.
-      v: a tree like `params`.
+      v: a tree like `params`, of the same dtypes.
 
     Returns:
       `H v`, a tree like `params`.
 
     Raises:
-      ValueError: if a parameter is not real, or `v` is no tree like `params`.
+      ValueError: if a parameter is not real, `v` is no tree like `params`, or the objective returns no scalar.
 
     Example:
       >>> import jax.numpy as jnp
@@ -46,9 +47,19 @@ def hvp(objective: Callable[[Any], jax.Array], params: Any, v: Any) -> Any:
       >>> hvp(lambda w: w[0] ** 2 * w[1], jnp.array([1.0, 2.0]), jnp.array([1.0, 0.0])).tolist()
       [4.0, 2.0]
     """
+    objective, params = scalar_objective(objective, params, None, False)
     check_real(params)
+    v = as_arrays("v", v)
     check_like("v", v, params)
-    return hessian_product(objective, params)[2](v)
+    return hessian_product(objective, params)[2](jax.tree_util.tree_map_with_path(_tangent, v, params))
+
+
+def _tangent(path: Any, v: Any, param: Any) -> jax.Array:
+    v, dtype = jnp.asarray(v), jnp.result_type(param)
+    if not jnp.issubdtype(v.dtype, jnp.floating) or (v.dtype != dtype and not jax.typeof(v).weak_type):
+        name = path_name(path)
+        raise ValueError(f"v is {v.dtype} at '{name}', where the parameter is {dtype}; cast it: v.astype({dtype}).")
+    return v.astype(dtype)
 
 
 def hessian_diag(
@@ -88,15 +99,15 @@ def hessian_diag(
       key: a seed or a `jax.random.key`; required by the stochastic methods.
       where: a tree of booleans like `params` (or a prefix of it), or a function from `params` to one: the leaves whose
         diagonal is wanted. Others are constants, cost nothing, and come back as `optax.MaskedNode()`.
-      has_aux: whether the objective (or the `predict` of an `Objective`) returns a pair, of which the second is other
-        output, as for `jax.grad`.
+      has_aux: whether the function returns a pair, of which the second is other output, as for `jax.grad`. An
+        `Objective` may say so itself, by its own `has_aux`.
       standard_error: whether to return the standard error of each entry as well. It is estimated from the samples, so
         there have to be two of them (counting micro-batches, which see different examples and so tell rather more).
       **options: of the method that a string stands for, such as `num_samples=4`, `chunk_size` or `micro_batches`.
 
     Returns:
-      A tree like `params` of float32 (float64 for float64 parameters), or `(diag, standard_error)`; with `has_aux` a
-      pair of that and the other output.
+      A tree like `params` of float32 (float64 for float64 parameters), or `(diag, standard_error)`; with `has_aux`,
+      wherever it is said, a pair of that and the other output.
 
     Raises:
       ValueError: if the method is unknown or takes no such option, `key` is missing, a parameter is not real, the
@@ -146,7 +157,7 @@ def value_grad_and_hessian_diag(
       method: a string, or a method as a value.
       key: a seed or a `jax.random.key`.
       where: the leaves whose diagonal, and gradient, is wanted.
-      has_aux: whether the objective returns other output too.
+      has_aux: whether the function returns other output too; an `Objective` may say so itself.
       **options: of the method that a string stands for.
 
     Returns:
@@ -192,7 +203,7 @@ def explain(
       params: a tree of real arrays, or of `jax.ShapeDtypeStruct`; the data of an `Objective` may be such, too.
       method: see `hessian_diag`.
       where: the leaves whose diagonal is wanted.
-      has_aux: whether the objective returns other output too.
+      has_aux: whether the function returns other output too; an `Objective` may say so itself.
       **options: of the method that a string stands for.
 
     Returns:
@@ -209,7 +220,7 @@ def explain(
       w          (2,)   unit vectors  0       2     not an Objective: no examples to tell apart
       total                           0       2
     """
-    method = as_method(method, options)
+    method, params = as_method(method, options), as_arrays("params", params)
     found = []
 
     def look(traced, params):

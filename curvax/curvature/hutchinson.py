@@ -47,6 +47,6 @@ class Hutchinson(Method):
         moments = add_samples(sample, keys, no_samples(params), self.chunk_size)
         return Estimate(value, grad, moments.mean, moments.standard_error())
 
-    def explain(self, objective, params):
+    def _explain(self, objective, params):
         matrix, why = product_matrix(objective, params)
         return explain_products(params, [self.num_samples], f"signs, {matrix} products", why)

@@ -23,6 +23,7 @@ import jax
 from curvax.checks import check_number
 from curvax.curvature.estimate import Estimate, check_real
 from curvax.curvature.micro_batches import mean_over_micro_batches
+from curvax.curvature.scalar import aux_of, without_aux
 from curvax.exact import Explanation
 from curvax.keys import Key, as_key
 from curvax.objective import Objective
@@ -74,7 +75,26 @@ class Method(abc.ABC):
           ValueError: as `hessian_diag`.
         """
         check_real(params)
-        key = as_key(key) if self.stochastic else None
+        found = self._in_parts(without_aux(objective), params, as_key(key) if self.stochastic else None)
+        return found._replace(aux=aux_of(objective, params, False))
+
+    def explain(self, objective: Any, params: Any) -> Explanation:
+        """What `estimate` would do, why, and at what cost; nothing is computed.
+
+        Args:
+          objective: an `Objective`, or any function `params -> scalar`.
+          params: a tree of real arrays.
+
+        Returns:
+          An `Explanation`.
+
+        Raises:
+          ValueError: as `explain`.
+        """
+        return self._explain(without_aux(objective), params)
+
+    def _in_parts(self, objective: Any, params: Any, key: jax.Array | None) -> Estimate:
+        """`estimate` by micro-batches."""
         if (self.micro_batches or 1) == 1:
             return self._estimate(objective, params, key)
         if not isinstance(objective, Objective):
@@ -90,8 +110,8 @@ class Method(abc.ABC):
         """`estimate` of the whole batch at once."""
 
     @abc.abstractmethod
-    def explain(self, objective: Any, params: Any) -> Explanation:
-        """What `estimate` would do, why, and at what cost; nothing is computed."""
+    def _explain(self, objective: Any, params: Any) -> Explanation:
+        """`explain` of an objective without other output."""
 
     def __repr__(self) -> str:
         fields = ((field.name, getattr(self, field.name), field.default) for field in dataclasses.fields(self))

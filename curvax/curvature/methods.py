@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from curvax.curvature.basis import basis
-from curvax.curvature.estimate import Estimate, check_real
+from curvax.curvature.estimate import Estimate
 from curvax.curvature.gauss_newton import explain_sampling, plan_sampling, sampled_gauss_newton
 from curvax.curvature.hutchinson import Hutchinson
 from curvax.curvature.method import Method
+from curvax.curvature.scalar import without_aux
 from curvax.exact import BUDGET, exact_diag, explain, explain_ggn, explain_products, ggn_diag
 from curvax.exact.diagonals import check_objective
-from curvax.keys import as_key
 from curvax.objective import Objective
 
 
@@ -44,7 +44,7 @@ class Exact(Method):
     def _estimate(self, objective, params, key):
         return _without_error(exact_diag(objective, params, budget=self.budget, chunk_size=self.chunk_size))
 
-    def explain(self, objective, params):
+    def _explain(self, objective, params):
         return explain(objective, params)
 
 
@@ -71,7 +71,7 @@ class Basis(Method):
     def _estimate(self, objective, params, key):
         return basis(objective, params, chunk_size=self.chunk_size)
 
-    def explain(self, objective, params):
+    def _explain(self, objective, params):
         sizes = [jnp.size(x) for x in jax.tree.leaves(params)]
         return explain_products(params, sizes, "unit vectors", "one product for each parameter")
 
@@ -124,18 +124,17 @@ class GaussNewton(Method):
     def stochastic(self) -> bool:
         return self.num_samples is not None
 
-    def estimate(self, objective, params, key=None):
+    def _in_parts(self, objective, params, key):
         if self.num_samples is None:
-            return super().estimate(objective, params, key)
-        check_real(params)
+            return super()._in_parts(objective, params, key)
         check_objective(objective, "ggn_mc")
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return sampled_gauss_newton(objective, params, as_key(key), **fields)
+        return sampled_gauss_newton(objective, params, key, **fields)
 
     def _estimate(self, objective, params, key):
         return _without_error(ggn_diag(objective, params, chunk_size=self.chunk_size))
 
-    def explain(self, objective, params):
+    def _explain(self, objective, params):
         if self.num_samples is None:
             return explain_ggn(objective, params)
         check_objective(objective, "ggn_mc")
@@ -171,18 +170,19 @@ class Auto(Method):
 
     def choose(self, objective: Any, params: Any) -> Method:
         """The method that is taken for this objective."""
+        objective = without_aux(objective)
         options = {"chunk_size": self.chunk_size, "micro_batches": self.micro_batches}
         if isinstance(objective, Objective) and plan_sampling(objective, params).form in ("example", "batch"):
             return GaussNewton(self.num_samples, **options)
         return Hutchinson(self.num_samples, **options)
 
-    def estimate(self, objective, params, key=None):
-        return self.choose(objective, params).estimate(objective, params, key)
+    def _in_parts(self, objective, params, key):
+        return self._estimate(objective, params, key)
 
     def _estimate(self, objective, params, key):
-        return self.estimate(objective, params, key)
+        return self.choose(objective, params).estimate(objective, params, key)
 
-    def explain(self, objective, params):
+    def _explain(self, objective, params):
         chosen = self.choose(objective, params)
         explanation = chosen.explain(objective, params)
         return dataclasses.replace(explanation, method=f"{chosen!r}, chosen by {self!r}")

@@ -18,7 +18,7 @@ from curvax.curvature.estimate import diag_dtype
 from curvax.curvature.hessian import check_method_key, estimated
 from curvax.curvature.line_search import bound, tolerant
 from curvax.curvature.methods import Auto
-from curvax.curvature.scalar import scalar_objective, select
+from curvax.curvature.scalar import check_function, returns_aux, scalar_objective, select
 from curvax.curvature.short_forms import as_method
 from curvax.keys import Key, as_key
 from curvax.layers import path_name
@@ -103,7 +103,7 @@ def with_hessian_diag(
         (`fold_in`), so that a run which resumes from its state draws the same numbers.
       where: the parameters whose curvature is computed, as in `hessian_diag`. The others have `optax.MaskedNode()` in
         its place, which `scale_by_curvature_radius` passes by, with radius 1.
-      has_aux: whether the objective (or the `predict` of an `Objective`) returns other output too.
+      has_aux: whether the function returns other output too; an `Objective` may say so itself.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split examples: the curvature is their mean, and each device
         draws numbers of its own.
       param_axis_name: mesh axes that split parameters; all devices decide as one whether a refresh is good.
@@ -117,9 +117,9 @@ def with_hessian_diag(
       the caller passes `hessian_diag=`, that is handed on instead and nothing is computed or averaged.
 
     Raises:
-      ValueError: if the method, its options, its key, `every` or `decay` are wrong; from `update`, without `params`, or
-        with neither the loss nor `hessian_diag` before anything is stored, or where `optax.masked` or `optax.partition`
-        around it hides parameters that the loss needs.
+      ValueError: if the method, its options, its key, `every` or `decay` are wrong; from `update`, without `params`,
+        with a value in place of the loss, with neither the loss nor `hessian_diag` before anything is stored, or where
+        `optax.masked` or `optax.partition` around it hides parameters that the loss needs.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -187,17 +187,20 @@ def with_hessian_diag(
             raise ValueError("curvature depends on the parameters; call update(updates, state, params, obj_fn=...).")
         own, inner_state = state._replace(inner_state=()), state.inner_state
         usable, stored = _all_finite(updates, axis_name, param_axis_name), True
-        objective = obj_fn if obj_fn is not None or value_fn is None else bound(value_fn, extra_args)
+        objective = obj_fn if obj_fn is not None else value_fn
+        if obj_fn is None and callable(value_fn):
+            objective = bound(value_fn, extra_args)
         if hessian_diag is not None:
             kept = own
         elif objective is None:
             stored, kept = _stored(own), own
         else:
+            check_function("obj_fn" if obj_fn is not None else "value_fn", objective)
             _check_whole(params)
             kept = refresh_if_due(objective, params, usable, own)
         given = {"hessian_diag": kept.hessian_diag if hessian_diag is None else hessian_diag, "obj_fn": obj_fn}
         given = {name: value for name, value in given.items() if value is not None}
-        value_fn = value_fn if value_fn is not None or has_aux else obj_fn
+        value_fn = value_fn if value_fn is not None or returns_aux(obj_fn, has_aux) else obj_fn
         if value_fn is not None:
             given["value_fn"] = tolerant(value_fn, given)
         updates, new_inner = inner.update(updates, inner_state, params, **given, **extra_args)

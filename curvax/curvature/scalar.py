@@ -1,6 +1,7 @@
 """What a method is handed: a scalar function of the leaves whose curvature is wanted."""
 
 import dataclasses
+import inspect
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,8 @@ def scalar_objective(objective: Any, params: Any, where: Any, has_aux: bool) -> 
       ValueError: if `where` does not fit the parameters, or the data are no arrays; from the function that comes back,
         if its value is no scalar.
     """
-    params = jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), params)
+    params = as_arrays("params", params)
+    check_function("the objective", objective)
     if not isinstance(objective, Objective):
         return _restrict(_scalar(objective, "the objective", has_aux), params, where)
     _check_data(objective.data)
@@ -35,6 +37,11 @@ def scalar_objective(objective: Any, params: Any, where: Any, has_aux: bool) -> 
 def returns_aux(objective: Any, has_aux: bool) -> bool:
     """Whether an objective has other output: an `Objective` says so itself, of a function the caller does."""
     return has_aux or (isinstance(objective, Objective) and objective.has_aux)
+
+
+def without_aux(objective: Any) -> Any:
+    """An `Objective` that has other output without it, and anything else as it is."""
+    return _without_aux(objective) if returns_aux(objective, False) else objective
 
 
 def aux_of(objective: Any, params: Any, has_aux: bool) -> Any:
@@ -98,7 +105,8 @@ def _scalar(function: Callable[[Any], Any], name: str, has_aux: bool) -> Callabl
         value = _pair(name, value)[0] if has_aux else value
         if isinstance(value, tuple):
             raise ValueError(
-                f"{name} returned a tuple of {len(value)}; if it is (loss, other output), pass has_aux=True."
+                f"{name} returned a tuple of {len(value)}; if it is (loss, other output), pass has_aux=True, or the"
+                " loss alone to what has no such argument."
             )
         if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
             raise ValueError(
@@ -114,6 +122,50 @@ def _pair(name: str, value: Any) -> tuple[Any, Any]:
     if isinstance(value, tuple) and len(value) == 2:
         return value
     raise ValueError(f"has_aux=True, and {name} returned no pair; return (outputs, other output), or leave it out.")
+
+
+def as_arrays(name: str, tree: Any) -> Any:
+    """The tree, with arrays in place of numbers of Python.
+
+    Raises:
+      ValueError: if a leaf is neither; it names the leaf.
+    """
+
+    def array(path, x):
+        try:
+            x = x if hasattr(x, "dtype") else jnp.asarray(x)
+        except TypeError:
+            pass
+        # A typed key is of no kind that NumPy knows. Those here are: objects, text and time.
+        if not hasattr(x, "dtype") or getattr(x.dtype, "kind", None) in tuple("OSUMm"):
+            raise ValueError(
+                f"{name} has {x!r} at '{path_name(path)}', which is no array of numbers; close over it in the"
+                " objective, and leave it out of the tree."
+            )
+        return x
+
+    return jax.tree_util.tree_map_with_path(array, tree)
+
+
+def check_function(name: str, function: Any) -> None:
+    """Raises a ValueError unless this may be called with the parameters alone."""
+    if not callable(function):
+        raise ValueError(
+            f"{name} is a {type(function).__name__}, which cannot be called; pass the loss function, not its value: an"
+            " Objective, or a function params -> scalar."
+        )
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        # Not every function of another language says what it takes.
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} takes {signature}, and is called with params alone ({error}); close over the rest, as in lambda"
+            " params: loss(params, batch), or pass a curvax.Objective, which holds its data."
+        ) from error
 
 
 def _check_data(data: Any) -> None:

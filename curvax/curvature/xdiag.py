@@ -68,7 +68,7 @@ class XDiag(Method):
         error = moments.standard_error()
         return Estimate(value, grad, unflatten(mean), None if error is None else unflatten(error))
 
-    def explain(self, objective, params):
+    def _explain(self, objective, params):
         matrix, why = product_matrix(objective, params)
         return explain_products(params, [2 * self.num_samples], f"probes, {matrix} products", why)
 
