@@ -6,6 +6,7 @@ no radius. So a layer is a pair, what it measures and what it scales, and every 
 layer. Nothing here knows what a radius is.
 """
 
+import dataclasses
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -86,6 +87,60 @@ def group(leaves: Sequence[tuple[Any, Any]], layers: Layers) -> list[Layer]:
         return _named(members, members)
     by_name = _members(_name_by_rule(path, layers) for path in paths)
     return [Layer(name, members, members) for name, members in by_name.items()]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class WholeLayers:
+    """The layers of `"kernel"` as the shapes of whole parameters show them, for devices that hold parts of these.
+
+    Attributes:
+      paths: the key path of each leaf.
+      layers: the groups, as indices into `paths`.
+    """
+
+    paths: tuple[Any, ...]
+    layers: tuple[Layer, ...]
+
+    @classmethod
+    def of(cls, leaves: Sequence[tuple[Any, jax.Array]]) -> "WholeLayers":
+        """The layers of `(path, array)` pairs."""
+        return cls(tuple(path for path, _ in leaves), tuple(group(leaves, "kernel")))
+
+    def among(self, leaves: Sequence[tuple[Any, jax.Array]]) -> list[Layer]:
+        """The same layers, of those leaves that are there."""
+        places = {path: i for i, (path, _) in enumerate(leaves)}
+        at = lambda members: tuple(places[self.paths[i]] for i in members if self.paths[i] in places)
+        found = [Layer(layer.name, at(layer.measured), at(layer.scaled)) for layer in self.layers]
+        return [layer for layer in found if layer.scaled]
+
+
+def of_parts(leaves: Sequence[tuple[Any, jax.Array]], number: int) -> list[Layer]:
+    """The layers of `"kernel"`, of arrays of which each device holds one of so many equal parts.
+
+    Raises:
+      ValueError: if the layers differ between arrays that are split along their first axis, along their last and not.
+    """
+    paths = [_without_value(path) for path, _ in leaves]
+    parts = [leaf.shape for _, leaf in leaves]
+    first = [(number * shape[0], *shape[1:]) if shape else shape for shape in parts]
+    last = [(*shape[:-1], number * shape[-1]) if shape else shape for shape in parts]
+    found = [_kernels_and_followers(paths, shapes) for shapes in (parts, first, last)]
+    kernels = {tuple(sorted(i for layer in groups for i in layer.measured)) for groups in found}
+    if len(kernels) == 1 and len(*kernels) == 1:
+        return found[0]  # What follows no kernel follows all of them: the same one.
+    for path, layers in ((path, [_layer_of(i, groups) for groups in found]) for i, path in enumerate(paths)):
+        if layers.count(layers[0]) < len(layers):
+            raise ValueError(
+                f"which kernel '{path_name(path)}' belongs to is told by the shapes of whole arrays, of which a device"
+                " sees parts here; call init(params) outside of shard_map, on whole parameters, and pass its state in,"
+                " or give layers as rules, such as layers={'dense.*': 'dense', '.*': 'rest'}."
+            )
+    return found[0]
+
+
+def _layer_of(index: int, layers: Sequence[Layer]) -> Layer:
+    return next(layer for layer in layers if index in layer.scaled)
 
 
 def checked(layers: Layers) -> str | tuple[tuple[str, str], ...]:

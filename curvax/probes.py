@@ -97,6 +97,11 @@ def with_probes(
     """
     inner = optax.with_extra_args_support(inner)
     quantiles = tuple(quantiles)
+    if layers == "kernel" and param_axis_name is not None:
+        raise ValueError(
+            "layers='kernel' is told by the shapes of whole arrays, of which a device sees parts; pass layers='array',"
+            " 'module' or rules beside param_axis_name."
+        )
     for q in quantiles:
         check_number("quantiles", q, "[0, 1]")
 

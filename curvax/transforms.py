@@ -11,7 +11,7 @@ Statistics are float32 (float64 for float64 parameters) whatever the dtype of th
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import optax
 from curvax import order_statistics, radii
 from curvax.bounds import bounded
 from curvax.checks import check_number
-from curvax.layers import Layer, Layers, checked, group, path_name
+from curvax.layers import Layer, Layers, WholeLayers, checked, group, of_parts, path_name
 from curvax.wide import product, wide
 
 Mask = Any | Callable[[optax.Params], Any] | None
@@ -73,7 +73,7 @@ def scale_by_curvature_radius(
     check_number("damping", damping, "[0, inf)")
     _check_max_radius(max_radius)
     rule = radii.curvature(damping, max_radius, slope_term, param_axis_name)
-    return _scale_by_radius(rule, layers, needs_curvature=True)
+    return _scale_by_radius(rule, layers, None, param_axis_name, needs_curvature=True)
 
 
 def scale_by_approximate_radius(
@@ -167,7 +167,8 @@ def scale_by_lars(
       `R * (g + weight_decay * w)`, `R = trust_coefficient * norm2(w) / (norm2(g + weight_decay * w) + eps)`, Gao &
       Zhong, eq. 23; You et al. 2017; over the entries whose g is not exactly zero. Where none is it equals
       `optax.scale_by_trust_ratio` but for its statistics, which here are float32 at least. With `layers="kernel"` no
-      array moves further than `3 * trust_coefficient` times its kernel's parameters in root mean square, nor hardly at all, see `bounds`.
+      array moves further than `3 * trust_coefficient` times its kernel's parameters in root mean square, nor hardly at
+      all, see `bounds`.
 
     Args:
       weight_decay: strength of the decay, in units of loss / parameter^2.
@@ -285,7 +286,7 @@ def discard_small_gradients(
         # Below is discarded, rather than above kept: NaN compares false, and has to be seen.
         return [wide(jnp.where(jnp.abs(g) < threshold, 0, 1).astype(threshold.dtype)) for g in scaled.g]
 
-    return _scale_by_radius(radii.each(kept), layers, needs_params=False)
+    return _scale_by_radius(radii.each(kept), layers, None, param_axis_name, needs_params=False)
 
 
 def _check_max_radius(max_radius: jax.typing.ArrayLike | None) -> None:
@@ -312,6 +313,22 @@ def _scale_by_layer(
     return _scale_by_radius(rule, layers, decay, param_axis_name)
 
 
+class SplitState(NamedTuple):
+    """The state of a transformation of parameters that devices hold in parts, with the layers of the whole ones."""
+
+    layers: WholeLayers
+    inner_state: optax.OptState
+
+
+def _is_bound(axis_name: radii.AxisName) -> bool:
+    """Whether this runs inside of the `shard_map` or `pmap` that has these axes."""
+    try:
+        jax.lax.axis_size(axis_name)
+    except NameError:
+        return False
+    return True
+
+
 def _scale_by_radius(
     rule: radii.TreeRule,
     layers: Layers,
@@ -322,9 +339,19 @@ def _scale_by_radius(
     needs_params: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     layers = checked(layers)
+    by_whole_shapes = layers == "kernel" and param_axis_name is not None
 
     def init_fn(params):
-        return optax.EmptyState() if decay is None else decay.init(params)
+        inner = optax.EmptyState() if decay is None else decay.init(params)
+        if not by_whole_shapes or _is_bound(param_axis_name):
+            return inner
+        return SplitState(WholeLayers.of(jax.tree_util.tree_leaves_with_path(params)), inner)
+
+    def layers_of(leaves, state):
+        if isinstance(state, SplitState):
+            return state.layers.among(leaves)
+        is_split = by_whole_shapes and _is_bound(param_axis_name)
+        return of_parts(leaves, jax.lax.axis_size(param_axis_name)) if is_split else group(leaves, layers)
 
     def update_fn(updates, state, params=None, *, hessian_diag=None, **extra_args):
         del extra_args
@@ -339,8 +366,9 @@ def _scale_by_radius(
         if needs_curvature:
             updates = with_curvature(updates, hessian_diag)
         moving = [g != 0 for g in jax.tree.leaves(updates)]
+        inner = state.inner_state if isinstance(state, SplitState) else state
         if decay is not None:
-            updates, state = decay.update(updates, state, params)
+            updates, inner = decay.update(updates, inner, params)
         leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
         g = [leaf for _, leaf in leaves]
         w = leaves_like("params", params, updates) if needs_params else g
@@ -353,7 +381,8 @@ def _scale_by_radius(
             masks = [moving[i] for i in indices]
             return masks if decay is None else _or_all(masks, param_axis_name)
 
-        scaled = treedef.unflatten(_scaled(rule, group(leaves, layers), radii.Leaves(w, g, h), measured))
+        scaled = treedef.unflatten(_scaled(rule, layers_of(leaves, state), radii.Leaves(w, g, h), measured))
+        state = state._replace(inner_state=inner) if isinstance(state, SplitState) else inner
         return jax.tree.map(lambda new, g: g if is_hole(new) else new, scaled, everything, is_leaf=is_hole), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -216,3 +216,52 @@ def test_state_of_cblr_is_placed_like_its_parameters(axis_type):
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, new_state)
     if axis_type is AxisType.Explicit:
         assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, new_state)
+
+
+MESH = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+KERNELS = {
+    "lars": functools.partial(curvax.scale_by_lars, layers="kernel"),
+    "median": curvax.scale_by_median_curvature,
+    "percent_delta": curvax.scale_by_percent_delta,
+    "curvature": functools.partial(curvax.scale_by_curvature_radius, 0.1, layers="kernel"),
+    "discard": functools.partial(curvax.discard_small_gradients, 0.3, layers="kernel"),
+}
+
+
+@pytest.mark.parametrize("rule", KERNELS)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_biases_follow_their_own_kernels_where_devices_hold_parts_of_both(rule, weight_decay):
+    """A bias (64,) fits its kernel (16, 64), and its part (8,) does not fit (2, 64)."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": {"kernel": (16, 64), "bias": (64,)}, "z": {"kernel": (32, 8), "bias": (8,)}}
+    w, g, h = (
+        jax.tree.map(
+            lambda shape: rng.normal(size=shape).astype(np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+        )
+        for _ in range(3)
+    )
+    w["z"]["kernel"] *= 10
+    options = {"weight_decay": weight_decay} if weight_decay and rule not in ("curvature", "discard") else {}
+    tx, whole = KERNELS[rule](param_axis_name="x", **options), KERNELS[rule](**options)
+    state = tx.init(w)
+
+    def update(g, state, w, h):
+        return tx.update(g, state, w, hessian_diag=h)[0]
+
+    spec = P("x")
+    parts = jax.jit(jax.shard_map(update, mesh=MESH, in_specs=(spec, P(), spec, spec), out_specs=spec))(g, state, w, h)
+    chex.assert_trees_all_close(parts, whole.update(g, whole.init(w), w, hessian_diag=h)[0], rtol=2e-5)
+
+    def inside(g, w, h):
+        return tx.update(g, tx.init(w), w, hessian_diag=h)[0]
+
+    with pytest.raises(ValueError, match=r"which kernel 'a/bias' belongs to.*init.params. outside of shard_map"):
+        jax.shard_map(inside, mesh=MESH, in_specs=spec, out_specs=spec)(g, w, h)
+
+
+def test_layers_of_whole_shapes_follow_a_tree_that_is_masked():
+    w = {"a": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}, "b": jnp.ones((4, 2))}
+    tx = optax.masked(curvax.scale_by_median_curvature(param_axis_name="x"), {"a": True, "b": False})
+    state = tx.init(w)
+    doubled = jax.tree.map(lambda x: 2 * x, state)
+    assert jax.tree.structure(doubled) == jax.tree.structure(state) and not jax.tree.leaves(state)

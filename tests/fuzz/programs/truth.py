@@ -48,7 +48,7 @@ def truth(spec: Spec, traits: frozenset[str], wide: dict[str, Any], namespace: d
         exact, moved, rounded = _matrices_near(spec, traits, wide, PERTURBATION, EPS[True])
     noise = {name: _largest(moved, exact, name) for name in NAMES}
     # What dense matrices lose, to cancellation inside the network say, any method may lose.
-    largest = EPS[True] * np.max(exact["hessian_terms"], initial=0.0)
+    largest = 2 * EPS[spec.double] * np.max(exact["hessian_terms"], initial=0.0)
     unknown = {name: exact["floor"] + largest + 30 * _largest(rounded, exact, name) for name in NAMES}
     if not spec.double:
         with jax.enable_x64(False):
@@ -98,6 +98,13 @@ def _matrices(spec: Spec, traits, namespace, params, data) -> dict[str, jax.Arra
         # A rule of the user's own need not agree with itself: what counts is forward over reverse.
         outer = jax.jacrev if "opaque" in traits else jax.jacfwd
         hessian = jnp.diag(outer(jax.grad(lambda vector: mean_loss(outputs(vector)[0])))(flat))
+    # At a kink, as relu has at exactly 0, JAX's own two ways need not agree.
+    reverse = (
+        jnp.diag(jax.jacrev(jax.grad(objective))(flat))
+        if "opaque" in traits
+        else _forward_over_reverse(objective, flat)
+    )
+    disagreement = jnp.abs(hessian + penalised - reverse)
     bends = jnp.abs(slope) @ jnp.abs(second)
     largest = jnp.max(jnp.abs(jacobian), 0) ** 2 * jnp.max(jnp.abs(inner), initial=0.0)
     return {
@@ -108,9 +115,16 @@ def _matrices(spec: Spec, traits, namespace, params, data) -> dict[str, jax.Arra
         "gauss_newton": gauss_newton + penalised,
         "gauss_newton_terms": terms + jnp.abs(penalised),
         # The numbers of a program are about 1, and what cancels between them leaves a rest.
-        "floor": 2.0**-48 * (jnp.sum(jnp.abs(jacobian), 0) ** 2 + jnp.sum(jnp.abs(second), 0)) / spec.batch + 2.0**-50,
+        "floor": 2.0**-48 * (jnp.sum(jnp.abs(jacobian), 0) ** 2 + jnp.sum(jnp.abs(second), 0)) / spec.batch
+        + 2.0**-50
+        + jnp.where(disagreement > 1e-6 * jnp.abs(hessian), 2 * disagreement, 0),
         "rare": terms < 1e-3 * largest,
     }
+
+
+def _forward_over_reverse(objective, flat: jax.Array) -> jax.Array:
+    units = jnp.eye(flat.size, dtype=flat.dtype)
+    return jax.vmap(lambda unit: jax.jvp(jax.grad(objective), (flat,), (unit,))[1] @ unit)(units)
 
 
 def _derivatives(function, flat: jax.Array, traits) -> tuple[jax.Array, jax.Array]:

@@ -117,7 +117,8 @@ def scale(ran: Ran) -> None:
         check_same(larger(ran.updates), ran.step(ran.tx, larger(ran.g))[0], 0.0, "scaled")
     elif example.name == "cblr" and "norm_ratio=False" not in example.arguments:
         layers = group(jax.tree_util.tree_leaves_with_path(ran.g), "kernel")
-        if not any(layer.measured for layer in layers):
+        sizes = [x.size for x in leaves(ran.g)]
+        if not any(sizes[i] for layer in layers for i in layer.measured):
             return  # Without a kernel there is no norm ratio.
         updates = ran.step(ran.tx, ran.g, hessian_diag=larger(ran.h))[0]
         check_same(ran.updates, updates, 32 * float(jnp.finfo(jnp.bfloat16).eps), "with larger curvature")
@@ -129,11 +130,11 @@ def _check_unmoved(ran: Ran, updates, factor: float) -> None:
     layers = group(
         jax.tree_util.tree_leaves_with_path(ran.g), way if ran.example.name.startswith("scale") else "kernel"
     )
-    sizes = [x.size for x in leaves(ran.g)]
-    alone = {i for layer in layers if not sum(sizes[j] for j in layer.measured) for i in layer.scaled}
+    evidence = [np.sum(np.abs(wide(x)[wide(y) != 0])) for x, y in zip(leaves(ran.w), leaves(ran.g), strict=True)]
+    alone = {i for layer in layers if not sum(evidence[j] for j in layer.measured) for i in layer.scaled}
     for i, (x, y, g) in enumerate(zip(*map(leaves, (ran.updates, updates, ran.g)), strict=True)):
         if i in alone:
-            # What follows no kernel, where there is none, has radius 1 up to a bound.
+            # What follows no kernel, or one that says nothing, has radius 1 up to a bound.
             continue
         same = (x == y) | (np.abs(x - y) <= 4 * tiny(x.dtype)) | (x * np.asarray(factor, x.dtype) == y)
         if not same.all():
