@@ -82,7 +82,7 @@ class Objective:
             )
         if 0 in shape:
             raise ValueError(
-                f"loss(outputs, data) returned no losses, an array of shape {shape}, and the mean of none is NaN; leave"
-                " out batches without examples, such as the rest of an epoch, and examples without losses."
+                f"loss(outputs, data) returned an array of shape {shape}: a batch without examples has no mean, nor has"
+                " an example without losses; leave out batches and examples that are empty."
             )
         return losses if len(shape) == 1 else jnp.mean(losses, axis=tuple(range(1, len(shape))))

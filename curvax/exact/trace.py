@@ -139,10 +139,7 @@ def _program(run: Callable, params: Any, data: Any) -> Program:
     closed = jax.make_jaxpr(run)(params, data)
     inputs = tuple(jnp.asarray(x) for x in jax.tree.leaves((params, data)))
     flat = jax.make_jaxpr(lambda *inputs: inline(closed, *inputs))(*inputs)
-    program = Program(flat.jaxpr, flat.consts, leaf_paths(params), inputs)
-    if not program.num_examples:
-        raise ValueError("loss(outputs, data) returned an array of shape (0,): a batch without examples has no mean.")
-    return program
+    return Program(flat.jaxpr, flat.consts, leaf_paths(params), inputs)
 
 
 def leaf_paths(params: Any) -> tuple[str, ...]:
