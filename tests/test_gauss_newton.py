@@ -143,6 +143,35 @@ def test_both_forms_of_the_estimate_are_unbiased(name, x64):
         assert_within_errors(estimate.diag, estimate.standard_error, expected)
 
 
+def ordinal(z, d):
+    """The logarithm of a difference of sigmoids of one output."""
+    ends = jnp.array([[-30.0, -1.0, 1.0, 30.0]]) - z
+    shares = jnp.diff(jax.nn.sigmoid(ends), axis=1)
+    return -jnp.log(shares[jnp.arange(z.shape[0]), d["label"]])
+
+
+def sharp(z, d):
+    """A softmax that is written as a sum with weights: its logarithm is not proved to be of a sum of exponentials."""
+    return jax.nn.logsumexp(20 * z, -1, b=jnp.ones(CLASSES)) - 20 * jnp.take_along_axis(z, d["label"][:, None], 1)[:, 0]
+
+
+@pytest.mark.parametrize(("loss", "outputs"), [(ordinal, 1), (sharp, CLASSES)])
+def test_atoms_that_cancel_each_other_are_factored_where_outputs_are_few(loss, outputs, x64):
+    """Convex losses: a column `v` of random signs has `E[(a v)^4] <= 3 (a H a)^2`, so that the squares of B examples,
+    with the diagonals `c_b`, have variances of `2 sum_b c_b^2 / B^2` at most; and none where there is one output."""
+    objective, w = Objective(lambda w, d: d["x"] @ w, loss, batch()), parameters(classes=outputs)["v"][:4]
+    assert "few outputs" in str(curvax.explain(objective, w, None))
+    one = lambda w, row: loss((row["x"] @ w)[None], jax.tree.map(lambda x: x[None], row))[0]
+    hessian = lambda row: jnp.diag(jax.hessian(one)(w, row).reshape(w.size, w.size))
+    of_examples = jax.jit(jax.vmap(hessian))(batch())
+    keys = jax.random.split(jax.random.key(0), 500)
+    draw = jax.jit(jax.vmap(lambda key: sampled_gauss_newton(objective, w, key).diag.ravel()))
+    squares = np.asarray(draw(keys) - of_examples.mean(0)) ** 2
+    most = 2 * np.sum(of_examples**2, 0) / EXAMPLES**2 if outputs > 1 else 0
+    error = 5 * squares.std(0, ddof=1) / np.sqrt(len(keys))
+    assert np.all(squares.mean(0) <= most + error + 1e-20)
+
+
 @pytest.mark.parametrize("part", [4 * CLASSES * 2, 2**22])
 def test_a_random_column_is_drawn_in_parts_where_it_is_large(part, x64, monkeypatch):
     monkeypatch.setattr(columns, "PART", part)

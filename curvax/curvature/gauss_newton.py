@@ -10,8 +10,9 @@ Then
 both have the diagonal wanted for their mean, at the price of the same backward pass. The coarse form needs nothing of
 the network, and has the products of different examples for noise; that falls if the batch is split. The fine form has
 none of it, and needs to follow each array to where it meets the examples (`curvax.exact`). The column comes from the
-structure that the trace proves of the loss (`curvax.exact.atoms`), or of small slices from eigenvectors. For other
-losses z * G z with random signs z takes the place of the square, at the price of a product.
+structure that the trace proves of the loss (`curvax.exact.atoms`); where there is none, or its atoms are made of
+others, from eigenvectors of small slices. For other losses z * G z with random signs z takes the place of the square,
+at the price of a product.
 """
 
 import dataclasses
@@ -117,8 +118,15 @@ def _columns_of(flow: Flow) -> tuple[bool, str]:
     small = _is_small(flow)
     if isinstance(structure, str):
         return small, f"{structure}{'; few outputs for each example' if small else ''}"
+    if _is_factored(flow, structure):
+        return True, "the loss is curved by functions of curved functions; few outputs for each example"
     kinds = dict.fromkeys(_KINDS[type(atom)] for atom in structure.atoms)
     return True, f"the loss is curved by {' and '.join(kinds)}" if kinds else "the loss is not curved"
+
+
+def _is_factored(flow: Flow, structure: Structure | str) -> bool:
+    """Whether the Hessian of each example's loss is factored: atoms of atoms may cancel each other in large part."""
+    return not (isinstance(structure, Structure) and structure.simple) and _is_small(flow)
 
 
 def _is_small(flow: Flow) -> bool:
@@ -249,7 +257,7 @@ def _by_product(objective: Objective, params: Any) -> Sampler:
 def random_columns(flow: Flow, env: Mapping[Var, jax.Array]) -> RandomColumns | factor.RandomEigencolumns | None:
     """Random columns of the loss's Hessian; None where it has none."""
     structure = find_atoms(flow)
-    if not isinstance(structure, Structure):
+    if _is_factored(flow, structure):
         return factor.random_eigencolumns(flow, env, flow.program.outputs[0], None)
     atoms = [atom for atom in structure.atoms if flow.depends.get(origin(atom))]
     return RandomColumns(flow, evaluate_atoms(flow, env, atoms)) if atoms else None
