@@ -45,7 +45,7 @@ class Separate:
     """Functions of the single entries of a variable.
 
     Attributes:
-        operand: the variable.
+        operand: the variable: the last from which all that bends is computed.
         equations: what computes the functions, by place.
         results: their values, as far as the rest of the loss reads them.
     """
@@ -119,7 +119,10 @@ def find_atoms(flow: Flow) -> Structure | str:
         states |= found
         for source in {state.source for state in found.values() if state.bent}:
             separate.setdefault(source, []).append(index)
-    groups = [Separate(var, tuple(places), _read_outside(flow, places)) for var, places in separate.items()]
+    groups = [
+        Separate(_begin(flow, places, states), tuple(places), _read_outside(flow, places))
+        for places in separate.values()
+    ]
     atoms = (*(softmaxes[index] for index in sorted(softmaxes)), *groups)
     begins = [atom.logits if isinstance(atom, Softmax) else atom.operand for atom in atoms]
     return Structure(atoms, not any(states[var].curved for var in begins))
@@ -160,6 +163,21 @@ def _keeps_entries_apart(eqn: JaxprEqn, slots: Sequence[int], shape: tuple[int, 
         return True
     rule, outer = rule_jaxpr(eqn, slots, linear_only=False)[0], outer | {body}
     return all(_keeps_entries_apart(inner, differentiable_slots(inner), shape, outer) for inner in rule.eqns)
+
+
+def _begin(flow: Flow, places: Sequence[int], states: Mapping[Var, State]) -> Var:
+    """The last real variable from which everything that some equations of one source read is computed.
+
+    Of `(z / 1e20) ** 2` that is the quotient, whose curvature float32 can hold.
+    """
+    makers = {var: index for index, _, _, results in flow.equations for var in results}
+    operands = lambda place: {eqn.invars[slot] for eqn, slots in [flow.equations[place][1:3]] for slot in slots}
+    begins = set().union(*map(operands, places)) & states.keys()
+    begins -= {var for place in places for var in flow.links[place][1]}
+    while len(begins) > 1 or any(map(is_complex, begins)):
+        latest = max(begins, key=lambda var: makers.get(var, -1))
+        begins = begins - {latest} | operands(makers[latest]) & states.keys()
+    return begins.pop()
 
 
 def _read_outside(flow: Flow, places: Sequence[int]) -> tuple[Var, ...]:
