@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from curvax import radii
+from curvax.checks import check_number
 from curvax.curvature.refresh import with_hessian_diag
 from curvax.keys import Key
 from curvax.layers import Layers
@@ -110,13 +111,13 @@ def cblr(
     )
     length = scale_by_lars(layers=layers, follow_all=False, param_axis_name=param_axis_name)
     length = length if norm_ratio else optax.identity()
+    check_number("weight_decay", weight_decay, "[0, inf)")
     return with_hessian_diag(
         optax.chain(
             radius,
             length,
             optax.add_decayed_weights(weight_decay, weight_decay_mask),
-            optax.scale_by_learning_rate(learning_rate),
-            optax.trace(momentum, nesterov),
+            *_rate_and_trace(learning_rate, momentum, nesterov),
         ),
         method=method,
         every=every,
@@ -338,6 +339,7 @@ def lamb(
       >>> print(tx.update(g, tx.init(w), w)[0].round(4))
       [-0.3536  0.3536]
     """
+    _check_rate(learning_rate)
     return _in_float32(
         optax.chain(
             optax.scale_by_adam(b1, b2, eps, eps_root),
@@ -366,6 +368,14 @@ def _widened(tree):
     return jax.tree.map(lambda x: x.astype(statistics_dtype([x.dtype])), tree)
 
 
+def _check_rate(learning_rate: Any) -> None:
+    """Raises a ValueError unless this is a schedule or a number."""
+    if not callable(learning_rate):
+        check_number("learning_rate", learning_rate, "[0, inf)")
+
+
 def _rate_and_trace(learning_rate, momentum, nesterov):
     """The order of `optax.lars`: momentum averages updates, not gradients."""
+    _check_rate(learning_rate)
+    check_number("momentum", momentum, "[0, 1)")
     return optax.scale_by_learning_rate(learning_rate), optax.trace(momentum, nesterov)

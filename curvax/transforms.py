@@ -304,6 +304,7 @@ def _scale_by_layer(
     follow_all: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """For the rules with one radius for all of a layer."""
+    check_number("weight_decay", weight_decay, "[0, inf)")
     check_number("trust_coefficient", trust_coefficient, "[0, inf)")
     is_bounded = isinstance(layers, str) and layers == "kernel"
     rule = bounded(rule, trust_coefficient, follow_all, param_axis_name) if is_bounded else radii.each(rule)
@@ -363,6 +364,7 @@ def _scale_by_radius(
                 " optimizer in curvax.with_hessian_diag and pass obj_fn=... ."
             )
         everything = updates
+        _check_floats(updates)
         if needs_curvature:
             updates = with_curvature(updates, hessian_diag)
         moving = [g != 0 for g in jax.tree.leaves(updates)]
@@ -480,7 +482,25 @@ def leaves_like(name: str, tree: Any, updates: Any) -> list[jax.Array]:
             )
         return node
 
-    return jax.tree.leaves(jax.tree_util.tree_map_with_path(match, updates, tree, is_leaf=is_hole))
+    try:
+        found = jax.tree_util.tree_map_with_path(match, updates, tree, is_leaf=is_hole)
+    except ValueError as error:
+        if str(error).startswith(f"{name} has "):
+            raise
+        wanted, given = (jax.tree.structure(x, is_leaf=is_hole) for x in (updates, tree))
+        raise ValueError(f"{name} is {given}, where the update is {wanted}; pass a tree like params.") from error
+    return jax.tree.leaves(found)
+
+
+def _check_floats(updates: Any) -> None:
+    for path, g in jax.tree_util.tree_leaves_with_path(updates):
+        dtype = getattr(g, "dtype", None)
+        floats = dtype is not None and jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 16
+        if not floats:
+            raise ValueError(
+                f"the update '{path_name(path)}' is {dtype or type(g).__name__}, and has no radius; pass arrays of"
+                " bfloat16, float16 or wider, and leave others out by optax.masked or optax.partition."
+            )
 
 
 def _check_real(leaves: Sequence[tuple[Any, jax.Array]]) -> None:

@@ -126,6 +126,13 @@ def test_a_damping_that_is_injected_decides_on_the_slope_term_as_a_number_does()
         (lambda x: curvax.mclr(0.1, trust_coefficient=x), "trust_coefficient"),
         (lambda x: curvax.percent_delta(0.1, trust_coefficient=x), "trust_coefficient"),
         (lambda x: curvax.cblr(0.1, x), "damping"),
+        (lambda x: curvax.scale_by_lars(x), "weight_decay"),
+        (lambda x: curvax.mclr(0.1, x), "weight_decay"),
+        (lambda x: curvax.cblr(0.1, weight_decay=x), "weight_decay"),
+        (lambda x: curvax.percent_delta(x), "learning_rate"),
+        (lambda x: curvax.lamb(x), "learning_rate"),
+        (lambda x: curvax.lars(0.1, momentum=x), "momentum"),
+        (lambda x: curvax.cblr(0.1, momentum=x), "momentum"),
     ],
 )
 @pytest.mark.parametrize("value", [-0.1, np.float32(np.nan), "0.1", True])
@@ -359,3 +366,21 @@ def test_discard_small_gradients_keeps_the_largest(seed, fraction):
 def test_discard_small_gradients_refuses_impossible_fractions():
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
         curvax.discard_small_gradients(1.0)
+
+
+@pytest.mark.parametrize(
+    "leaf", [2.0, jnp.array([1, 2]), np.zeros(2, jax.dtypes.float0), jnp.zeros(2, jnp.float8_e4m3fn), jax.random.key(0)]
+)
+def test_updates_that_are_no_floats_are_named(leaf):
+    tree = {"a": jnp.ones(2), "b": leaf}
+    with pytest.raises(ValueError, match=r"the update 'b' is .*optax.masked"):
+        curvax.scale_by_lars().update(tree, optax.EmptyState(), tree)
+
+
+@pytest.mark.parametrize("other", [{"a": jnp.ones(2)}, [jnp.ones(2)] * 2, {"a": jnp.ones(2), "b": {"c": jnp.ones(2)}}])
+def test_trees_of_another_structure_are_named(other):
+    g = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"params (is|has) .*pass a tree"):
+        curvax.scale_by_lars().update(g, optax.EmptyState(), other)
+    with pytest.raises(ValueError, match=r"hessian_diag (is|has) .*pass a tree"):
+        curvax.scale_by_curvature_radius().update(g, optax.EmptyState(), g, hessian_diag=other)
