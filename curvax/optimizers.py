@@ -84,13 +84,14 @@ def cblr(
       key: a seed or a `jax.random.key` for the stochastic methods.
       where: the parameters whose curvature is computed, as in `hessian_diag`; the others have radius 1 before the norm
         ratio, and so the step of LARS.
-      has_aux: whether the objective (or the `predict` of an `Objective`) returns other output too.
+      has_aux: whether an objective that is a function returns other output too; an `Objective` says so itself.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split examples, over which curvature is averaged.
       param_axis_name: mesh axes that split parameters.
 
     Returns:
       A transformation whose `update` takes `params` and either `obj_fn=` (an `Objective` or a function `params ->
-      scalar`, the loss whose gradient is passed) or `hessian_diag=`.
+      scalar`, the loss whose gradient is passed) or `hessian_diag=`. A step without both uses the curvature that is
+      stored; compiled, and before anything is stored, it warns when it runs, and its updates are NaN.
 
     Raises:
       ValueError: from `update`, without `params` or without any of the two.

@@ -6,15 +6,21 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import curvax
 from experiments import records
 from experiments.commands import RaceConfig, TuneConfig
 from experiments.compare import Outcome, outcome
+from experiments.config import TrainConfig
 from experiments.console import say, show_table, training_bars
 from experiments.errors import UsageError
+from experiments.figures.first_step import first_step
 from experiments.options import line
 from experiments.problems import GRID_POINTS, PROBLEMS, Problem, tuned_learning_rate
 from experiments.records import Record
 from experiments.runs import Runner
+
+#: Examples of the report that comes before the race.
+REPORTED = 128
 
 
 def race(config: RaceConfig):
@@ -24,6 +30,7 @@ def race(config: RaceConfig):
     problem = PROBLEMS[config.problem].change(data_dir=config.data_dir, out=config.out, **changes)
     seeds = range(config.seeds or problem.race_seeds)
     say(describe(problem, len(seeds)))
+    print(look(problem.config))
     runs = {method: [] for method in rates}
     with training_bars() as bars:
         run = Runner(bars)
@@ -45,6 +52,12 @@ def race(config: RaceConfig):
             writer.write({"kind": "outcome", **result._asdict()})
     plot(runs, rates, describe(problem, len(seeds)), folder / "race.png")
     say(f"records: {folder / 'race.jsonl'}\nplot:    {folder / 'race.png'}")
+
+
+def look(config: TrainConfig) -> curvax.Report:
+    """The curvature of the network before it is trained, on a part of a batch."""
+    step = first_step(config, REPORTED)
+    return curvax.report(step.objective(0, REPORTED), step.params)
 
 
 def learning_rate(config: RaceConfig, method: str) -> float:

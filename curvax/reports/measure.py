@@ -106,7 +106,7 @@ def _axes(objective: Any, params: Any) -> Any:
         return "the objective is a plain function, in which no examples can be told apart"
     number = _number_of_parts(objective, params)
     if number == 1:
-        return "the batch has one example"
+        return f"the batch of {num_examples(objective, params)} cannot be divided into equal parts of two or more"
     axes = example_axes(objective, params, number)
     return f"the loss is not proved to treat examples apart ({axes})" if isinstance(axes, str) else axes
 
@@ -119,7 +119,8 @@ def num_examples(objective: Objective, params: Any) -> int:
 
 def _number_of_parts(objective: Objective, params: Any) -> int:
     size = num_examples(objective, params)
-    return next(n for n in range(min(PARTS, size), 0, -1) if size % n == 0)
+    # Of two examples at least: of one, nothing is proved.
+    return next(n for n in range(max(min(PARTS, size // 2), 1), 0, -1) if size % n == 0)
 
 
 def first_order(parts: Parts, params: Any, grad: Any) -> Statistics:

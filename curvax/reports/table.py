@@ -101,7 +101,7 @@ def text(report, color: bool | None = None) -> str:
 def _tables(report):
     yield f"Layers. Curvature is the mean of the Hessian's diagonal, by {report.method}.", LAYERS
     yield (
-        "Radii R = 1 / (|h| + 0.1 mean|h|) of single parameters, and rates of each rule over that of the whole.",
+        "Radii R = 1 / (|h| + 0.1 mean|h|) of parameters; each rule's rate for a layer over that for all.",
         RATES,
     )
 
