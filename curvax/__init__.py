@@ -15,6 +15,7 @@ from curvax.curvature.methods import Auto, Basis, Exact, GaussNewton
 from curvax.curvature.refresh import HessianDiagState, with_hessian_diag
 from curvax.curvature.xdiag import XDiag
 from curvax.large_batch import discard_random_losses, discard_small_losses
+from curvax.metrics import metrics
 from curvax.objective import Objective
 from curvax.optimizers import cblr, lamb, lars, mclr, percent_delta
 from curvax.order_statistics import median, quantile
@@ -68,6 +69,7 @@ __all__ = [
     "legw",
     "mclr",
     "median",
+    "metrics",
     "noise_scale_from_batches",
     "noise_scale_over_devices",
     "percent_delta",

@@ -1,0 +1,74 @@
+"""What curvax's transformations keep in their states, as numbers for a logger."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvax.curvature.refresh import HessianDiagState
+from curvax.layers import path_name
+from curvax.probes import ProbeState
+
+KINDS = HessianDiagState | ProbeState
+
+
+def metrics(state: Any) -> dict[str, float]:
+    """What an optimizer's state has measured, as a flat dict of floats.
+
+    Formula:
+      Of `with_probes` and its layers `probes/loss_stride/<layer>` and so on, `probes/radius_quantiles/<layer>/<i>` for
+      the i-th quantile; of `with_hessian_diag`, which is in `cblr`, `curvature/mean_abs/<array>`, the mean of |h| over
+      an array, `curvature/num_refreshes` and `curvature/num_skipped`. Where a state has several of a kind, those after
+      the first are `probes_1`, `probes_2` and so on.
+
+    Args:
+      state: of any optimizer that has such transformations in it. Its arrays are copied to the host at once.
+
+    Returns:
+      The numbers; empty if there is nothing of the kind in the state.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, curvax
+      >>> tx = optax.chain(optax.clip(1.0), curvax.with_probes(optax.sgd(0.5), quantiles=(0.5,)))
+      >>> w = {"w": jnp.array([3.0, -0.5])}
+      >>> updates, state = tx.update(w, tx.init(w), w)
+      >>> curvax.metrics(state)["probes/mean_abs_gradient/w"]
+      0.75
+      >>> import json
+      >>> len(json.dumps(curvax.metrics(state))) > 100
+      True
+    """
+    found: dict[str, jax.Array] = {}
+    seen = {"probes": 0, "curvature": 0}
+    for part in _parts(state):
+        kind = "probes" if isinstance(part, ProbeState) else "curvature"
+        prefix = f"{kind}_{seen[kind]}" if seen[kind] else kind
+        seen[kind] += 1
+        named = _of_probes(part) if isinstance(part, ProbeState) else _of_curvature(part)
+        found |= {f"{prefix}/{name}": value for name, value in named}
+    return {name: float(value) for name, value in jax.device_get(found).items()}
+
+
+def _parts(state: Any) -> Iterator[KINDS]:
+    for part in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, KINDS)):
+        if isinstance(part, KINDS):
+            yield part
+            yield from _parts(part.inner_state)
+
+
+def _of_probes(state: ProbeState) -> Iterator[tuple[str, jax.Array]]:
+    for field in ("mean_abs_gradient", "parameter_stride", "loss_stride"):
+        for layer, value in getattr(state, field).items():
+            yield f"{field}/{layer}", value
+    for layer, values in state.radius_quantiles.items():
+        for i in range(values.shape[0]):
+            yield f"radius_quantiles/{layer}/{i}", values[i]
+
+
+def _of_curvature(state: HessianDiagState) -> Iterator[tuple[str, jax.Array]]:
+    yield "num_refreshes", state.num_refreshes
+    yield "num_skipped", state.num_skipped
+    for path, h in jax.tree_util.tree_leaves_with_path(state.hessian_diag):
+        if h.size:
+            yield f"mean_abs/{path_name(path)}", jnp.mean(jnp.abs(h))
