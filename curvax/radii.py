@@ -75,6 +75,8 @@ def curvature(damping: Scalar, max_radius: Scalar | None, slope_term: bool | Non
     """
 
     def slope(g: jax.Array):
+        if slope_term is False:
+            return jnp.zeros((), g.dtype)
         return jnp.where(damping == 0 if slope_term is None else slope_term, g, 0)
 
     def radii(layers: Sequence[tuple[Leaves, Leaves]], kernels: Leaves):
@@ -92,7 +94,7 @@ def curvature(damping: Scalar, max_radius: Scalar | None, slope_term: bool | Non
 
 @jax.jit
 def _curvature(g: jax.Array, h: jax.Array, mean: Wide, tree: Wide, damping: Scalar, max_radius: Scalar | None) -> Wide:
-    arc = wide(jnp.hypot(jnp.ones_like(h), g))
+    arc = wide(jnp.hypot(jnp.ones_like(g), g))
     mean = greatest(cast(mean, h.dtype), times(NOISE, cast(tree, h.dtype)))
     damped = plus(wide(jnp.abs(h)), normal(times(damping, mean)))
     return _bounded(Wide(arc.value**3, 3 * arc.exponent), damped, max_radius)

@@ -383,7 +383,9 @@ def _scale_by_radius(
             masks = [moving[i] for i in indices]
             return masks if decay is None else _or_all(masks, param_axis_name)
 
-        scaled = treedef.unflatten(_scaled(rule, layers_of(leaves, state), radii.Leaves(w, g, h), measured))
+        scaled = treedef.unflatten(
+            _scaled(rule, layers_of(leaves, state), radii.Leaves(w, g, h), measured, decay is not None)
+        )
         state = state._replace(inner_state=inner) if isinstance(state, SplitState) else inner
         return jax.tree.map(lambda new, g: g if is_hole(new) else new, scaled, everything, is_leaf=is_hole), state
 
@@ -395,6 +397,7 @@ def _scaled(
     groups: Sequence[Layer],
     leaves: radii.Leaves,
     masks: Callable[[Sequence[int]], Sequence[jax.Array]],
+    decays: bool,
 ) -> list[jax.Array]:
     """The updates. `masks` says which entries of leaves that are measured together are measured at all."""
     updates = list(leaves.g)
@@ -407,7 +410,9 @@ def _scaled(
         chosen = masks(indices)
         # Not every rule sees a curvature.
         keep = lambda column: [jnp.where(m, x, 0) for m, x in zip(chosen, column, strict=True)] if column else []
-        return radii.Leaves(*map(keep, _at(indices, leaves, dtype)))
+        w, g, h = _at(indices, leaves, dtype)
+        # A gradient that does not decay is zero already where it is not measured: what is one array is summed once.
+        return radii.Leaves(keep(w), keep(g) if decays else g, keep(h))
 
     arrays = []
     for measured, scaled in layers:
