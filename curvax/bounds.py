@@ -13,10 +13,25 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from curvax.order_statistics import population_size
-from curvax.radii import Arrays, AxisName, Leaves, Rule, Scalar, TreeRule, root_mean_square
-from curvax.wide import Wide, cast, least, norm, product_of, quotient, select, times, to_float, wide
+from curvax.radii import Arrays, AxisName, Leaves, Rule, Scalar, TreeRule, root_mean_square, root_mean_squares
+from curvax.wide import (
+    Wide,
+    append,
+    cast,
+    least,
+    norm,
+    product_of,
+    quotient,
+    select,
+    stack,
+    take,
+    times,
+    to_float,
+    wide,
+)
 
 #: The longest step of an array, in multiples of its kernel's parameters, both in root mean square.
 LONGEST = 3.0
@@ -24,22 +39,20 @@ LONGEST = 3.0
 SMALLEST = 0.1
 
 
-class _Kernel(NamedTuple):
-    """What others need to know of a kernel.
+class _Kernels(NamedTuple):
+    """What is known of all kernels, one entry each: a thousand small layers compile as one.
 
     Attributes:
-      radius: once it is known.
       size: the root mean square of the parameters that move, as of all, the others being taken for zeros.
       slope: that of the gradient.
       moving: how many entries have a gradient.
       count: how many there are.
     """
 
-    radius: Wide | None
     size: Wide
     slope: Wide
     moving: jax.Array
-    count: int
+    count: jax.Array
 
 
 def bounded(rule: Rule, trust_coefficient: Scalar, follow_all: bool, axis_name: AxisName) -> TreeRule:
@@ -66,42 +79,54 @@ def bounded(rule: Rule, trust_coefficient: Scalar, follow_all: bool, axis_name: 
     def longest(size: Wide) -> Wide:
         return select(size.value == 0, wide(jnp.ones_like(size.value)), times(LONGEST, times(trust_coefficient, size)))
 
-    def measure(measured: Leaves) -> _Kernel:
-        size, slope = (root_mean_square(x, axis_name) for x in (measured.w, measured.g))
-        return _Kernel(None, size, slope, _moving(measured.g, axis_name), population_size(measured.w, axis_name))
-
-    def with_radius(kernel: _Kernel, measured: Leaves, of_all: Wide) -> _Kernel:
-        size, slope = kernel.size, kernel.slope
-        share = jnp.sqrt(kernel.moving.astype(size.value.dtype) / max(kernel.count, 1))
-        least_size = times(SMALLEST * share, cast(of_all, size.value.dtype))
+    def with_radius(kernels: _Kernels, own: Wide) -> tuple[_Kernels, Wide]:
+        size, slope = kernels.size, kernels.slope
+        least_size = times(SMALLEST * jnp.sqrt(kernels.moving / kernels.count), _size_of(kernels, kernels.moving))
         is_small = to_float(quotient(size, _or_one(least_size))) < 1
         is_small &= (least_size.value != 0) & (slope.value != 0)
         if not follow_all:
             is_small &= size.value != 0
         size = select(is_small, least_size, size)
-        radius = select(is_small, times(trust_coefficient, quotient(size, _or_one(slope))), rule(measured, measured)[0])
-        return kernel._replace(radius=_at_most(radius, longest(size), slope), size=size)
+        radius = select(is_small, times(trust_coefficient, quotient(size, _or_one(slope))), own)
+        return kernels._replace(size=size), _at_most(radius, longest(size), slope)
 
-    def radii(layers: Sequence[tuple[Leaves, Leaves]], kernels: Leaves):
-        del kernels
-        own = [measure(measured) if measured.w else None for measured, _ in layers]
-        of_all = _size_of([kernel for kernel in own if kernel], "moving")
-        own = [kernel and with_radius(kernel, layers[i][0], of_all) for i, kernel in enumerate(own)]
-        radius_of_all, size_of_all = _together([kernel for kernel in own if kernel], follow_all)
-        found = []
-        for kernel, (_, scaled) in zip(own, layers, strict=True):
-            radius, size = radius_of_all, size_of_all
-            if kernel is not None:
-                dtype = kernel.size.value.dtype
-                # NaN is not zero, and stays.
-                radius, size = (
-                    select(kernel.size.value == 0, cast(of_others, dtype), x)
-                    for of_others, x in ((radius, kernel.radius), (size, kernel.size))
-                )
-            found.append([_at_most(radius, longest(size), root_mean_square([g], axis_name)) for g in scaled.g])
-        return found
+    def radii(layers: Sequence[tuple[Leaves, Leaves]], everything: Leaves):
+        del everything
+        measured = [measured for measured, _ in layers if measured.w]
+        radius, size = wide(jnp.ones(1)), wide(jnp.zeros(1))
+        if measured:
+            kernels, radius = with_radius(_measured(measured, axis_name), stack([rule(x, x)[0] for x in measured]))
+            radius_of_all, size_of_all = _together(kernels, radius, follow_all)
+            # NaN is not zero, and stays.
+            is_zero = kernels.size.value == 0
+            radius = append(select(is_zero, radius_of_all, radius), radius_of_all)
+            size = append(select(is_zero, size_of_all, kernels.size), size_of_all)
+        # The last entry is for what follows no kernel.
+        places, kernel = [], 0
+        for of_layer, scaled in layers:
+            places += [kernel if of_layer.w else len(measured)] * len(scaled.g)
+            kernel += bool(of_layer.w)
+        leaves = [g for _, scaled in layers for g in scaled.g]
+        # A kernel's own slope is known.
+        known = {id(x.g[0]): i for i, x in enumerate(measured) if len(x.g) == 1}
+        slopes = [
+            take(kernels.slope, known[id(g)]) if id(g) in known else root_mean_square([g], axis_name) for g in leaves
+        ]
+        slopes = stack(slopes)
+        radius, size = (cast(take(x, places), slopes.value.dtype) for x in (radius, size))
+        # Else XLA computes the vector anew in the loop of every leaf.
+        found = jax.lax.optimization_barrier(_at_most(radius, longest(size), slopes))
+        each = iter([cast(take(found, i), jnp.finfo(g.dtype).dtype) for i, g in enumerate(leaves)])
+        return [[next(each) for _ in scaled.g] for _, scaled in layers]
 
     return radii
+
+
+def _measured(kernels: Sequence[Leaves], axis_name: AxisName) -> _Kernels:
+    size, slope = map(stack, zip(*(root_mean_squares(x.w, x.g, axis_name) for x in kernels), strict=True))
+    count = np.array([max(population_size(x.w, axis_name), 1) for x in kernels])
+    moving = jnp.stack([_moving(x.g, axis_name) for x in kernels]).astype(size.value.dtype)
+    return _Kernels(size, slope, moving, jnp.asarray(count, size.value.dtype))
 
 
 def _moving(g: Arrays, axis_name: AxisName) -> jax.Array:
@@ -110,36 +135,25 @@ def _moving(g: Arrays, axis_name: AxisName) -> jax.Array:
     return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 
-def _together(kernels: Sequence[_Kernel], follow_all: bool) -> tuple[Wide, Wide]:
+def _together(kernels: _Kernels, radius: Wide, follow_all: bool) -> tuple[Wide, Wide]:
     """The radius of all kernels that are not zero, and their root mean square."""
-    size = _size_of(kernels, "count")
-    if not kernels or not follow_all:
-        return wide(jnp.ones_like(size.value)), size
-    radius, slope = (_column(kernels, name) for name in ("radius", "slope"))
-    slope = times(jnp.sqrt(_counts(kernels, "count")), slope)
+    size = _size_of(kernels, kernels.count)
+    one = wide(jnp.ones_like(size.value))
+    if not follow_all:
+        return one, size
+    slope = times(jnp.sqrt(_alive(kernels, kernels.count)), kernels.slope)
     steps, slopes = norm(product_of(radius, slope)), norm(slope)
-    radius = quotient(steps, _or_one(slopes))
-    return select(slopes.value != 0, radius, wide(jnp.ones_like(radius.value))), size
+    return select(slopes.value != 0, quotient(steps, _or_one(slopes)), one), size
 
 
-def _size_of(kernels: Sequence[_Kernel], among: str) -> Wide:
-    """The root mean square of all kernels that are not zero, over all of their entries or those that move."""
-    if not kernels:
-        return wide(jnp.zeros((), jnp.float32))
-    total = norm(times(jnp.sqrt(_counts(kernels, "count")), _column(kernels, "size")))
-    return times(1 / jnp.sqrt(jnp.maximum(jnp.sum(_counts(kernels, among)), 1)), total)
+def _size_of(kernels: _Kernels, counts: jax.Array) -> Wide:
+    """The root mean square of all kernels that are not zero, over so many entries of each."""
+    total = norm(times(jnp.sqrt(_alive(kernels, kernels.count)), kernels.size))
+    return times(1 / jnp.sqrt(jnp.maximum(jnp.sum(_alive(kernels, counts)), 1)), total)
 
 
-def _column(kernels: Sequence[_Kernel], name: str) -> Wide:
-    dtype = max((kernel.size.value.dtype for kernel in kernels), key=lambda dtype: dtype.itemsize)
-    parts = [cast(getattr(kernel, name), dtype) for kernel in kernels]
-    return Wide(*(jnp.stack(x) for x in zip(*parts, strict=True)))
-
-
-def _counts(kernels: Sequence[_Kernel], name: str) -> jax.Array:
-    size = _column(kernels, "size").value
-    counts = jnp.stack([jnp.asarray(getattr(kernel, name), size.dtype) for kernel in kernels])
-    return jnp.where(size == 0, 0, counts)
+def _alive(kernels: _Kernels, counts: jax.Array) -> jax.Array:
+    return jnp.where(kernels.size.value == 0, 0, counts)
 
 
 def _or_one(a: Wide) -> Wide:
@@ -149,6 +163,5 @@ def _or_one(a: Wide) -> Wide:
 
 def _at_most(radius: Wide, step: Wide, slope: Wide) -> Wide:
     """The radius, or what takes a gradient of this size one step far, whichever is smaller."""
-    radius, step = (cast(x, slope.value.dtype) for x in (radius, step))
     bound = quotient(step, _or_one(slope))
     return select(slope.value != 0, least(radius, bound), radius)

@@ -213,6 +213,14 @@ def _mean_curvature(leaves: Leaves, axis_name: AxisName) -> Wide:
 
 
 @functools.partial(jax.jit, static_argnames="axis_name")
+def root_mean_squares(w: Arrays, g: Arrays, axis_name: AxisName) -> tuple[Wide, Wide]:
+    """Those of two columns of arrays, summed in one pass as `lars` sums them."""
+    size = max(order_statistics.population_size(w, axis_name), 1)
+    sums = totals(squares, list(zip(w, g, strict=True)), axis_name)
+    return tuple(root(Wide(total.value / size, total.exponent)) for total in sums)
+
+
+@functools.partial(jax.jit, static_argnames="axis_name")
 def root_mean_square(x: Arrays, axis_name: AxisName) -> Wide:
     """The root of the mean square of several arrays taken together."""
     (total,) = totals(squares, [(leaf,) for leaf in x], axis_name)

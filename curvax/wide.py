@@ -7,6 +7,7 @@ that within the range of floats every result is what plain arithmetic gives.
 A number below the smallest normal one (1.2e-38 in float32) is 0 where the hardware takes it for 0, as XLA does on CPUs.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -71,6 +72,22 @@ def greatest(a: Wide, b: Wide) -> Wide:
 def select(condition: jax.Array, a: Wide, b: Wide) -> Wide:
     """`a` where the condition holds, else `b`."""
     return Wide(jnp.where(condition, a.value, b.value), jnp.where(condition, a.exponent, b.exponent))
+
+
+def stack(numbers: Sequence[Wide]) -> Wide:
+    """A vector of scalars, in the widest of their floats."""
+    dtype = max((x.value.dtype for x in numbers), key=lambda dtype: dtype.itemsize)
+    return Wide(*(jnp.stack(column) for column in zip(*(cast(x, dtype) for x in numbers), strict=True)))
+
+
+def append(a: Wide, scalar: Wide) -> Wide:
+    """A vector with one more entry."""
+    return Wide(*(jnp.append(x, y) for x, y in zip(a, cast(scalar, a.value.dtype), strict=True)))
+
+
+def take(a: Wide, places: int | Sequence[int]) -> Wide:
+    """One entry of a vector, or several."""
+    return Wide(*(x[places] if isinstance(places, int) else x[np.asarray(places)] for x in a))
 
 
 def plus(a: Wide, b: Wide) -> Wide:
