@@ -209,7 +209,7 @@ def noise_scale_from_batches(
       >>> print(noise_scale_from_batches(jnp.array([3.0]), jnp.array([2.0]), 1, 4).critical_batch_size.round(4))
       2.8571
     """
-    return _noise_scale(_squared_norm(small), _squared_norm(large), small_batch_size, large_batch_size)
+    return noise_scale(_squared_norm(small), _squared_norm(large), small_batch_size, large_batch_size)
 
 
 def noise_scale_over_devices(
@@ -247,10 +247,11 @@ def noise_scale_over_devices(
     wide_grads = jax.tree.map(lambda x: x.astype(statistics_dtype([x.dtype])), grads)
     large = _squared_norm(jax.lax.pmean(wide_grads, axis_name))
     batch_size = batch_size if isinstance(batch_size, jax.core.Tracer) else int(batch_size)
-    return _noise_scale(times(1 / devices, small), large, batch_size, batch_size * devices)
+    return noise_scale(times(1 / devices, small), large, batch_size, batch_size * devices)
 
 
-def _noise_scale(small: Wide, large: Wide, small_batch_size, large_batch_size) -> NoiseScale:
+def noise_scale(small: Wide, large: Wide, small_batch_size, large_batch_size) -> NoiseScale:
+    """`noise_scale_from_batches` of squared norms, or of arrays of them."""
     sizes = {"small_batch_size": small_batch_size, "large_batch_size": large_batch_size}
     for name, size in sizes.items():
         check_number(name, size, "[1, inf)", whole=True)
@@ -284,21 +285,27 @@ def _measure(g, u, w, quantiles: Sequence[float], axis_name: AxisName) -> tuple[
         sums = totals(terms, list(zip(*columns, strict=True)), axis_name)
         return [to_float(Wide(total.value / size, total.exponent)) for total in sums]
 
-    def radius(x, y):
-        # A parameter at zero has a radius of 0 whatever its gradient, so 0/0 counts as 0 too.
-        return jnp.where((x == 0) & (y == 0), 0, jnp.abs(x) / jnp.abs(y))
-
-    radii = [radius(x, y) for x, y in zip(w, g, strict=True)]
-    # Not interpolated: between a finite and an infinite radius there is nothing.
-    last = order_statistics.population_size(radii, axis_name) - 1
-    ranks = [order_statistics.count_of(q, max(last, 0)) for q in quantiles]
-    spread = [order_statistics.order_statistics(radii, rank, axis_name)[0] for rank in ranks]
+    radii = approximate_radii(w, g)
+    spread = lower_quantiles(radii, quantiles, axis_name)
     fall, rise = means(falls_and_rises, u, g)
     return (
         *means(magnitudes, g, u),
         fall - rise,
         jnp.stack(spread) if spread else jnp.zeros(0, radii[0].dtype),
     )
+
+
+def approximate_radii(w: Sequence[jax.Array], g: Sequence[jax.Array]) -> list[jax.Array]:
+    """Eq. 17, `|w / g|`, infinite where g is zero and w is not."""
+    # A parameter at zero has a radius of 0 whatever its gradient, so 0/0 counts as 0 too.
+    return [jnp.where((x == 0) & (y == 0), 0, jnp.abs(x) / jnp.abs(y)) for x, y in zip(w, g, strict=True)]
+
+
+def lower_quantiles(x: Sequence[jax.Array], quantiles: Sequence[float], axis_name: AxisName) -> list[jax.Array]:
+    """Not interpolated: between a finite and an infinite radius there is nothing."""
+    last = order_statistics.population_size(x, axis_name) - 1
+    ranks = [order_statistics.count_of(q, max(last, 0)) for q in quantiles]
+    return [order_statistics.order_statistics(x, rank, axis_name)[0] for rank in ranks]
 
 
 def _dtype(leaves: Sequence[jax.Array]) -> Any:

@@ -46,7 +46,7 @@ def mean_over_micro_batches(
     Raises:
         ValueError: if the examples are not proved to be independent, and the split is not optional.
     """
-    parts = _divisor(objective, params, micro_batches)
+    parts = number_of_parts(objective, params, micro_batches)
     if parts == 1:
         return estimate(objective, key)
     axes = example_axes(objective, params, parts)
@@ -85,8 +85,14 @@ def _losses(objective: Objective) -> Callable[[Any], jax.Array]:
     return lambda params: objective.example_losses(objective.predict(params, objective.data), objective.data)
 
 
-def _divisor(objective: Objective, params: Any, most: int) -> int:
-    size = jax.eval_shape(_losses(objective), params).shape[0] if most > 1 else 1
+def num_examples(objective: Objective, params: Any) -> int:
+    """How many examples the batch has."""
+    return jax.eval_shape(_losses(objective), params).shape[0]
+
+
+def number_of_parts(objective: Objective, params: Any, most: int) -> int:
+    """The largest number of equal parts up to `most` that have two examples at least; else 1."""
+    size = num_examples(objective, params) if most > 1 else 1
     return next((n for n in range(min(most, size // 2), 0, -1) if size % n == 0), 1)
 
 

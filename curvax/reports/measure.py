@@ -8,7 +8,7 @@ that every number has a standard error and no tree of parameters has to be kept 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +17,16 @@ import numpy as np
 from curvax import order_statistics, radii
 from curvax.curvature.estimate import Estimate
 from curvax.curvature.hessian import value_grad_and_hessian_diag
-from curvax.curvature.micro_batches import micro_batch
+from curvax.curvature.micro_batches import micro_batch, num_examples, number_of_parts
 from curvax.exact.independence import example_axes
 from curvax.layers import Layer
 from curvax.objective import Objective
+from curvax.probes import QUANTILES, NoiseScale, approximate_radii, lower_quantiles, noise_scale
 from curvax.transforms import statistics_dtype
-from curvax.wide import to_float
+from curvax.wide import to_float, wide
 
 #: Parts of a batch between whose gradients the noise is seen; the estimate's own error is about 1 / sqrt(8) of it.
 PARTS = 8
-#: Quantiles of the radii of single parameters.
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 #: The damping of `cblr`.
 DAMPING = 0.1
 #: The rules of which every layer has one radius.
@@ -38,13 +37,6 @@ RULES = {
 }
 
 Statistics = dict[str, jax.Array]
-
-
-class Noise(NamedTuple):
-    """Of each layer: the squared norm of the gradient without its noise, and the noise of one example."""
-
-    squared_gradient: np.ndarray
-    noise: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +60,13 @@ class Parts:
         return {name: jnp.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def gradient(objective: Any, params: Any, parts: Parts, stage: Callable) -> tuple[Any, Any, Noise | str]:
+def gradient(objective: Any, params: Any, parts: Parts, stage: Callable) -> tuple[Any, Any, NoiseScale | str]:
     """The loss, its gradient, and the noise of the latter or why it is not known."""
     axes = _axes(objective, params)
     if isinstance(axes, str):
         with stage("gradient"):
             return *jax.block_until_ready(jax.jit(jax.value_and_grad(objective))(params)), axes
-    number, size = _number_of_parts(objective, params), num_examples(objective, params)
+    number, size = number_of_parts(objective, params, PARTS), num_examples(objective, params)
 
     @jax.jit
     def of_part(params, data, index):
@@ -89,11 +81,8 @@ def gradient(objective: Any, params: Any, parts: Parts, stage: Callable) -> tupl
             found = of_part(params, objective.data, i)
             sums = jax.block_until_ready(found if sums is None else add(sums, found))
     value, grad, small = sums
-    small, large = (np.asarray(x, np.float64) for x in (small, jax.jit(functools.partial(_squared_norms, parts))(grad)))
-    # As `curvax.noise_scale_from_batches` has it, McCandlish et al. 2018, appendix A.
-    part = size // number
-    squared = (size * large - part * small) / (size - part)
-    return value, grad, Noise(squared, (small - large) / (1 / part - 1 / size))
+    large = jax.jit(functools.partial(_squared_norms, parts))(grad)
+    return value, grad, noise_scale(wide(small), wide(large), size // number, size)
 
 
 def _squared_norms(parts: Parts, grad: Any) -> jax.Array:
@@ -104,23 +93,11 @@ def _axes(objective: Any, params: Any) -> Any:
     """The example axes of the data, or why the batch is not taken apart."""
     if not isinstance(objective, Objective):
         return "the objective is a plain function, in which no examples can be told apart"
-    number = _number_of_parts(objective, params)
+    number = number_of_parts(objective, params, PARTS)
     if number == 1:
         return f"the batch of {num_examples(objective, params)} cannot be divided into equal parts of two or more"
     axes = example_axes(objective, params, number)
     return f"the loss is not proved to treat examples apart ({axes})" if isinstance(axes, str) else axes
-
-
-def num_examples(objective: Objective, params: Any) -> int:
-    """How many examples the batch has."""
-    losses = lambda params: objective.example_losses(objective.predict(params, objective.data), objective.data)
-    return jax.eval_shape(losses, params).shape[0]
-
-
-def _number_of_parts(objective: Objective, params: Any) -> int:
-    size = num_examples(objective, params)
-    # Of two examples at least: of one, nothing is proved.
-    return next(n for n in range(max(min(PARTS, size // 2), 1), 0, -1) if size % n == 0)
 
 
 def first_order(parts: Parts, params: Any, grad: Any) -> Statistics:
@@ -130,7 +107,6 @@ def first_order(parts: Parts, params: Any, grad: Any) -> Statistics:
         moving = [x != 0 for x in g]
         seen = radii.Leaves([jnp.where(m, x, 0) for m, x in zip(moving, w, strict=True)], g, ())
         found = {f"radius_{name}": to_float(rule(seen, seen)[0]) for name, rule in RULES.items()}
-        ratios = [jnp.where((x == 0) & (y == 0), 0, jnp.abs(x / y)) for x, y in zip(w, g, strict=True)]
         dead = [jnp.sum(jnp.all(~m, tuple(range(m.ndim - 1)))) for m in moving if m.ndim > 1]
         return {
             "weight_norm": _norm(w),
@@ -140,7 +116,7 @@ def first_order(parts: Parts, params: Any, grad: Any) -> Statistics:
             "non_finite_gradient": _share([~jnp.isfinite(x) for x in g]),
             "dead_units": sum(dead, jnp.zeros((), jnp.int32)).astype(w[0].dtype),
             **found,
-            **_quantiles("approximate", ratios),
+            **_quantiles("approximate", approximate_radii(w, g)),
         }
 
     return parts.each(of_layer, params, grad)
@@ -213,7 +189,5 @@ def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _quantiles(name: str, x: Sequence[jax.Array]) -> Statistics:
-    last = max(order_statistics.population_size(x, None) - 1, 0)
-    ranks = [order_statistics.count_of(q, last) for q in QUANTILES]
-    values = [order_statistics.order_statistics(x, rank)[0] for rank in ranks]
+    values = lower_quantiles(x, QUANTILES, None)
     return {f"{name}_{round(100 * q)}": value for q, value in zip(QUANTILES, values, strict=True)}

@@ -15,11 +15,13 @@ import numpy as np
 from curvax.checks import check_number
 from curvax.curvature.hessian import explain
 from curvax.curvature.methods import Auto, Exact
+from curvax.curvature.micro_batches import num_examples
 from curvax.curvature.scalar import scalar_objective
 from curvax.curvature.short_forms import as_method, needs_key
 from curvax.keys import Key, as_key
 from curvax.layers import Layers, group, path_name
 from curvax.objective import Objective
+from curvax.probes import NoiseScale
 from curvax.reports import advice, measure, plot, table
 
 #: Passes and products up to which curvature is computed exactly: an estimate in four draws takes eight.
@@ -43,6 +45,12 @@ class Report:
       method: how the curvature was computed.
       unreached: the paths of arrays that no derivative reaches.
       cost: a line.
+
+    Example:
+      >>> import jax.numpy as jnp, curvax
+      >>> found = curvax.report(lambda p: jnp.sum(p["kernel"] ** 2), {"kernel": jnp.ones((2, 2))})
+      >>> found.to_dict()["layers"][0]["curvature"], found.noise_reason
+      (2.0, 'the objective is a plain function, in which no examples can be told apart')
     """
 
     layers: list[dict[str, Any]]
@@ -144,6 +152,7 @@ def report(
         dark = measure.unreached(scalar, params, grad)
         first = jax.tree.map(np.asarray, jax.jit(lambda w, g: measure.first_order(parts, w, g))(params, grad))
     second, errors = measure.curvature(scalar, params, grad, parts, method, keys, clock.stage)
+    whole = None if isinstance(noise, str) else NoiseScale(*(jnp.sum(x) for x in noise))
     rows = _rows(groups, leaves, first, second, errors, noise)
     gradients = 1 + max(len(keys), 1)
     times = f"{len(keys)} x " if keys else ""
@@ -151,8 +160,8 @@ def report(
         layers=rows,
         loss=float(loss),
         params=sum(x.size for _, x in leaves),
-        num_examples=measure.num_examples(scalar, params) if isinstance(scalar, Objective) else 0,
-        critical_batch_size=None if isinstance(noise, str) else _ratio(noise.noise.sum(), noise.squared_gradient.sum()),
+        num_examples=num_examples(scalar, params) if isinstance(scalar, Objective) else 0,
+        critical_batch_size=None if whole is None else float(whole.critical_batch_size),
         noise_reason=noise if isinstance(noise, str) else "",
         method=repr(method) + (f", {len(keys)} draws" if keys else ""),
         unreached=tuple(path_name(leaves[i][0]) for i in dark),
@@ -178,11 +187,11 @@ def _rows(groups, leaves, first, second, errors, noise) -> list[dict[str, Any]]:
     radii["cblr"] = second["radius_cblr"]
     squares = first["gradient_norm"].astype(np.float64) ** 2
     whole = {name: np.sqrt(_over(np.nansum(r**2 * squares), np.nansum(squares))) for name, r in radii.items()}
+    scales = None if isinstance(noise, str) else np.asarray(noise.critical_batch_size)
     rows = []
     for i, layer in enumerate(groups):
         arrays = [leaves[j][1] for j in layer.measured or layer.scaled]
         units = sum(x.shape[-1] for x in arrays if x.ndim > 1)
-        scale = None if isinstance(noise, str) else _ratio(noise.noise[i], noise.squared_gradient[i])
         numbers = {name: float(column[i]) for name, column in (first | second).items() if name != "dead_units"}
         rows.append(
             {
@@ -192,17 +201,12 @@ def _rows(groups, leaves, first, second, errors, noise) -> list[dict[str, Any]]:
                 "units": units,
                 "dead": float(first["dead_units"][i]) / units if units else 0.0,
                 "curvature_error": float(errors["curvature"][i]),
-                "critical_batch_size": scale,
+                "critical_batch_size": None if scales is None else float(scales[i]),
                 **numbers,
                 **{f"rate_{name}": _over(radii[name][i], whole[name]) for name in radii},
             }
         )
     return rows
-
-
-def _ratio(noise: float, squared_gradient: float) -> float:
-    """The noise scale; infinite where the gradient is none beside its noise."""
-    return float(noise / squared_gradient) if squared_gradient > 0 else float("inf")
 
 
 def _over(a: float, b: float) -> float:
