@@ -90,8 +90,7 @@ def bounded(rule: Rule, trust_coefficient: Scalar, follow_all: bool, axis_name: 
         radius = select(is_small, times(trust_coefficient, quotient(size, _or_one(slope))), own)
         return kernels._replace(size=size), _at_most(radius, longest(size), slope)
 
-    def radii(layers: Sequence[tuple[Leaves, Leaves]], everything: Leaves):
-        del everything
+    def radii(layers: Sequence[tuple[Leaves, Leaves]]):
         measured = [measured for measured, _ in layers if measured.w]
         radius, size = wide(jnp.ones(1)), wide(jnp.zeros(1))
         if measured:

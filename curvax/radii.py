@@ -55,8 +55,8 @@ class Leaves(NamedTuple):
 
 
 Rule = Callable[[Leaves, Leaves], list[Wide]]
-#: A rule for all layers of a tree at once, where they bear on each other: it is given all measured leaves, too.
-TreeRule = Callable[[Sequence[tuple[Leaves, Leaves]], Leaves], list[list[Wide]]]
+#: A rule for all layers of a tree at once, where they bear on each other.
+TreeRule = Callable[[Sequence[tuple[Leaves, Leaves]]], list[list[Wide]]]
 
 #: A layer with less than this share of the tree's mean curvature has no more of it than float32 has rounding noise.
 NOISE = 1e-4
@@ -64,7 +64,7 @@ NOISE = 1e-4
 
 def each(rule: Rule) -> TreeRule:
     """A rule that looks at every layer by itself."""
-    return lambda layers, kernels: [rule(*layer) for layer in layers]
+    return lambda layers: [rule(*layer) for layer in layers]
 
 
 def curvature(damping: Scalar, max_radius: Scalar | None, slope_term: bool | None, axis_name: AxisName) -> TreeRule:
@@ -79,9 +79,12 @@ def curvature(damping: Scalar, max_radius: Scalar | None, slope_term: bool | Non
             return jnp.zeros((), g.dtype)
         return jnp.where(damping == 0 if slope_term is None else slope_term, g, 0)
 
-    def radii(layers: Sequence[tuple[Leaves, Leaves]], kernels: Leaves):
+    def radii(layers: Sequence[tuple[Leaves, Leaves]]):
         # Without any measured leaf there is one layer.
-        tree = _mean_curvature(kernels if kernels.h else layers[0][1], axis_name)
+        kernels = [measured for measured, _ in layers if measured.h] or [layers[0][1]]
+        dtype = max((h.dtype for kernel in kernels for h in kernel.h), key=lambda dtype: dtype.itemsize)
+        g, h = ([x for kernel in kernels for x in getattr(kernel, name)] for name in "gh")
+        tree = _mean_curvature(Leaves((), g, [x.astype(dtype) for x in h]), axis_name)
         own = [_mean_curvature(measured, axis_name) if measured.h else tree for measured, _ in layers]
         one_leaf = functools.partial(_curvature, tree=tree, damping=damping, max_radius=max_radius)
         return [

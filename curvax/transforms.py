@@ -418,8 +418,7 @@ def _scaled(
     for measured, scaled in layers:
         dtype = _dtype_of((*measured, *scaled), leaves)
         arrays.append((measurable(measured, dtype), _at(scaled, leaves, dtype)))
-    kernels = [i for measured, _ in layers for i in measured]
-    found = rule(arrays, measurable(kernels, jnp.finfo(_dtype_of(kernels, leaves)).dtype)) if layers else []
+    found = rule(arrays) if layers else []
     for (_, indices), (_, scaled), of_layer in zip(layers, arrays, found, strict=True):
         for index, g, radius in zip(indices, scaled.g, of_layer, strict=True):
             updates[index] = product(radius, g).astype(leaves.g[index].dtype)

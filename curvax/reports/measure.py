@@ -128,7 +128,7 @@ def second_order(parts: Parts, params: Any, grad: Any, diag: Any) -> Statistics:
 
     def of_layer(w, g, h):
         kernel = radii.Leaves(w, g, h)
-        radius = [to_float(x) for x in rule([(kernel, kernel)], kernel)[0]]
+        radius = [to_float(x) for x in rule([(kernel, kernel)])[0]]
         steps = [x * y for x, y in zip(radius, g, strict=True)]
         return {
             "curvature": sum(jnp.sum(x) for x in h) / max(sum(x.size for x in h), 1),
