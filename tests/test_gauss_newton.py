@@ -455,7 +455,7 @@ def test_derivatives_that_a_split_would_change_are_of_the_whole_batch(name):
 def test_parts_have_two_examples_at_least(x64):
     """One example alone would have no axis to be told from others by."""
     objective, params = Objective(network, ce, jax.tree.map(jnp.asarray, batch())), parameters()
-    assert micro_batches._divisor(objective, params, EXAMPLES) == EXAMPLES // 2
+    assert micro_batches.number_of_parts(objective, params, EXAMPLES) == EXAMPLES // 2
     found = hessian_diag(objective, params, curvax.Exact(micro_batches=EXAMPLES))
     expected = dense(objective, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, expected)
