@@ -43,8 +43,11 @@ from curvax.objective import Objective
 
 Squares = Literal["example", "batch"]
 
-# Into how many micro-batches a batch is split in the coarse form, where the caller does not say.
+# Into how many micro-batches a batch is split in the coarse form, or for its memory, where the caller does not say.
 MICRO_BATCHES = 4
+# Entries of an example's outputs above which a batch is split for its memory: a sample holds several arrays of their
+# size, and such an example, as one of a language model, keeps a device busy.
+LARGE_OUTPUTS = 2**14
 # Entries of an example's outputs up to which a loss without structure is factored.
 FACTORED = factor.FACTORED_TAIL
 
@@ -137,6 +140,11 @@ def _is_small(flow: Flow) -> bool:
     return outputs[0].aval.size <= FACTORED * flow.program.num_examples
 
 
+def _entries(flow: Flow) -> int:
+    """How many numbers the network returns for an example."""
+    return sum(x.aval.size for x in flow.program.outputs) // flow.program.num_examples
+
+
 def sampled_gauss_newton(
     objective: Objective,
     params: Any,
@@ -155,8 +163,8 @@ def sampled_gauss_newton(
         key: a PRNG key.
         num_samples: independent samples to average, in each micro-batch.
         squares: what to square, see `plan_sampling`.
-        micro_batches: into how many parts the batch is split; by default none, but in the coarse form as many as 4
-            where the examples are proved to be independent.
+        micro_batches: into how many parts the batch is split; by default none, but as many as 4 in the coarse form
+            and where an example has more than 16,384 outputs, if the examples are proved to be independent.
         chunk_size: samples in a pass.
 
     Returns:
@@ -173,7 +181,7 @@ def sampled_gauss_newton(
         moments = add_samples(sample, jax.random.split(key, num_samples), no_samples(params), chunk_size)
         return Estimate(value, grad, moments.mean, moments.standard_error())
 
-    parts = micro_batches or (MICRO_BATCHES if form == "batch" else 1)
+    parts = micro_batches or (MICRO_BATCHES if form == "batch" or _entries(flow) > LARGE_OUTPUTS else 1)
     penalty_key, key = jax.random.split(key)
     found = mean_over_micro_batches(estimate, alone, params, key, parts, optional=micro_batches is None)
     return found if objective.penalty is None else _add_penalty(found, objective, params, penalty_key, num_samples)

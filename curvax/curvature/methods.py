@@ -93,8 +93,9 @@ class GaussNewton(Method):
       squares: `"example"` or `"batch"`; `None` for the former where every parameter is followed to the examples, else
         the latter.
       chunk_size: how many columns, or samples, share a pass.
-      micro_batches: into how many parts the batch is split; for squares of batches 4 by default, since their variance
-        falls, if the examples are proved to be independent.
+      micro_batches: into how many parts the batch is split. By default 4 where the examples are proved to be
+        independent, for squares of batches, since their variance falls, and for more than 16,384 outputs an example,
+        since a sample holds several arrays of that size; else 1.
 
     Example:
       >>> import jax.numpy as jnp
