@@ -6,37 +6,20 @@ from typing import Any, Literal
 
 from experiments.config import METHODS, MOST_EPOCHS, TrainConfig
 from experiments.errors import UsageError
-from experiments.options import flag, option
+from experiments.options import Options, Rule, option, up_to
 from experiments.problems import PROBLEMS, RACERS
 
 FIGURES = tuple(map(str, range(1, 17)))
 TABLES = ("optimizers", "curvature", "losses", "estimators")
 Preset = Literal["smoke", "cpu", "paper"]
 MISSING: Any = dataclasses.MISSING
-
-
-def data_dir() -> Any:
-    """The option, alike in all commands."""
-    return option(None, "Folder in which TFDS keeps, or has prepared, its data sets.")
-
-
-def check_within(config: Any, **highest: int):
-    """Raises a UsageError if a number is below 1 or above the highest."""
-    for name, most in highest.items():
-        value = getattr(config, name)
-        if value is not None and not 1 <= value <= most:
-            raise UsageError(f"{flag(name)} must be above 0 and at most {most}, not {value}")
-
-
-def check_once(values: tuple[str, ...], what: str):
-    """Raises a UsageError if a value is given twice."""
-    for value in values:
-        if values.count(value) > 1:
-            raise UsageError(f"{what}: {value} is given more than once")
+RUNS = Path("runs")
+DATA_DIR = "Folder in which TFDS keeps, or has prepared, its data sets."
+IMAGES = Rule("is for estimators, the one table of images", lambda config: config.table == "estimators")
 
 
 @dataclasses.dataclass(frozen=True)
-class RaceConfig:
+class RaceConfig(Options):
     """Race the methods against each other at a large batch, each at its tuned learning rate.
 
     The same command goes on where it was stopped.
@@ -44,18 +27,14 @@ class RaceConfig:
 
     problem: Literal[tuple(PROBLEMS)] = option("digits", "digits needs no download; cifar10 takes far longer.")
     methods: tuple[Literal[METHODS], ...] = option(RACERS, "Who takes part.")
-    epochs: int | None = option(None, "Passes over the training images, in place of the problem's.")
-    seeds: int | None = option(None, "Runs per method, in place of the problem's number.")
-    data_dir: Path | None = data_dir()
-    out: Path = option(Path("runs"), "Folder of the runs, and of a new folder with their records and the plot.")
-
-    def __post_init__(self):
-        check_within(self, epochs=MOST_EPOCHS, seeds=1000)
-        check_once(self.methods, "--methods")
+    epochs: int | None = option(None, "Passes over the training images, in place of the problem's.", up_to(MOST_EPOCHS))
+    seeds: int | None = option(None, "Runs per method, in place of the problem's number.", up_to(1000))
+    data_dir: Path | None = option(None, DATA_DIR)
+    out: Path = option(RUNS, "Folder of the runs, and of a new folder with their records and the plot.")
 
 
 @dataclasses.dataclass(frozen=True)
-class TuneConfig:
+class TuneConfig(Options):
     """Find the learning rate of each method on a grid of the same size for all; write it to experiments/tuned.json.
 
     The same command goes on where it was stopped.
@@ -64,18 +43,15 @@ class TuneConfig:
     problem: Literal[tuple(PROBLEMS)] = option("digits", "What to tune on.")
     methods: tuple[Literal[METHODS], ...] = option(RACERS, "Whom to tune.")
     again: bool = option(False, "Also count anew the trials that the file holds already.")
-    data_dir: Path | None = data_dir()
+    data_dir: Path | None = option(None, DATA_DIR)
     file: Path | None = option(
         None, "Where the results are read and written, after every trial; else experiments/tuned.json."
     )
-    out: Path = option(Path("runs"), "Folder of the runs.")
-
-    def __post_init__(self):
-        check_once(self.methods, "--methods")
+    out: Path = option(RUNS, "Folder of the runs.")
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(Options):
     """Measure ratios: what curvax costs beside what it replaces, each next to its bar."""
 
     table: Literal[TABLES] = option(
@@ -83,42 +59,39 @@ class BenchConfig:
         "optimizers: medians, updates, and what moves between devices. curvature: exact diagonals. losses: what is"
         " taken by default. estimators: error against cost, beside optax's and matfree's, with a plot.",
     )
-    repeats: int = option(5, "Timed calls of each program, in turn; their median counts. Half as many compilations.")
+    repeats: int = option(
+        5, "Timed calls of each program, in turn; their median counts. Half as many compilations.", up_to(10_000)
+    )
     quick: bool = option(
         False, "Everything a hundred times smaller, to see the command work: its figures mean nothing."
     )
-    dataset: str | None = option(None, "estimators: the images, as for `train`.", usual="digits")
-    data_dir: Path | None = option(None, "estimators: folder in which TFDS keeps its data sets, as for `train`.")
-    out: Path = option(Path("runs"), "Folder in which a new folder with the records is made.")
+    dataset: str | None = option(None, "estimators: the images, as for `train`.", where=IMAGES, usual="digits")
+    data_dir: Path | None = option(None, f"estimators: {DATA_DIR.lower()}", where=IMAGES)
+    out: Path = option(RUNS, "Folder in which a new folder with the records is made.")
 
     def __post_init__(self):
-        check_within(self, repeats=10_000)
-        for name in ("dataset", "data_dir"):
-            if self.table != "estimators" and getattr(self, name) is not None:
-                raise UsageError(f"{flag(name)} is for estimators: {self.table} takes no images")
-        if self.table == "estimators":
+        super().__post_init__()
+        if self.dataset:
             # The names of data sets are checked in one place.
-            TrainConfig(dataset=self.dataset or "digits")
+            TrainConfig(dataset=self.dataset)
 
 
 @dataclasses.dataclass(frozen=True)
-class FigureConfig:
+class FigureConfig(Options):
     """Make figures of the paper: run what they need, draw them, and judge their claims.
 
     The same command goes on where it was stopped.
     """
 
-    figures: tuple[Literal["all", *FIGURES], ...] = option(
-        MISSING, "Their numbers in the paper, or all.", metavar="FIGURE"
-    )
+    figures: tuple[Literal["all", *FIGURES], ...] = option(MISSING, "Their numbers in the paper.", metavar="FIGURE")
     preset: Preset = option(
         "smoke",
         "smoke: generated images, seconds. cpu: CIFAR-10 with fewer images and narrow networks, all figures in about an"
         " hour and a half on two cores. paper: full scale, for an accelerator.",
     )
-    data_dir: Path | None = data_dir()
+    data_dir: Path | None = option(None, DATA_DIR)
     out: Path = option(
-        Path("runs"), "Folder of the runs. Those that several figures need run once; those that were stopped go on."
+        RUNS, "Folder of the runs. Those that several figures need run once; those that were stopped go on."
     )
     results: Path | None = option(None, "Folder of the figures and their numbers; else OUT/figures-PRESET.")
     dry_run: bool = option(
@@ -126,9 +99,9 @@ class FigureConfig:
     )
 
     def __post_init__(self):
-        check_once(self.figures, "figure")
+        super().__post_init__()
         if "all" in self.figures and len(self.figures) > 1:
-            raise UsageError("figure: all holds every other number, leave those out")
+            raise UsageError("FIGURES: all holds every other number, leave those out")
         if self.dry_run and self.results is not None:
             raise UsageError("--dry-run has no --results: leave one of them out")
 
@@ -139,11 +112,11 @@ class FigureConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Options):
     """Write one page, Markdown and HTML, of the figures that were made."""
 
     preset: Preset = option("smoke", "Of the figures.")
-    out: Path = option(Path("runs"), "The --out of the figures.")
+    out: Path = option(RUNS, "The --out of the figures.")
     results: Path | None = option(None, "Folder of the figures, and of the page; else OUT/figures-PRESET.")
 
 

@@ -5,6 +5,7 @@ optimizer and its learning rate. A number that is not in here cannot change a re
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from experiments.errors import UsageError
-from experiments.options import flag, group
+from experiments.options import ABOVE_0, AT_LEAST_0, FRACTION, Options, Rule, option, up_to
 
 if TYPE_CHECKING:
     from curvax.schedules import BatchSchedule
@@ -30,9 +31,17 @@ CONDUCT = frozenset(
 MOST_EPOCHS, MOST_DEVICES, MOST_PIXELS = 100_000, 64, 4096
 DATASET = re.compile(r"[A-Za-z0-9_]+(/[A-Za-z0-9_.-]*[A-Za-z0-9_-])?(:\d+\.\d+\.\d+)?")
 
-images, network = group("images"), group("network")
-method, plan = group("method"), group("batches and learning rate")
-special, where = group("what is left out, what is recorded"), group("devices, processes and folders")
+images, network, method, plan, special, where = (
+    functools.partial(option, group=heading)
+    for heading in (
+        *("images", "network", "method", "batches and learning rate"),
+        *("what is left out, what is recorded", "devices, processes and folders"),
+    )
+)
+ALEXNET = Rule("is for --model alexnet", lambda config: config.model == "alexnet")
+CBLR = Rule("is for --optimizer cblr", lambda config: config.optimizer in CURVED)
+DISCARDING = Rule("is for a --discard above 0", lambda config: config.discard > 0)
+ONE_PHASE = Rule("is said by --phases", lambda config: not config.phases)
 
 
 class PhaseText(NamedTuple):
@@ -44,7 +53,7 @@ class PhaseText(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """Train one network on one data set with one optimizer. The same command goes on where it was stopped."""
 
     dataset: str = images(
@@ -53,18 +62,22 @@ class TrainConfig:
         " data set of TensorFlow Datasets, such as cifar10, cifar100, mnist or svhn_cropped.",
     )
     data_dir: Path | None = images(None, "Folder of TFDS's data sets; else TFDS_DATA_DIR, or ~/tensorflow_datasets.")
-    image_size: int = images(32, "Side in pixels to which every image is resized.")
+    image_size: int = images(32, "Side in pixels to which every image is resized.", up_to(MOST_PIXELS))
     augment: bool = images(True, "Pad by 4 pixels, crop and flip at random; digits are never flipped.")
     holdout: float = images(
-        0.0, "Test on this fraction of the training images, as `tune` does, not on the test images."
+        0.0, "Test on this fraction of the training images, as `tune` does, not on the test images.", FRACTION
     )
-    train_images: int | None = images(None, "Train on this many of the training images, the first ones; else on all.")
-    test_images: int | None = images(None, "Test on this many of the test images, the first ones; else on all.")
+    train_images: int | None = images(None, "Train on this many images, the first ones; else on all.", ABOVE_0)
+    test_images: int | None = images(None, "Test on this many images, the first ones; else on all.", ABOVE_0)
 
     model: Literal["alexnet", "resnet18"] = network("alexnet", "The network.")
-    width: float = network(1.0, "Fraction of the published channels, and of the features in fully connected layers.")
-    hidden: int | None = network(None, "AlexNet: features of the fully connected layers; else 4096 times the width.")
-    dropout: float | None = network(None, "AlexNet: share dropped before two fully connected layers.", usual=0.5)
+    width: float = network(1.0, "Fraction of the published channels and features.", up_to(100))
+    hidden: int | None = network(
+        None, "AlexNet: features of the fully connected layers; else 4096 times the width.", ABOVE_0, where=ALEXNET
+    )
+    dropout: float | None = network(
+        None, "AlexNet: share dropped before two fully connected layers.", FRACTION, where=ALEXNET, usual=0.5
+    )
     init: Literal["he", "pytorch"] = network(
         "he", "he: kernels from N(0, 2 / fan in), biases 0. pytorch: both uniform within 1 / sqrt(fan in)."
     )
@@ -72,39 +85,58 @@ class TrainConfig:
         1.0,
         "Trains on the cross-entropy of this number times the logits. Above 1 the loss is sharper: near the start its"
         " gradient grows with it, its curvature with its square. The reported test loss is the plain cross-entropy.",
+        ABOVE_0,
     )
 
     optimizer: Literal[METHODS] = method("mclr", "The method.")
-    momentum: float = method(0.9, "Decay of the heavy-ball momentum (of Adam's first moment, for lamb).")
-    weight_decay: float = method(0.0005, "Multiple of the parameters added to their update.")
-    damping: float | None = method(None, "cblr: added to the curvature, times its mean over each layer.", usual=0.1)
-    curvature_every: int | None = method(None, "cblr: steps from one curvature estimate to the next.", usual=10)
-    curvature_batch_size: int | None = method(None, "cblr: images of each batch for an estimate; else a micro-batch.")
+    momentum: float = method(0.9, "Decay of the heavy-ball momentum (of Adam's first moment, for lamb).", FRACTION)
+    weight_decay: float = method(0.0005, "Multiple of the parameters added to their update.", AT_LEAST_0)
+    damping: float | None = method(
+        None, "cblr: added to the curvature, times its mean over each layer.", AT_LEAST_0, where=CBLR, usual=0.1
+    )
+    curvature_every: int | None = method(
+        None, "cblr: steps from one curvature estimate to the next.", ABOVE_0, where=CBLR, usual=10
+    )
+    curvature_batch_size: int | None = method(
+        None, "cblr: images of each batch for an estimate; else a micro-batch.", ABOVE_0, where=CBLR
+    )
 
-    learning_rate: float | None = plan(None, "Peak; else the one that `tune` found (experiments/tuned.json).")
-    batch_size: int | None = plan(None, "Images per step. An epoch's incomplete last batch is dropped.", usual=1024)
-    epochs: int | None = plan(None, "Passes over the training images.", usual=10)
+    learning_rate: float | None = plan(
+        None, "Peak; else the one that `tune` found (experiments/tuned.json).", ABOVE_0, where=ONE_PHASE
+    )
+    batch_size: int | None = plan(
+        None, "Images per step; an incomplete last batch is dropped.", ABOVE_0, where=ONE_PHASE, usual=1024
+    )
+    epochs: int | None = plan(None, "Passes over the training images.", up_to(MOST_EPOCHS), where=ONE_PHASE, usual=10)
     phases: tuple[str, ...] = plan(
         (),
         "As 1:512:0.005 79:8192:0.05, in place of --epochs, --batch-size and --learning-rate.",
         metavar="EPOCHS:BATCH:RATE",
+        repeats=True,
     )
     schedule: Literal["cosine", "constant"] = plan("cosine", "How the learning rate goes on after the warm-up.")
-    warmup_epochs: float = plan(1.0, "Epochs in which the learning rate rises from 0.")
+    warmup_epochs: float = plan(1.0, "Epochs in which the learning rate rises from 0.", AT_LEAST_0)
     micro_batch_size: int | None = plan(
         None,
         "Images whose gradient is computed at once, for batches beyond memory. The step is that of the whole batch, but"
         " for dropout, which draws anew, and batch norm, which normalises over each micro-batch.",
+        ABOVE_0,
     )
 
-    discard: float = special(0.0, "Fraction of each batch left out of its gradient, which is the mean over the rest.")
-    discard_by: Literal["loss", "chance"] | None = special(
-        None, "--discard: which images to leave out, those with the smallest loss, or any.", usual="loss"
+    discard: float = special(
+        0.0, "Fraction of each batch left out of its gradient, which is the mean over the rest.", FRACTION
     )
-    discard_epochs: int | None = special(None, "--discard: in the first so many epochs only; else in all.")
+    discard_by: Literal["loss", "chance"] | None = special(
+        None, "Which images to leave out: those with the smallest loss, or any.", where=DISCARDING, usual="loss"
+    )
+    discard_epochs: int | None = special(
+        None, "--discard: in the first so many epochs only; else in all.", ABOVE_0, where=DISCARDING
+    )
     probes: bool = special(False, "Record every array's mean gradient, parameter stride and loss stride in every step.")
 
-    devices: int = where(1, "Of each process; each batch is split over all; on a CPU they are simulated.")
+    devices: int = where(
+        1, "Of each process; each batch is split over all; on a CPU they are simulated.", up_to(MOST_DEVICES)
+    )
     parallel: Literal["jit", "pmap"] = where(
         "jit",
         "jit on a mesh, or pmap: the same step, with the same results but for rounding and for the curvature of cblr,"
@@ -115,27 +147,25 @@ class TrainConfig:
         "HOST:PORT of the first of several processes, for all of them; or auto, if they are to find each other as"
         " jax.distributed does. Under SLURM, Open MPI and on TPU pods they do so without being told.",
     )
-    num_processes: int | None = where(None, "Number of processes, with --coordinator HOST:PORT.")
-    process_id: int | None = where(None, "Which of them this is, counted from 0, with --coordinator HOST:PORT.")
-    seed: int = where(0, "Determines initial parameters, order of the images, augmentation, dropout and probes.")
+    num_processes: int | None = where(None, "Number of processes, with --coordinator HOST:PORT.", ABOVE_0)
+    process_id: int | None = where(
+        None, "Which of them this is, counted from 0, with --coordinator HOST:PORT.", AT_LEAST_0
+    )
+    seed: int = where(
+        0,
+        "Determines initial parameters, order of the images, augmentation, dropout and probes.",
+        Rule("at least 0 and below 2^32", lambda x: 0 <= x < 2**32),
+    )
     checkpoint_seconds: float | None = where(
-        60.0, "Seconds from one checkpoint to the next; one is at the end, too. 0: after every step. none: not at all."
+        60.0,
+        "Seconds from one checkpoint to the next; one is at the end, too. 0: after every step. none: not at all.",
+        AT_LEAST_0,
     )
     out: Path = where(Path("runs"), "Folder for the run's own, which is named after what determines its results.")
 
     def __post_init__(self):
-        self._check_numbers()
+        super().__post_init__()
         phases = self._phases()
-        self._settle(
-            (self.model == "alexnet", "is for --model alexnet", ("hidden", "dropout")),
-            (
-                self.optimizer in CURVED,
-                "is for --optimizer cblr",
-                ("damping", "curvature_every", "curvature_batch_size"),
-            ),
-            (self.discard > 0, "is for a --discard above 0", ("discard_by", "discard_epochs")),
-            (not phases, "is said by --phases", ("epochs", "batch_size", "learning_rate")),
-        )
         if not DATASET.fullmatch(self.dataset):
             raise UsageError(
                 f"--dataset takes digits, generated, or a name that TFDS lists, such as cifar10, not {self.dataset!r}"
@@ -150,37 +180,8 @@ class TrainConfig:
             self._check_batch(batch_size)
         self._check_processes()
 
-    def _check_numbers(self):
-        above, below = (lambda x: 0 < x < math.inf), (lambda x: 0 <= x < math.inf)
-        part = lambda x: 0 <= x < 1
-        for accepted, holds, names in (
-            ("above 0", above, "sharpness learning_rate curvature_every curvature_batch_size micro_batch_size"),
-            ("above 0", above, "batch_size hidden train_images test_images discard_epochs num_processes"),
-            ("above 0 and at most 100", lambda x: 0 < x <= 100, "width"),
-            (f"above 0 and at most {MOST_EPOCHS}", lambda x: 0 < x <= MOST_EPOCHS, "epochs"),
-            (f"above 0 and at most {MOST_DEVICES}", lambda x: 0 < x <= MOST_DEVICES, "devices"),
-            (f"above 0 and at most {MOST_PIXELS}", lambda x: 0 < x <= MOST_PIXELS, "image_size"),
-            ("at least 0 and below 1", part, "dropout momentum holdout discard"),
-            ("at least 0, and a number", below, "weight_decay damping warmup_epochs checkpoint_seconds process_id"),
-            ("at least 0 and below 2^32", lambda x: 0 <= x < 2**32, "seed"),
-        ):
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not holds(value):
-                    raise UsageError(f"{flag(name)} must be {accepted}, not {value}")
-
     def _phases(self) -> tuple[PhaseText, ...]:
         return tuple(map(parse_phase, self.phases))
-
-    def _settle(self, *conditions: tuple[bool, str, tuple[str, ...]]):
-        """Refuses what does not apply, and fills in what is usual where it does."""
-        fields = {field.name: field for field in dataclasses.fields(self)}
-        for applies, words, names in conditions:
-            for name in names:
-                if not applies and getattr(self, name) is not None:
-                    raise UsageError(f"{flag(name)} {words}: leave it out")
-                if applies and getattr(self, name) is None:
-                    object.__setattr__(self, name, fields[name].metadata["usual"])
 
     def _check_batch(self, batch_size: int):
         micro = self.micro_size(batch_size)
@@ -191,24 +192,21 @@ class TrainConfig:
                 raise UsageError(f"--devices {self.devices} must divide the --{name}, here {size} images")
 
     def _check_processes(self):
-        given = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
-        if set(given.values()) == {None}:
-            return
+        names, said = ("coordinator", "num_processes", "process_id"), "--coordinator, --num-processes, --process-id"
+        given = [getattr(self, name) is not None for name in names]
         if self.coordinator == "auto":
-            if (self.num_processes, self.process_id) != (None, None):
+            if any(given[1:]):
                 raise UsageError("--coordinator auto finds --num-processes and --process-id itself: leave them out")
-            return
-        if None in given.values():
-            raise UsageError(
-                f"{', '.join(map(flag, given))} belong together: give all three, or --coordinator auto under a launcher"
-            )
-        address = re.fullmatch(r"(\[[^]]+\]|[^:\s]+):(\d{1,5})", self.coordinator)
-        if not address or not 0 < int(address[2]) < 2**16:
-            raise UsageError(f"--coordinator takes HOST:PORT, as 127.0.0.1:7000, or auto, not {self.coordinator!r}")
-        if self.process_id >= self.num_processes:
-            raise UsageError(
-                f"--process-id must be below --num-processes {self.num_processes}, and is {self.process_id}"
-            )
+        elif any(given):
+            if not all(given):
+                raise UsageError(f"{said} belong together: give all three, or --coordinator auto under a launcher")
+            address = re.fullmatch(r"(\[[^]]+\]|[^:\s]+):(\d{1,5})", self.coordinator)
+            if not address or not 0 < int(address[2]) < 2**16:
+                raise UsageError(f"--coordinator takes HOST:PORT, as 127.0.0.1:7000, or auto, not {self.coordinator!r}")
+            if self.process_id >= self.num_processes:
+                raise UsageError(
+                    f"--process-id must be below --num-processes {self.num_processes}, and is {self.process_id}"
+                )
 
     def micro_size(self, batch_size: int) -> int:
         """Images whose gradient is computed at once."""

@@ -3,36 +3,76 @@
 import argparse
 import dataclasses
 import difflib
-import functools
+import math
 import shlex
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 from experiments.errors import UsageError
 
 PROGRAM = "python -m experiments"
-KINDS = {int: ("N", "a whole number"), float: ("X", "a number"), str: ("NAME", "a name"), Path: ("PATH", "a path")}
+METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 
 
-def option(default: Any, help: str, group: str = "options", usual: Any = None, metavar: str | None = None) -> Any:
+class Rule(NamedTuple):
+    """What an option takes, or where it applies: in words, and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+ABOVE_0 = Rule("above 0", lambda x: 0 < x < math.inf)
+AT_LEAST_0 = Rule("at least 0, and a number", lambda x: 0 <= x < math.inf)
+FRACTION = Rule("at least 0 and below 1", lambda x: 0 <= x < 1)
+
+
+def up_to(most: float) -> Rule:
+    """Positive numbers up to this one."""
+    return Rule(f"above 0 and at most {most}", lambda x: 0 < x <= most)
+
+
+def option(default: Any, help: str, bounds: Rule | None = None, group: str = "options", **about: Any) -> Any:
     """A field of a dataclass that `parse` offers as an option.
 
     Args:
         default: if it is not given; without one the field takes a place, not a name.
         help: one sentence or a few.
+        bounds: of the numbers that are accepted.
         group: heading in the help.
-        usual: what the dataclass takes for None, where the option applies.
-        metavar: what stands for the value in the help, if not its kind.
+        about: `metavar`, what stands for the value in the help; `where`, with which other options it applies, and
+            `usual`, what is then taken for None; whether one of several values `repeats`.
     """
-    about = {"help": help, "group": group, "usual": usual, "metavar": metavar}
-    return dataclasses.field(default=default, metadata=about)
+    about = {"metavar": None, "usual": None, "where": None, "repeats": False, **about}
+    return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds, "group": group, **about})
 
 
-def group(name: str) -> Callable[..., Any]:
-    """`option` under a heading of its own in the help."""
-    return functools.partial(option, group=name)
+class Options:
+    """The configuration of a command, which is checked, and filled in with what is usual, when it is made."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, about, name = getattr(self, field.name), field.metadata, flag(field)
+            applies = about["where"] is None or about["where"].holds(self)
+            if value is None:
+                if applies and about["usual"] is not None:
+                    object.__setattr__(self, field.name, about["usual"])
+            elif not applies:
+                raise UsageError(f"{name} {about['where'].words}: leave it out")
+            elif about["bounds"] and not about["bounds"].holds(value):
+                raise UsageError(f"{name} must be {about['bounds'].words}, not {value}")
+            elif isinstance(value, tuple) and not about["repeats"]:
+                for one in (one for one in value if value.count(one) > 1):
+                    raise UsageError(f"{name}: {one} is given more than once")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are exceptions."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Raises them."""
+        raise UsageError(message.removeprefix("argument "))
 
 
 def parse(kind: type, command: str, arguments: Sequence[str]) -> Any:
@@ -42,107 +82,73 @@ def parse(kind: type, command: str, arguments: Sequence[str]) -> Any:
         UsageError: if they are not accepted, by the parser or by the dataclass.
         SystemExit: after printing the help.
     """
-    places = [field.name.upper() for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+    fields = dataclasses.fields(kind)
+    places = [flag(field) for field in fields if is_place(field)]
     usage = " ".join([PROGRAM, command, *places, "[options]"])
-    parser = Parser(usage=usage, description=kind.__doc__)
-    groups = {"options": parser}
-    for field, hint in fields_of(kind):
+    parser = Parser(usage=usage, description=kind.__doc__, allow_abbrev=False)
+    groups, hints = {"options": parser}, typing.get_type_hints(kind)
+    for field in fields:
         heading = field.metadata["group"]
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
-        add(groups[heading], field, hint)
+        add(groups[heading], field, hints[field.name])
     given = [word.split("=")[0].replace("--no-", "--") for word in arguments if word.startswith("--")]
     for name in given:
         if given.count(name) > 1:
             raise UsageError(f"{name} is given more than once")
     values, unknown = parser.parse_known_args(list(arguments))
     if unknown:
-        raise UsageError(f"{unknown[0]!r} is no option of {command}{suggestion(unknown[0], kind)}")
+        near = difflib.get_close_matches(unknown[0], list(map(flag, fields)), 1)
+        hint = f": did you mean {near[0]}?" if near else "; --help lists them"
+        raise UsageError(f"{unknown[0]!r} is no option of {command}{hint}")
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in vars(values).items()})
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are exceptions."""
-
-    def __init__(self, **options):
-        # What goes where, for what is missing.
-        self.places = {}
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        """Raises them."""
-        name = message.removeprefix("the following arguments are required: ")
-        if name in self.places:
-            message = f"{name} is missing: {self.places[name]}"
-        raise UsageError(message.removeprefix("argument "))
+def is_place(field: dataclasses.Field) -> bool:
+    """Whether a field takes a place on the command line, not a name."""
+    return field.default is dataclasses.MISSING
 
 
-def fields_of(kind: type):
-    """The fields of a dataclass, each with its type."""
-    hints = typing.get_type_hints(kind)
-    return [(field, hints[field.name]) for field in dataclasses.fields(kind)]
+def flag(field: dataclasses.Field) -> str:
+    """What a field is called on the command line."""
+    return field.name.upper() if is_place(field) else f"--{field.name.replace('_', '-')}"
 
 
-def flag(name: str) -> str:
-    """The option of a field."""
-    return f"--{name.replace('_', '-')}"
-
-
-def suggestion(word: str, kind: type) -> str:
-    """What may have been meant, or where the options are listed."""
-    near = difflib.get_close_matches(word, [flag(field.name) for field in dataclasses.fields(kind)], 1)
-    return f": did you mean {near[0]}?" if near else "; --help lists them"
-
-
-def add(parser, field: dataclasses.Field, hint: Any):
+def add(parser: Any, field: dataclasses.Field, hint: Any):
     """Adds one field to a parser."""
+    about, default = field.metadata, field.default
     optional = type(None) in typing.get_args(hint)
     hint = typing.get_args(hint)[0] if optional else hint
     several = typing.get_origin(hint) is tuple
     hint = typing.get_args(hint)[0] if several else hint
-    given = field.default is not dataclasses.MISSING
-    usual = shown(field.metadata["usual"] if field.default is None else field.default)
-    help = field.metadata["help"] + (f" (default: {usual})" if given and usual else "")
-    settings = {"help": help.replace("%", "%%")} | ({"default": field.default} if given else {})
+    choices = typing.get_args(hint)
+    usual = " ".join(words(about["usual"] if default is None else default)) if not is_place(field) else ""
+    help = about["help"] + (f" (default: {usual})" if usual else "")
+    settings = {"help": help.replace("%", "%%")} | ({} if is_place(field) else {"default": default})
     if hint is bool:
-        parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **settings)
+        parser.add_argument(flag(field), action=argparse.BooleanOptionalAction, **settings)
         return
-    # What is None unless it is given can be left out; only other defaults need a word for it.
-    settings["type"] = functools.partial(convert, hint, optional and field.default is not None)
-    choices = typing.get_args(hint)
-    accepted = f"one or more of {', '.join(choices)}" if several else f"one of {', '.join(choices)}"
-    metavar = KINDS[hint][0] if not choices else f"{{{','.join(choices)}}}"
+    settings["type"] = str if choices else hint
+    if optional and hint is float and default is not None:
+        # What is None unless it is given can be left out; only other defaults need a word for it.
+        settings["type"] = float_or_none
     if several:
-        settings["nargs"], metavar = "+", "NAME"
-    if several and choices:
-        settings["help"] += f" Takes {accepted}."
-    settings["metavar"] = field.metadata["metavar"] or metavar
-    if not given:
-        parser.places[field.name.upper()] = f"give {accepted}"
-        settings["metavar"] = field.name.upper()
-    parser.add_argument(flag(field.name) if given else field.name, **settings)
-
-
-def shown(default: Any) -> str:
-    """A default in the help, as one would write it."""
-    return " ".join(map(str, default)) if isinstance(default, tuple) else "" if default is None else str(default)
-
-
-def convert(hint: Any, or_none: bool, text: str) -> Any:
-    """A value from its text."""
-    choices = typing.get_args(hint)
-    if not choices:
-        accepted = KINDS[hint][1]
+        settings |= {"nargs": "+", "metavar": about["metavar"] or "NAME"}
+        settings["help"] += f" One or more of {', '.join(choices)}." if choices else ""
     else:
-        hint, accepted = {choice: choice for choice in choices}.__getitem__, f"one of {', '.join(choices)}"
-    if or_none:
-        accepted += ", or none"
-        if text.lower() == "none":
-            return None
-    try:
-        return hint(text)
-    except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(f"takes {accepted}, not {text!r}") from None
+        settings["metavar"] = about["metavar"] or (f"{{{','.join(choices)}}}" if choices else METAVARS[hint])
+    name = field.name if is_place(field) else flag(field)
+    parser.add_argument(name, choices=choices or None, **settings)
+
+
+def float_or_none(text: str) -> float | None:
+    """A number, or None, from its text."""
+    return None if text.lower() == "none" else float(text)
+
+
+def words(value: Any) -> list[str]:
+    """A value as it is typed."""
+    return [str(v).lower() if v is None else str(v) for v in (value if isinstance(value, tuple) else (value,))]
 
 
 def line(command: str, config: Any) -> str:
@@ -153,14 +159,13 @@ def line(command: str, config: Any) -> str:
         >>> line("report", ReportConfig(preset="cpu", out=Path("my runs")))
         "python -m experiments report --preset cpu --out 'my runs'"
     """
-    words = []
-    for field, _ in fields_of(type(config)):
+    typed = []
+    for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value == field.default or (value is not None and value == field.metadata["usual"]):
             continue
-        texts = [str(v).lower() if v is None else str(v) for v in (value if isinstance(value, tuple) else (value,))]
         if isinstance(value, bool):
-            words.append(flag(field.name) if value else flag(f"no_{field.name}"))
+            typed.append(flag(field) if value else flag(field).replace("--", "--no-", 1))
         else:
-            words += texts if field.default is dataclasses.MISSING else [flag(field.name), *texts]
-    return f"{PROGRAM} {command}" + "".join(f" {shlex.quote(word)}" for word in words)
+            typed += words(value) if is_place(field) else [flag(field), *words(value)]
+    return f"{PROGRAM} {command}" + "".join(f" {shlex.quote(word)}" for word in typed)

@@ -20,7 +20,6 @@ from experiments import processes, records
 from experiments.config import TrainConfig, load_config
 from experiments.console import TrainingBars, say
 from experiments.errors import Diverged, RunError, Stopped
-from experiments.options import flag
 from experiments.problems import default_learning_rate
 from experiments.records import Record
 from experiments.signals import listener
@@ -195,7 +194,7 @@ def recover(config: TrainConfig, path: Path) -> list[Record]:
     fields = {name: value for name, value in first.items() if name not in ("kind", "format")}
     new = sorted(fields.keys() - {field.name for field in dataclasses.fields(config)})
     if first.get("format") != FORMAT or new:
-        what = f"it knows the option {flag(new[0])}" if new else f"format {first.get('format')}, not {FORMAT}"
+        what = f"it knows the option {new[0]}" if new else f"format {first.get('format')}, not {FORMAT}"
         raise RunError(f"{path.parent} is of another version of this program ({what}): use that, or give another --out")
     try:
         held = load_config(fields)

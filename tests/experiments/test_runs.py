@@ -286,7 +286,7 @@ def test_the_first_signal_saves_the_step_and_the_second_ends_it(tmp_path, whole)
 @pytest.mark.parametrize(
     ("first", "message"),
     [
-        ({"new_option": 3}, r"is of another version of this program \(it knows the option --new-option\)"),
+        ({"new_option": 3}, r"is of another version of this program \(it knows the option new_option\)"),
         ({"format": 2}, r"is of another version of this program \(format 2, not 1\)"),
         ({"format": None}, "another version"),
         ({"width": "wide"}, "does not begin with the options of a run"),
