@@ -139,8 +139,7 @@ class TrainConfig(Options):
     )
     parallel: Literal["jit", "pmap"] = where(
         "jit",
-        "jit on a mesh, or pmap: the same step, with the same results but for rounding and for the curvature of cblr,"
-        " which pmap estimates from other random numbers.",
+        "How a gradient is divided: by jit on a mesh, or by pmap, with the same results but for rounding.",
     )
     coordinator: str | None = where(
         None,

@@ -10,29 +10,22 @@ import optax
 import curvax
 
 
-def make(
-    config, learning_rate: jax.typing.ArrayLike, key: jax.Array, axis_name: str | None = None
-) -> optax.GradientTransformationExtraArgs:
-    """The transformation of a configuration.
+def make(config, learning_rate: jax.typing.ArrayLike, key: jax.Array) -> optax.GradientTransformationExtraArgs:
+    """The transformation of a `TrainConfig`, which accepts `obj_fn`, whether it uses it or not.
 
     Args:
-        config: an `experiments.config.TrainConfig`.
+        config: of the run.
         learning_rate: of this step; it may be traced, since no state depends on it.
         key: for the probes of `cblr`; the same in every step, which the state counts.
-        axis_name: of `pmap`, where `obj_fn` is the loss on one device's share of the batch; each then has its probes.
-
-    Returns:
-        A transformation that accepts `obj_fn` and `hessian_diag`, whether it uses them or not.
     """
     usual = {"weight_decay": config.weight_decay, "momentum": config.momentum}
-    # Curvature is that of the updates that are given `obj_fn`, which the training loop chooses.
-    curved = {"damping": config.damping, "every": 1, "key": key, "axis_name": axis_name}
     makers = {
         "sgd": lambda: sgd(learning_rate, **usual),
         "lars": lambda: curvax.lars(learning_rate, trust_coefficient=1.0, **usual),
         "mclr": lambda: curvax.mclr(learning_rate, **usual),
         "percent_delta": lambda: curvax.percent_delta(learning_rate, **usual),
-        "cblr": lambda: curvax.cblr(learning_rate, **curved, **usual),
+        # Curvature is that of the updates that are given `obj_fn`, which the training loop chooses.
+        "cblr": lambda: curvax.cblr(learning_rate, damping=config.damping, every=1, key=key, **usual),
         "lamb": lambda: curvax.lamb(learning_rate, b1=config.momentum, weight_decay=config.weight_decay),
     }
     tx = makers[config.optimizer]()

@@ -18,12 +18,6 @@ from flax import nnx
 Drop = Callable[[int, jax.Array], jax.Array]
 
 
-def keep(layer: int, x: jax.Array) -> jax.Array:
-    """A `Drop` of nothing."""
-    del layer
-    return x
-
-
 class AlexNet(nnx.Module):
     """AlexNet as used on CIFAR-10: five convolutions, three poolings, three fully connected layers.
 
@@ -61,15 +55,13 @@ class BasicBlock(nnx.Module):
         self.conv2, self.norm2 = conv(outputs, outputs, 3, 1, False, init, rngs), norm(outputs, rngs)
         self.projects = stride != 1 or inputs != outputs
         if self.projects:
-            self.conv3 = conv(inputs, outputs, 1, stride, False, init, rngs)
-            self.norm3 = norm(outputs, rngs)
+            self.conv3, self.norm3 = conv(inputs, outputs, 1, stride, False, init, rngs), norm(outputs, rngs)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Images `(B, h, w, inputs)` to `(B, h / stride, w / stride, outputs)`."""
         y = nnx.relu(self.norm1(self.conv1(x), use_running_average=not train))
         y = self.norm2(self.conv2(y), use_running_average=not train)
-        shortcut = self.norm3(self.conv3(x), use_running_average=not train) if self.projects else x
-        return nnx.relu(y + shortcut)
+        return nnx.relu(y + (self.norm3(self.conv3(x), use_running_average=not train) if self.projects else x))
 
 
 class ResNet18(nnx.Module):
@@ -97,33 +89,29 @@ class ResNet18(nnx.Module):
         return self.linear(jnp.mean(x, axis=(1, 2)))
 
 
-def build(config, num_classes: int, key: jax.Array) -> tuple[Any, Any, Any]:
-    """The network of a configuration, from a key: its definition (static), parameters and statistics of batch norm."""
+def build(config, num_classes: int, key: jax.Array, axis_name: str | None = None) -> tuple[Any, Any, Any]:
+    """The network of a configuration, from a key: its definition (static), parameters and statistics of batch norm.
+
+    The definition is of a share of the batch where that is divided over an axis of devices of this name.
+    """
     options = {"width": config.width, "init": config.init, "rngs": nnx.Rngs(key)}
     if config.model == "resnet18":
         model = ResNet18(num_classes, **options)
     else:
         model = AlexNet(num_classes, image_size=config.image_size, hidden=config.hidden, **options)
+    model.set_attributes(nnx.BatchNorm, axis_name=axis_name, raise_if_not_found=False)
     definition, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     return definition, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
 
 def apply(
-    definition, params, stats, images: jax.Array, train: bool = False, drop: Drop = keep, axis_name: str | None = None
+    definition, params, stats, images: jax.Array, train: bool = False, drop: Drop = lambda layer, x: x
 ) -> tuple[jax.Array, Any]:
-    """The logits, and the state after them; nothing is mutated.
+    """The logits of images `(B, size, size, 3)`, and the state after them; nothing is mutated.
 
-    Args:
-        definition: with parameters and state as `build` gives them.
-        params: see there.
-        stats: see there.
-        images: `(B, size, size, 3)`.
-        train: whether batch norm takes the statistics of the batch, and features are dropped.
-        drop: drops features, given the number of the layer and its input.
-        axis_name: over which the examples of the batch are spread, where this sees a share of them.
+    In training, batch norm takes the statistics of the batch, and `drop` drops features.
     """
     model = nnx.merge(definition, params, stats)
-    model.set_attributes(nnx.BatchNorm, axis_name=axis_name, raise_if_not_found=False)
     logits = model(images, train=train, drop=drop)
     return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
@@ -153,18 +141,13 @@ def norm(features, rngs) -> nnx.BatchNorm:
 def initializers(init: str, fan_in: int) -> dict[str, Any]:
     """Kernel and bias initializers of a layer that sums over `fan_in` inputs."""
 
-    # NumPy draws: to compile one draw for every shape takes longer than to train on the digits.
-    def normal(key, shape, dtype, **_):
-        return jnp.asarray(generator(key).normal(0, math.sqrt(2 / fan_in), shape), dtype)
-
-    def uniform(key, shape, dtype, **_):
-        return jnp.asarray(generator(key).uniform(-1, 1, shape) / math.sqrt(fan_in), dtype)
+    def drawn(draw):
+        # By NumPy: to compile one draw for every shape takes longer than to train on the digits.
+        generator = lambda key: np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        return lambda key, shape, dtype, **_: jnp.asarray(draw(generator(key), shape), dtype)
 
     if init == "he":
+        normal = drawn(lambda rng, shape: rng.normal(0, math.sqrt(2 / fan_in), shape))
         return {"kernel_init": normal, "bias_init": nnx.initializers.zeros_init()}
+    uniform = drawn(lambda rng, shape: rng.uniform(-1, 1, shape) / math.sqrt(fan_in))
     return {"kernel_init": uniform, "bias_init": uniform}
-
-
-def generator(key: jax.Array) -> np.random.Generator:
-    """A NumPy generator that a JAX key determines."""
-    return np.random.default_rng(np.asarray(jax.random.key_data(key)))

@@ -1,13 +1,12 @@
-"""One step on many devices, written once and run in either of JAX's two ways.
+"""The devices of a run, those of all its processes: where its arrays are, and functions of a batch divided among them.
 
-Under `jit` on a mesh a function sees the whole batch: `share` only says that the images are to be split, and the
-compiler sums over the devices where the function sums over images. Under `pmap` it sees the share of one device:
-`share` cuts that out, and `total` sums by hand. What goes in and what comes out is the same on all devices in both, and
-so is a checkpoint.
+Under `jit` a function sees the whole batch: where its images are to be split is a hint, and the compiler sums over the
+devices where the function sums over images. Under `pmap` it sees the share of one device, and sums by hand. What goes
+in and what comes out is the same on all devices in both, and so is a checkpoint.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,122 +19,56 @@ from experiments.errors import UsageError
 AXIS = "data"
 
 
-class Jit:
-    """Runs functions under `jit`, on a mesh of the devices of all processes."""
+class Devices:
+    """The first so many devices of each process, one after the other."""
 
-    # The name that `axis_name` of curvax and of batch norm want; None where a function sees the whole batch.
-    axis_name: str | None = None
-
-    def __init__(self, devices: Sequence[jax.Device]):
-        self.devices = devices
-        mesh = jax.make_mesh((len(devices),), (AXIS,), (AxisType.Auto,), devices=devices)
-        self.everywhere, self.split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
+    def __init__(self, number: int):
+        if number > jax.local_device_count():
+            raise UsageError(f"--devices {number}: there are {jax.local_device_count()}")
+        self.all = [d for i in range(jax.process_count()) for d in jax.local_devices(process_index=i)[:number]]
+        self._number = number
+        mesh = jax.make_mesh((len(self.all),), (AXIS,), (AxisType.Auto,), devices=self.all)
+        self._everywhere, self._split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
 
     def place(self, tree: Any) -> Any:
         """Puts arrays, the same in every process, on every device."""
-        return jax.tree.map(self._place, tree)
-
-    def _place(self, x):
         # Unlike `jax.device_put`, this compares nothing between processes.
-        return on_data(lambda data: jax.make_array_from_process_local_data(self.everywhere, np.asarray(data)), x)
+        put = lambda x: jax.make_array_from_process_local_data(self._everywhere, np.asarray(x))
+        return jax.tree.map(put, tree)
 
-    @property
-    def shares(self) -> int:
-        """Into how many a function that is compiled here sees a batch divided."""
-        return 1
+    def jit(self, function: Callable, **options: Any) -> Callable:
+        """`jax.jit`, to arrays that are the same on all devices."""
+        return jax.jit(function, out_shardings=self._everywhere, **options)
 
-    def compile_same(self, function: Callable, static: Sequence[str] = (), donate: bool = False) -> Callable:
-        """A compiled function that does the same on all devices, without `share` and `total`.
+    def split(self, batch: jax.Array) -> jax.Array:
+        """Within a function of `jit`: says that a batch is to be divided."""
+        return jax.lax.with_sharding_constraint(batch, self._split)
 
-        It is of arrays that are the same on all devices, to such arrays. Static keywords are compiled in; the first
-        argument may be donated.
+    def pmap(self, function: Callable) -> Callable:
+        """A function of the share of each device, of arrays that are the same on all; the first one is donated.
+
+        Its keywords are compiled in.
         """
-        donated = (0,) if donate else ()
-        return jax.jit(function, static_argnames=static, donate_argnums=donated, out_shardings=self.everywhere)
-
-    def compile(self, function: Callable, static: Sequence[str] = (), donate: bool = False) -> Callable:
-        """A compiled function that may use `share` and `total`, else as `compile_same`."""
-        return self.compile_same(function, static, donate)
-
-    def share(self, batch: jax.Array) -> jax.Array:
-        """The entries along the first axis that belong to this device."""
-        return jax.lax.with_sharding_constraint(batch, self.split)
-
-    def whole(self, shares: jax.Array) -> jax.Array:
-        """What `share` divides, put together again."""
-        return shares
-
-    def total(self, tree: Any) -> Any:
-        """Sums over the batch, from sums over shares."""
-        return tree
-
-
-class Pmap(Jit):
-    """Runs functions under `pmap`."""
-
-    axis_name = AXIS
-
-    @property
-    def shares(self) -> int:
-        """One for each device."""
-        return len(self.devices)
-
-    def compile(self, function: Callable, static: Sequence[str] = (), donate: bool = False) -> Callable:
-        """As `Jit.compile`."""
-        here = sum(device.process_index == jax.process_index() for device in self.devices)
 
         @functools.cache
         def compiled(**options):
             # `pmap` wants one argument that differs between devices, and cannot leave names of arguments to the caller.
-            return jax.pmap(
-                lambda _, first, rest: function(first, *rest, **options),
-                axis_name=AXIS,
-                in_axes=(0, None, None),
-                out_axes=None,
-                devices=self.devices,
-                donate_argnums=(1,) if donate else (),
-            )
+            own = lambda _, first, rest: function(first, *rest, **options)
+            settings = {"in_axes": (0, None, None), "out_axes": None, "devices": self.all, "donate_argnums": (1,)}
+            return jax.pmap(own, axis_name=AXIS, **settings)
 
         def call(first, *rest, **options):
-            results = compiled(**options)(np.zeros(here), first, rest)
-            return results if jax.process_count() == 1 else jax.tree.map(self._join, results)
+            return jax.tree.map(self._join, compiled(**options)(np.zeros(self._number), first, rest))
 
         return call
 
     def _join(self, x):
         # To each process `pmap` returns arrays of its own devices alone.
-        def join(data):
-            shards = [shard.data for shard in data.addressable_shards]
-            return jax.make_array_from_single_device_arrays(data.shape, self.everywhere, shards)
-
-        return on_data(join, x)
-
-    def share(self, batch: jax.Array) -> jax.Array:
-        """The entries along the first axis that belong to this device."""
-        size = len(batch) // self.shares
-        return jax.lax.dynamic_slice_in_dim(batch, jax.lax.axis_index(AXIS) * size, size)
-
-    def whole(self, shares: jax.Array) -> jax.Array:
-        """What `share` divides, put together again."""
-        return jax.lax.all_gather(shares, AXIS, tiled=True)
-
-    def total(self, tree: Any) -> Any:
-        """Sums over the batch, from sums over shares."""
-        return jax.lax.psum(tree, AXIS)
+        shards = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, self._everywhere, shards)
 
 
-WAYS = {"jit": Jit, "pmap": Pmap}
-
-
-def on_data(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """Applies a function to an array, and to the numbers in an array of keys."""
-    if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return function(x)
-    return jax.random.wrap_key_data(function(jax.random.key_data(x)), impl=jax.random.key_impl(x))
-
-
-def devices_of_run(number: int) -> list[jax.Device]:
-    """The first so many devices of each process, one after the other."""
-    if number > jax.local_device_count():
-        raise UsageError(f"--devices {number}: there are {jax.local_device_count()}")
-    return [device for i in range(jax.process_count()) for device in jax.local_devices(process_index=i)[:number]]
+def own_share(batch: jax.Array) -> jax.Array:
+    """Within a function of `pmap`: the entries along the first axis that belong to this device."""
+    size = len(batch) // jax.lax.axis_size(AXIS)
+    return jax.lax.dynamic_slice_in_dim(batch, jax.lax.axis_index(AXIS) * size, size)

@@ -48,7 +48,7 @@ class DiscardRatio(Figure):
         for seed in range(SEEDS[place.preset]):
             step = first_step(config(place, seed), CHUNK[place.preset])
             losses = step.losses(0, batch)
-            kept, labels = curvax.discard_small_losses(losses, 0.3), step.batch(0, batch)["labels"]
+            kept, labels = curvax.discard_small_losses(losses, 0.3), step.labels(0, batch)
             yield {"seed": seed, "arm": "class", "explained": explained(np.asarray(kept) > 0, np.asarray(labels))}
             for fraction in FRACTIONS:
                 weights = {"loss": curvax.discard_small_losses(losses, fraction)}

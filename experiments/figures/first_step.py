@@ -1,11 +1,13 @@
 """Gradients at the initial parameters, for the figures that look at the first step only.
 
-Dropout is off: the figures ask for the gradient of the loss, not for that of a draw. A batch is summed over chunks of
-one shape, so that all batch sizes share one compilation and none needs more memory than a chunk.
+They are those of the training loop, without augmentation and dropout: the figures ask for the gradient of the loss,
+not for that of a draw. A batch is summed over chunks of one shape, so that all batch sizes share one compilation and
+none needs more memory than a chunk.
 """
 
+import dataclasses
 import functools
-from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,67 +15,46 @@ import numpy as np
 import optax
 
 import curvax
-from experiments import data, models
+from experiments import models, runs
 from experiments.config import TrainConfig
-from experiments.step import cross_entropy
 
 
 class FirstStep:
-    """The network of a configuration at its initial parameters, and images in a random order, both from its seed."""
+    """The network of a configuration at its initial parameters, and images in a random order, both from its seed.
+
+    What it gives is of the `size` images from a place in that order on.
+    """
 
     def __init__(self, config: TrainConfig, chunk: int):
-        dataset = data.load(config)
-        self.chunk, self._train = chunk, dataset.train
-        self._mean, self._std = data.channel_statistics(dataset.train.images)
-        self._order = np.random.default_rng(config.seed).permutation(len(dataset.train))
-        key = jax.random.key(config.seed)
-        self._definition, self.params, self._stats = models.build(config, dataset.num_classes, key)
-        self._sum = jax.jit(jax.grad(lambda *arguments, weights: jnp.sum(weights * self._each(*arguments))))
-        self._losses = jax.jit(self._each)
+        config = dataclasses.replace(config, augment=False, dropout=0.0, micro_batch_size=chunk)
+        self.chunk, self._stepper = chunk, runs.stepper_of(config)
+        _, self.params, _ = models.build(config, self._stepper.num_classes, jax.random.key(config.seed))
+        state = self._stepper.init(config.seed)._replace(params=self.params)
+        order = np.random.default_rng(config.seed).permutation(len(self._stepper.train))
+        self._whole = state, self._stepper.train, jnp.asarray(order, jnp.int32)
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._stepper.train)
 
-    def batch(self, start: int, size: int) -> dict[str, jax.Array]:
-        """Images from a place in the order on, normalised, and their labels."""
-        chosen = self._order[start : start + size]
-        images = data.normalise(jnp.asarray(self._train.images[chosen]), self._mean, self._std)
-        return {"images": images, "labels": jnp.asarray(self._train.labels[chosen])}
-
-    def gradient(self, start: int, size: int, weights: jax.Array | None = None):
-        """The gradient of the mean loss of a batch, each example's loss multiplied by its weight."""
-        weights = jnp.ones(size) if weights is None else weights
-        total = optax.tree.zeros_like(self.params)
-        for place, batch in self._chunks(start, size):
-            part = self._sum(self.params, batch, weights=weights[place : place + len(batch["labels"])])
-            total = optax.tree.add(total, part)
-        return optax.tree.scale(1 / size, total)
+    def gradient(self, start: int, size: int, weights: jax.Array | None = None) -> Any:
+        """The gradient of the mean loss, each example's loss multiplied by its weight."""
+        sums = self._stepper.gradient(*self._whole, np.int32(start), size, weights)
+        return optax.tree.scale(1 / size, sums.grads)
 
     def losses(self, start: int, size: int) -> jax.Array:
-        """The loss of each example of a batch, `(size,)`."""
-        return jnp.concatenate([self._losses(self.params, batch) for _, batch in self._chunks(start, size)])
+        """The loss of each example, `(size,)`."""
+        return self._stepper.losses(*self._whole, np.int32(start), size)
+
+    def labels(self, start: int, size: int) -> jax.Array:
+        """The class of each example, `(size,)`."""
+        return self._whole[1].labels[self._whole[2][start : start + size]]
 
     def objective(self, start: int, size: int) -> curvax.Objective:
-        """The loss of a batch, for its curvature."""
-        return curvax.Objective(self._predict, cross_entropy, self.batch(start, size))
-
-    def cost(self) -> float:
-        """Floating-point operations of the gradient of one image."""
-        lowered = self._sum.lower(self.params, self.batch(0, self.chunk), weights=jnp.ones(self.chunk))
-        return lowered.cost_analysis()["flops"] / self.chunk
-
-    def _chunks(self, start: int, size: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
-        for place in range(0, size, self.chunk):
-            yield place, self.batch(start + place, min(self.chunk, size - place))
-
-    def _predict(self, params, batch):
-        return models.apply(self._definition, params, self._stats, batch["images"])[0]
-
-    def _each(self, params, batch):
-        return cross_entropy(self._predict(params, batch), batch)
+        """The mean loss, for its curvature."""
+        return self._stepper.objective(*self._whole, start, size)
 
 
-def linear_kernel(grads, layer: int) -> jax.Array:
+def linear_kernel(grads: Any, layer: int) -> jax.Array:
     """The kernel of AlexNet's fully connected layer of this number, counted from 0."""
     return grads["linears"][layer]["kernel"]
 

@@ -142,10 +142,10 @@ def test_full_scale_batches_are_the_paper_s_and_split_where_they_must_be():
         [dataclasses.replace(c, train_images=50_000) for f in command.FIGURES.values() for c in f.runs(Place("paper"))]
     )
     assert {32, 49152, 2000, 8000, 512, 8192, 1024} <= {batch for steps in groups.values() for batch in steps}
-    assert all(micro <= 1024 and size % micro == 0 for (_, micro), steps in groups.items() for size in steps)
+    assert all(micro <= 1024 and size % micro == 0 for (_, micro, _), steps in groups.items() for size in steps)
     # 200 epochs of 24 steps, and 5 seeds, at one learning rate for all and at one that grows with the batch.
     [alexnet] = [
-        s for (config, _), s in groups.items() if 2048 in s and (config.model, config.momentum) == ("alexnet", 0)
+        s for (config, *_), s in groups.items() if 2048 in s and (config.model, config.momentum) == ("alexnet", 0)
     ]
     assert alexnet[2048] == 200 * 24 * 5 + 24 * 5
 

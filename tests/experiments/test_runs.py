@@ -74,7 +74,7 @@ def assert_same_run(folder, other, config, step):
     rows, others = (records.read(path / runs.METRICS)[1:] for path in (folder, other))
     assert untimed_all(rows) == untimed_all(others)
     arrays, expected = (arrays_of(path, config, step) for path in (folder, other))
-    assert ".key" in arrays and len(arrays) > 10
+    assert ".seed" in arrays and len(arrays) > 10
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
