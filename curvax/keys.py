@@ -35,7 +35,12 @@ def as_key(key: Key) -> jax.Array:
         return jax.random.key(key)
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
-    return jax.random.wrap_key_data(key) if key.ndim else jax.random.key(key)
+    if not key.ndim:
+        return jax.random.key(key)
+    own = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    # Of another length than the keys of the generator that JAX is set to, it is one of the other's.
+    other = "threefry2x32" if key.shape == (2,) else "rbg"
+    return jax.random.wrap_key_data(key, impl=None if key.shape == own.shape else other)
 
 
 def check_key(key: Any) -> None:

@@ -50,7 +50,7 @@ def discard_small_losses(losses: jax.Array, fraction: jax.typing.ArrayLike, *, a
     everything = jax.sharding.reshard(losses, jax.sharding.PartitionSpec()) if own.mesh.explicit_axes else losses
     everything = everything if axis_name is None else jax.lax.all_gather(losses, axis_name, tiled=True)
     size = everything.size
-    discarded = order_statistics.count_of(fraction, size)
+    discarded = jnp.asarray(order_statistics.count_of(fraction, size), jnp.int32)
     # Losses may be negative, which the order statistics of magnitudes are not for. A batch is quickly sorted.
     ranks = jnp.argsort(jnp.argsort(everything))
     if axis_name is not None:

@@ -157,7 +157,9 @@ def checked(layers: Layers) -> str | tuple[tuple[str, str], ...]:
         return layers
     try:
         rules = layers.items() if isinstance(layers, Mapping) else layers
-        rules = () if isinstance(layers, str) else tuple((pattern, name) for pattern, name in rules)
+        # A name of two letters is no pair.
+        pairs = not isinstance(layers, str) and not any(isinstance(rule, str) for rule in rules)
+        rules = tuple((pattern, name) for pattern, name in rules) if pairs else ()
     except (TypeError, ValueError):
         rules = ()
     if not rules or not all(isinstance(text, str) for rule in rules for text in rule):
@@ -221,12 +223,15 @@ def _members(keys: Iterable[Hashable]) -> Members:
     return members
 
 
+def names_of(paths: Sequence[Any]) -> list[str]:
+    """The names of paths, each another: where two of them read alike, all are written in full."""
+    names = [path_name(path) for path in paths]
+    return names if len(set(names)) == len(names) else [jax.tree_util.keystr(path) for path in paths]
+
+
 def _named(scaled: Members, measured: Members) -> list[Layer]:
-    """Layers named by their paths; where two of these read alike, all are written in full."""
-    names = [path_name(path) for path in scaled]
-    if len(set(names)) < len(names):
-        names = [jax.tree_util.keystr(path) for path in scaled]
-    layers = [Layer(name, measured[path], scaled[path]) for name, path in zip(names, scaled, strict=True)]
+    """Layers named by their paths."""
+    layers = [Layer(name, measured[path], scaled[path]) for name, path in zip(names_of(scaled), scaled, strict=True)]
     return sorted(layers, key=lambda layer: layer.scaled[0])
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.curvature.refresh import HessianDiagState
-from curvax.layers import path_name
+from curvax.layers import names_of
 from curvax.probes import ProbeState
 
 KINDS = HessianDiagState | ProbeState
@@ -69,6 +69,7 @@ def _of_probes(state: ProbeState) -> Iterator[tuple[str, jax.Array]]:
 def _of_curvature(state: HessianDiagState) -> Iterator[tuple[str, jax.Array]]:
     yield "num_refreshes", state.num_refreshes
     yield "num_skipped", state.num_skipped
-    for path, h in jax.tree_util.tree_leaves_with_path(state.hessian_diag):
+    leaves = jax.tree_util.tree_leaves_with_path(state.hessian_diag)
+    for name, (_, h) in zip(names_of([path for path, _ in leaves]), leaves, strict=True):
         if h.size:
-            yield f"mean_abs/{path_name(path)}", jnp.mean(jnp.abs(h))
+            yield f"mean_abs/{name}", jnp.mean(jnp.abs(h))

@@ -12,6 +12,17 @@ import jax
 import jax.numpy as jnp
 
 
+def pair(name: str, value: Any) -> tuple[Any, Any]:
+    """Both parts of what a function with other output returned.
+
+    Raises:
+      ValueError: if that is no tuple of two; an array may be unpacked, but has no parts.
+    """
+    if isinstance(value, tuple) and len(value) == 2:
+        return value
+    raise ValueError(f"has_aux=True, and {name} returned no pair; return (outputs, other output), or leave it out.")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -37,7 +48,8 @@ class Objective:
       Called with `params`: the scalar `L(params)`; with `has_aux` the pair `(L(params), aux)`.
 
     Raises:
-      ValueError: if `loss` does not return an array of real losses whose first axis counts examples, or an empty one.
+      ValueError: if `loss` does not return an array of real losses whose first axis counts examples, or an empty one;
+        with `has_aux`, if `predict` returns no pair.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -59,7 +71,7 @@ class Objective:
 
     def __call__(self, params: Any) -> Any:
         outputs = self.predict(params, self.data)
-        outputs, aux = outputs if self.has_aux else (outputs, None)
+        outputs, aux = pair("predict", outputs) if self.has_aux else (outputs, None)
         value = jnp.mean(self.example_losses(outputs, self.data))
         value = value if self.penalty is None else value + self.penalty(params)
         return (value, aux) if self.has_aux else value

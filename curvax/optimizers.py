@@ -35,12 +35,12 @@ from curvax.transforms import (
 
 def cblr(
     learning_rate: optax.ScalarOrSchedule,
+    *,
     damping: jax.typing.ArrayLike = 0.1,
     weight_decay: jax.typing.ArrayLike = 0.0,
     weight_decay_mask: Mask = None,
     momentum: jax.typing.ArrayLike = 0.9,
     nesterov: bool = False,
-    *,
     max_radius: jax.typing.ArrayLike | None = None,
     slope_term: bool = False,
     norm_ratio: bool = True,
@@ -62,8 +62,8 @@ def cblr(
       damping bounds it, and LARS's norm ratio, which eq. 23 shows to be a radius too, sets its length. Kernels have `R
       = norm2(w) / norm2(u)`. A bias has its kernel's R and is damped by its kernel's mean; what follows no kernel has
       `R = 1` and is damped by the mean of all kernels; no mean counts for less than 1e-4 of that, so that nothing whose
-      curvature is rounding noise sets a step. No array moves further than `3 * learning_rate` times its kernel's
-      parameters in root mean square, see `bounds`. `cblr(gamma, damping=0, slope_term=True, norm_ratio=False,
+      curvature is rounding noise sets a step. No array's step is longer, before momentum and decay, than `3 *
+      learning_rate` times its kernel's parameters in root mean square, see `bounds`. `cblr(gamma, damping=0, slope_term=True, norm_ratio=False,
       momentum=0, every=1, hessian_decay=0)` is eq. 9-11.
 
     Args:

@@ -66,7 +66,7 @@ def median(x: Any, axis_name: AxisName = None, without: jax.Array | None = None)
 def middles(x: Any, axis_name: AxisName = None, without: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """The two magnitudes of which `median` is the mean; twice the same where their number is odd."""
     size = population_size(x, axis_name)
-    dtype = _count_dtype(size)
+    dtype = count_dtype(size)
     if without is None:
         low, high = order_statistics(x, np.asarray(max(size - 1, 0) // 2, dtype), axis_name)
         return low, low if size % 2 else high
@@ -79,7 +79,7 @@ def middles(x: Any, axis_name: AxisName = None, without: jax.Array | None = None
 
 def zeros(x: Any, axis_name: AxisName = None) -> jax.Array:
     """How many entries are zero, in a type that holds as many as there are."""
-    dtype = _count_dtype(population_size(x, axis_name))
+    dtype = count_dtype(population_size(x, axis_name))
     count = functools.reduce(jnp.add, [jnp.sum(leaf == 0, dtype=dtype) for leaf in jax.tree.leaves(x)])
     return count if axis_name is None else lax.psum(count, axis_name)
 
@@ -171,7 +171,7 @@ def order_statistics(x: Any, rank: Any, axis_name: AxisName = None) -> tuple[jax
     leaves = [real_rows(leaf, dtype) for leaf in jax.tree.leaves(x) if np.size(leaf)]
     if not leaves:
         return jnp.zeros((), dtype), jnp.zeros((), dtype)
-    last = np.asarray(size - 1, _count_dtype(size))
+    last = np.asarray(size - 1, count_dtype(size))
     return _ranked(leaves, jnp.minimum(jnp.asarray(rank).astype(last.dtype), last), axis_name)
 
 
@@ -203,12 +203,34 @@ def _ranked_jvp(axis_name, primals, tangents):
     return values, tuple(map(slope, values))
 
 
-def count_of(fraction: Any, size: int) -> jax.Array:
-    """How many of `size` a fraction is, rounded down."""
-    # The slack makes 0.3 of 10 the 3 that is meant, where the product in binary falls short of it.
-    if isinstance(fraction, float | int):
-        return jnp.asarray(math.floor(fraction * size + 1e-6), _count_dtype(size)).astype(jnp.int32)
-    return jnp.floor(jnp.asarray(fraction, jnp.float32) * size + 1e-6).astype(jnp.int32)
+def count_of(fraction: Any, size: Any) -> Any:
+    """How many of `size` a fraction in [0, 1] is, rounded down, in the dtype of counts.
+
+    A float stands for the decimal number that is nearest to it: 0.29 of 100 are 29, though its product in binary falls
+    short of that, as a number of Python and as an array of float32.
+
+    Args:
+        fraction: a number, or an array, possibly traced.
+        size: a number, or a scalar of the dtype of counts, possibly traced.
+
+    Example:
+        >>> import numpy as np
+        >>> int(count_of(0.29, 100)), int(count_of(np.float32(0.29), 100)), int(count_of(1 - 1e-7, 10))
+        (29, 29, 9)
+    """
+    if isinstance(fraction, float | int) and isinstance(size, int):
+        return np.asarray(math.floor(fraction * size * (1 + 2.0**-51)), count_dtype(size))
+    size = np.asarray(size, count_dtype(size)) if isinstance(size, int) else size
+    q = jnp.asarray(fraction)
+    q = q if jnp.issubdtype(q.dtype, jnp.floating) else q.astype(jnp.float32)
+    reach = (jnp.nextafter(q, jnp.ones_like(q)) - q) / 2
+    if jax.config.jax_enable_x64:
+        up_to = (q.astype(jnp.float64) + reach.astype(jnp.float64)) * (1 + 2.0**-51)
+        return jnp.floor(up_to * size.astype(jnp.float64)).astype(size.dtype)
+    q, reach = q.astype(jnp.float32), reach.astype(jnp.float32)
+    fixed = (jnp.clip(q, 0, 1 - 2.0**-24) * 2.0**32).astype(jnp.uint32)
+    up_to = fixed + jnp.maximum((reach * 2.0**32).astype(jnp.uint32), 1)
+    return jnp.where(q < 1, _long_product(up_to, size)[0], size)
 
 
 def _widened(q: Any, dtype: np.dtype) -> jax.Array:
@@ -216,7 +238,7 @@ def _widened(q: Any, dtype: np.dtype) -> jax.Array:
         return jnp.asarray(q, jnp.result_type(jnp.asarray(q).dtype, dtype, jnp.float32))
 
 
-def _count_dtype(size: int) -> np.dtype:
+def count_dtype(size: int) -> np.dtype:
     if size >= 2**32 and not jax.config.jax_enable_x64:
         raise OverflowError(
             f"{size} magnitudes are too many to rank with 32-bit counts, which end at 2**32 - 1. Enable 64-bit types"
@@ -238,13 +260,17 @@ def _rank_and_fraction(q: jax.Array, last: int) -> tuple[jax.Array, jax.Array]:
 def _long_multiplication(q: jax.Array, last: int) -> tuple[jax.Array, jax.Array]:
     """`_rank_and_fraction` in 32-bit integers, by halves: float32 cannot hold such ranks."""
     fixed = (jnp.clip(q, 0, 1 - 2.0**-24) * 2.0**32).astype(jnp.uint32)
-    q_high, q_low, last_high, last_low = fixed >> 16, fixed & 0xFFFF, np.uint32(last >> 16), np.uint32(last & 0xFFFF)
-    middle = q_high * last_low + (q_low * last_low >> 16)
-    cross = q_low * last_high + (middle & 0xFFFF)
-    rank = q_high * last_high + (middle >> 16) + (cross >> 16)
-    fraction = (cross & 0xFFFF).astype(q.dtype) * 2.0**-16
+    rank, fraction = _long_product(fixed, np.uint32(last))
     # The second branch is 0 for q = 1, and NaN for NaN.
-    return jnp.where(q < 1, rank, np.uint32(last)), jnp.where(q < 1, fraction, q - q)
+    return jnp.where(q < 1, rank, np.uint32(last)), jnp.where(q < 1, fraction.astype(q.dtype) * 2.0**-16, q - q)
+
+
+def _long_product(fixed: jax.Array, size: Any) -> tuple[jax.Array, jax.Array]:
+    """`fixed * size / 2**32` of 32-bit integers: its integer part, and the first 16 bits after it."""
+    high, low, size_high, size_low = fixed >> 16, fixed & 0xFFFF, size >> 16, size & 0xFFFF
+    middle = high * size_low + (low * size_low >> 16)
+    cross = low * size_high + (middle & 0xFFFF)
+    return high * size_high + (middle >> 16) + (cross >> 16), cross & 0xFFFF
 
 
 def _interpolated(low: jax.Array, high: jax.Array, fraction: jax.Array, dtype: np.dtype) -> jax.Array:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from curvax import order_statistics
@@ -209,7 +210,8 @@ def noise_scale_from_batches(
       >>> print(noise_scale_from_batches(jnp.array([3.0]), jnp.array([2.0]), 1, 4).critical_batch_size.round(4))
       2.8571
     """
-    return noise_scale(_squared_norm(small), _squared_norm(large), small_batch_size, large_batch_size)
+    norms = squared_norm(small), squared_norm(large)
+    return NoiseScale(*map(to_float, noise_scale(*norms, small_batch_size, large_batch_size)))
 
 
 def noise_scale_over_devices(
@@ -242,16 +244,16 @@ def noise_scale_over_devices(
     """
     check_number("batch_size", batch_size, "[1, inf)", whole=True)
     devices = jax.lax.axis_size(axis_name)
-    small = _squared_norm(grads, axis_name)
+    small = squared_norm(grads, axis_name)
     # In halves the sum over devices would overflow first.
     wide_grads = jax.tree.map(lambda x: x.astype(statistics_dtype([x.dtype])), grads)
-    large = _squared_norm(jax.lax.pmean(wide_grads, axis_name))
+    large = squared_norm(jax.lax.pmean(wide_grads, axis_name))
     batch_size = batch_size if isinstance(batch_size, jax.core.Tracer) else int(batch_size)
-    return noise_scale(times(1 / devices, small), large, batch_size, batch_size * devices)
+    return NoiseScale(*map(to_float, noise_scale(times(1 / devices, small), large, batch_size, batch_size * devices)))
 
 
-def noise_scale(small: Wide, large: Wide, small_batch_size, large_batch_size) -> NoiseScale:
-    """`noise_scale_from_batches` of squared norms, or of arrays of them."""
+def noise_scale(small: Wide, large: Wide, small_batch_size, large_batch_size) -> tuple[Wide, Wide]:
+    """The numbers of a `NoiseScale`, of squared norms or of arrays of them."""
     sizes = {"small_batch_size": small_batch_size, "large_batch_size": large_batch_size}
     for name, size in sizes.items():
         check_number(name, size, "[1, inf)", whole=True)
@@ -261,10 +263,10 @@ def noise_scale(small: Wide, large: Wide, small_batch_size, large_batch_size) ->
     large = cast(large, small.value.dtype)
     difference = plus(normal(small), normal(times(-1, large)))
     squared_gradient = plus(normal(times(B / (B - b), large)), normal(times(-b / (B - b), small)))
-    return NoiseScale(to_float(squared_gradient), to_float(times(b * (B / (B - b)), difference)))
+    return squared_gradient, times(b * (B / (B - b)), difference)
 
 
-def _squared_norm(grads: Any, axis_name: AxisName = None) -> Wide:
+def squared_norm(grads: Any, axis_name: AxisName = None) -> Wide:
     """The squared norm, or the sum of those of all devices."""
     leaves = jax.tree.leaves(grads)
     dtype = _dtype(leaves)
@@ -301,10 +303,14 @@ def approximate_radii(w: Sequence[jax.Array], g: Sequence[jax.Array]) -> list[ja
     return [jnp.where((x == 0) & (y == 0), 0, jnp.abs(x) / jnp.abs(y)) for x, y in zip(w, g, strict=True)]
 
 
-def lower_quantiles(x: Sequence[jax.Array], quantiles: Sequence[float], axis_name: AxisName) -> list[jax.Array]:
-    """Not interpolated: between a finite and an infinite radius there is nothing."""
-    last = order_statistics.population_size(x, axis_name) - 1
-    ranks = [order_statistics.count_of(q, max(last, 0)) for q in quantiles]
+def lower_quantiles(
+    x: Sequence[jax.Array], quantiles: Sequence[float], axis_name: AxisName, without: jax.Array | None = None
+) -> list[jax.Array]:
+    """Not interpolated: between a finite and an infinite radius there is nothing. So many zeros are left out."""
+    size = order_statistics.population_size(x, axis_name)
+    first = np.zeros((), order_statistics.count_dtype(size)) if without is None else without
+    last = np.asarray(max(size - 1, 0), first.dtype) - first
+    ranks = [first + order_statistics.count_of(q, last) for q in quantiles]
     return [order_statistics.order_statistics(x, rank, axis_name)[0] for rank in ranks]
 
 

@@ -101,7 +101,8 @@ class BatchSchedule:
     decay: Literal["constant", "cosine"] = "constant"
 
     def __post_init__(self):
-        if not self.phases or not all(isinstance(phase, Phase) for phase in self.phases):
+        phases = self.phases if isinstance(self.phases, tuple | list) else ()
+        if not phases or not all(isinstance(phase, Phase) for phase in phases):
             raise ValueError(f"phases={self.phases!r} is no schedule; pass a tuple of at least one Phase.")
         if self.decay not in ("constant", "cosine"):
             raise ValueError(f"decay={self.decay!r} is unknown; pass 'constant' or 'cosine'.")

@@ -121,13 +121,14 @@ def scale_by_median_curvature(
     Formula:
       `R * (g + weight_decay * w)`, `R = trust_coefficient * median|w| / median|g + weight_decay * w|`, Gao & Zhong, eq.
       20-22, over the entries whose g is not exactly zero. The paper writes medians of signed values, which are near 0/0
-      in any symmetric layer; magnitudes are meant. With `layers="kernel"` no array moves further than `3 *
-      trust_coefficient` times its kernel's parameters in root mean square, nor hardly at all, see `bounds`.
+      in any symmetric layer; magnitudes are meant. With `layers="kernel"` no array's step is longer than `3 *
+      trust_coefficient` times its kernel's parameters in root mean square, and a kernel much smaller than the others
+      moves as if it were a tenth of their size, see `bounds`.
 
     Args:
       weight_decay: beta of eq. 22, in units of loss / parameter^2.
       weight_decay_mask: which parameters decay, as in `optax.add_decayed_weights`.
-      trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1 without it.
+      trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1, which it does not multiply.
       median_of_ratios: whether to take `median(|w / (g + weight_decay * w)|)` instead.
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
       param_axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
@@ -167,13 +168,13 @@ def scale_by_lars(
       `R * (g + weight_decay * w)`, `R = trust_coefficient * norm2(w) / (norm2(g + weight_decay * w) + eps)`, Gao &
       Zhong, eq. 23; You et al. 2017; over the entries whose g is not exactly zero. Where none is it equals
       `optax.scale_by_trust_ratio` but for its statistics, which here are float32 at least. With `layers="kernel"` no
-      array moves further than `3 * trust_coefficient` times its kernel's parameters in root mean square, nor hardly at
-      all, see `bounds`.
+      array's step is longer than `3 * trust_coefficient` times its kernel's parameters in root mean square, and a
+      kernel much smaller than the others moves as if it were a tenth of their size, see `bounds`.
 
     Args:
       weight_decay: strength of the decay, in units of loss / parameter^2.
       weight_decay_mask: which parameters decay, as in `optax.add_decayed_weights`.
-      trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1 without it.
+      trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1, which it does not multiply.
       eps: added to the gradient's norm, in its units.
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
       follow_all: whether, with `layers="kernel"`, what follows no kernel has the radius of all kernels together. Else
@@ -215,13 +216,13 @@ def scale_by_percent_delta(
     Formula:
       `R * (g + weight_decay * w)`, `R = trust_coefficient * n / norm1((g + weight_decay * w) / w)`, Gao & Zhong, eq.
       24; Abu-El-Haija 2017: the harmonic mean of `|w / g|` over the `n` entries where neither w nor g is exactly zero.
-      With `layers="kernel"` no array moves further than `3 * trust_coefficient` times its kernel's parameters in root
-      mean square, see `bounds`.
+      With `layers="kernel"` no array's step is longer than `3 * trust_coefficient` times its kernel's parameters in
+      root mean square, see `bounds`.
 
     Args:
       weight_decay: strength of the decay, in units of loss / parameter^2.
       weight_decay_mask: which parameters decay, as in `optax.add_decayed_weights`.
-      trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1 without it.
+      trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1, which it does not multiply.
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
       param_axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 

@@ -500,3 +500,12 @@ def test_memory_stays_near_the_gradients_with_a_large_vocabulary(name):
     gradient = held(lambda p, words: jax.grad(Objective(predict, loss, words))(p))
     draw = lambda p, words: sampled_gauss_newton(Objective(predict, loss, words), p, jax.random.key(0), squares=squares)
     assert held(lambda p, words: draw(p, words)[:3]) < 1.3 * gradient
+
+
+def test_one_example_alone_has_its_column():
+    """Nothing tells its outputs' axis from others, and no other example's; its gradient squared is exact."""
+    one, params = {"x": jnp.array([[1.0, -2.0, 3.0]])}, jnp.array([0.5, 1.0, 1.0])
+    objective = Objective(lambda p, d: jnp.tanh(d["x"] @ p), lambda z, d: 2 * z**2, one)
+    found = sampled_gauss_newton(objective, params, jax.random.key(0), squares="batch")
+    slope = 1 - np.tanh(1.5) ** 2
+    np.testing.assert_allclose(found.diag, 4 * slope**2 * np.array([1, 4, 9]), rtol=1e-5)

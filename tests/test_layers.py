@@ -197,7 +197,9 @@ def test_a_parameter_that_no_rule_covers_is_named():
         grouped(PARAMS, {"^conv|^norm": "a"})
 
 
-@pytest.mark.parametrize("unknown", ["layer", "", {}, (), ("^head", "head"), {"^head": 1}, [("a",)], 3, None])
+@pytest.mark.parametrize(
+    "unknown", ["layer", "", {}, (), ("^head", "head"), ["fc", "bn"], {"^head": 1}, [("a",)], 3, None]
+)
 def test_an_unknown_grouping_is_refused_where_it_is_given(unknown):
     with pytest.raises(ValueError, match="'array', 'module', 'kernel'"):
         curvax.lars(0.1, layers=unknown)

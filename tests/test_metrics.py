@@ -28,6 +28,14 @@ def test_probes_and_curvature_have_names_and_values():
     assert quantiles == sorted(quantiles)
 
 
+def test_paths_that_read_alike_are_two_arrays():
+    w = {"a/b": jnp.ones(2), "a": {"b": jnp.full(2, 2.0)}}
+    tx = curvax.with_hessian_diag(optax.identity(), "basis")
+    _, state = tx.update(jax.grad(loss)(w), tx.init(w), w, obj_fn=loss)
+    found = curvax.metrics(state)
+    assert found["curvature/mean_abs/['a/b']"] == 12 and found["curvature/mean_abs/['a']['b']"] == 48
+
+
 def test_several_of_a_kind_are_numbered():
     tx = curvax.with_probes(curvax.with_probes(optax.sgd(0.1)), layers="module")
     state = tx.update(W, tx.init(W), W)[1]

@@ -125,3 +125,9 @@ def test_outputs_may_be_any_tree():
         data,
     )
     alike(named, joined, params, ["exact", "ggn", curvax.Hutchinson(1)])
+
+
+def test_other_output_is_a_pair_and_no_array_of_two():
+    objective = Objective(lambda p, d: p * d["x"], lambda z, d: z, {"x": jnp.ones((2, 3))}, has_aux=True)
+    with pytest.raises(ValueError, match="predict returned no pair"):
+        objective(jnp.ones(()))

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from curvax.order_statistics import median, medians, order_statistics, quantile, zeros
+from curvax.order_statistics import count_of, median, medians, order_statistics, quantile, zeros
 
 # Odd and even sizes for each way of computing: sorted, searched in one row, searched in 32 rows.
 SIZES = [1, 2, 65, 4097, 65536]
@@ -242,6 +242,24 @@ def test_long_multiplication_is_that_of_python():
 
 
 # Transformations and meshes.
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_a_fraction_is_the_decimal_that_it_stands_for(x64):
+    """As a number of Python, as an array, known or traced; what is below a whole number by less is not taken for it."""
+    with jax.enable_x64(x64):
+        traced = jax.jit(count_of, static_argnums=1)
+        for size in (7, 10, 100, 50_000, 2**31 + 5):
+            hundredths = np.arange(0, 101, 1 if size == 100 else 7)
+            want = [int(k) * size // 100 for k in hundredths]
+            assert [int(count_of(float(k) / 100, size)) for k in hundredths] == want
+            if size < 2**20:  # A float32 stands for more than one part in 2**24.
+                fractions = jnp.asarray((hundredths / 100).astype(np.float32))
+                assert [int(x) for x in traced(fractions, size)] == want
+                scalar = jnp.asarray(size, jnp.uint32)
+                assert [int(x) for x in jax.jit(count_of)(fractions, scalar)] == want
+        below = np.nextafter(np.float32(1), np.float32(0))
+        assert int(count_of(0.9999999, 10)) == 9 == int(count_of(below, 10))
 
 
 def test_under_vmap_and_cond():

@@ -71,7 +71,9 @@ def test_curvature_is_that_of_the_dense_hessian(exact):
         assert row["curvature_error"] == 0 and row["negative"] == pytest.approx(np.mean(h < 0))
         radius = 1 / (np.abs(h) + 0.1 * np.abs(h).mean())
         np.testing.assert_allclose(row["curvature_95"], np.sort(radius.ravel())[int(0.95 * (h.size - 1))], rtol=1e-3)
-        np.testing.assert_allclose(row["radius_cblr"], np.linalg.norm(radius * g) / np.linalg.norm(g), rtol=1e-3)
+        # Newton's direction at the length of LARS.
+        w = PARAMS[module]["kernel"]
+        np.testing.assert_allclose(row["radius_cblr"], np.linalg.norm(w) / np.linalg.norm(g), rtol=1e-3)
 
 
 def test_the_rates_are_those_of_the_layers_over_that_of_all_together(exact):
@@ -80,6 +82,44 @@ def test_the_rates_are_those_of_the_layers_over_that_of_all_together(exact):
         gradient = np.array([row["gradient_norm"] for row in exact.layers])
         rate = np.array([row[f"rate_{name}"] for row in exact.layers])
         np.testing.assert_allclose(np.linalg.norm(rate * gradient), np.linalg.norm(gradient), rtol=1e-5)
+
+
+def test_what_follows_no_kernel_has_the_radius_that_the_optimizers_give_it():
+    params = {**PARAMS, "norm": {"scale": jnp.ones(3)}}
+    scaled = curvax.Objective(lambda p, d: p["norm"]["scale"][None] * predict(p, d), loss, DATA)
+    found = rows(curvax.report(scaled, params, method="exact"))
+    of = lambda name: np.array([found[f"{module}/kernel"][name] for module in ("hidden", "head")])
+    for name in ("lars", "mclr", "percent_delta"):
+        together = np.sqrt(np.sum((of(f"radius_{name}") * of("gradient_norm")) ** 2) / np.sum(of("gradient_norm") ** 2))
+        np.testing.assert_allclose(found["norm"][f"radius_{name}"], together, rtol=1e-4)
+
+
+def test_a_single_draw_is_not_called_exact():
+    saddle = lambda w: jnp.sum(jnp.array([[1.0, -1.0, -1.0]]) * w**2)
+    found = curvax.report(saddle, jnp.ones((1, 3)), method="hutchinson", num_samples=1)
+    assert np.isnan(found.layers[0]["curvature_error"]) and "±?" in str(found)
+    assert not any("saddle" in sentence for sentence in found.findings)
+    assert any("saddle" in sentence for sentence in curvax.report(saddle, jnp.ones((1, 3))).findings)
+
+
+def test_the_noise_scale_counts_biases_and_has_no_range():
+    def report(scale):
+        return curvax.report(curvax.Objective(lambda p, d: scale * predict(p, d).sum(1), lambda z, d: z, DATA), PARAMS)
+
+    found = report(1.0)
+    gradient = lambda x: jax.grad(lambda p: predict(p, {"x": x}).sum(1).mean())(PARAMS)
+    flat = lambda x: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient(x))]).astype(np.float64)
+    small, large = np.mean([flat(X[i::8]) @ flat(X[i::8]) for i in range(8)]), flat(X) @ flat(X)
+    expected = (small - large) / (1 / 4 - 1 / 32) / ((32 * large - 4 * small) / 28)
+    np.testing.assert_allclose(found.critical_batch_size, expected, rtol=1e-3)
+    np.testing.assert_allclose(report(1e30).critical_batch_size, expected, rtol=1e-3)
+
+
+def test_a_broken_bias_is_seen():
+    params = {"a": {"kernel": jnp.ones((6, 3)), "bias": jnp.array([0.0, 1.0, 1.0])}}
+    objective = curvax.Objective(lambda p, d: d["x"] @ p["a"]["kernel"] + jnp.sqrt(p["a"]["bias"])[None], loss, DATA)
+    found = curvax.report(objective, params)
+    assert "not finite" in found.findings[0] and found.layers[0]["non_finite_gradient"] == pytest.approx(1 / 21)
 
 
 def test_an_estimate_is_within_its_standard_errors(exact):

@@ -67,6 +67,7 @@ def test_legw_keeps_the_steps_of_the_warmup_and_its_slope_by_the_root():
         (lambda: Phase(0, 1, 1.0), "epochs=0 is out of range"),
         (lambda: Phase(1, 1, float("nan")), "learning_rate=nan is out of range"),
         (lambda: BatchSchedule(()), "at least one Phase"),
+        (lambda: BatchSchedule(Phase(1, 1, 1.0)), "at least one Phase"),
         (lambda: BatchSchedule((Phase(1, 1, 1.0), 3)), "at least one Phase"),
         (lambda: BatchSchedule((Phase(1, 1, 1.0),), decay="linear"), "'constant' or 'cosine'"),
         (lambda: BatchSchedule((Phase(1, 1, 1.0),), -1.0), "warmup_epochs=.*out of range"),

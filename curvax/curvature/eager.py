@@ -46,14 +46,14 @@ def once(compute: Callable, method: Any, where: Any, has_aux: bool, objective: A
       What `compute` returns.
     """
     data = objective.data if isinstance(objective, Objective) else ()
-    if _is_traced((params, data, key)):
+    if _is_traced((params, data, key)) or not _has_value(method):
         return compute(method, where, has_aux, objective, params, key)
     try:
         said, arrays, function = _read(objective, params, data, where, has_aux)
     except Exception:
         # What cannot be traced, or not differentiated twice, may still be computed, or else says why not.
         return compute(method, where, has_aux, objective, params, key)
-    if _is_traced(arrays) or not _has_value(method):
+    if _is_traced(arrays):
         return compute(method, where, has_aux, objective, params, key)
     name = (compute, _value(method), jax.tree.structure(select(params, where)), has_aux, said)
     if name not in _programs:

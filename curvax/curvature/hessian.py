@@ -15,7 +15,7 @@ from curvax.curvature.eager import once
 from curvax.curvature.estimate import Estimate, at_least_float32, check_like, check_real
 from curvax.curvature.scalar import as_arrays, aux_of, returns_aux, scalar_objective
 from curvax.curvature.short_forms import as_method, needs_key
-from curvax.exact import Explanation, explain_products
+from curvax.exact import Explanation, explain_unknown
 from curvax.exact.derivatives import hessian_product
 from curvax.keys import Key, as_key, check_key
 from curvax.layers import path_name
@@ -101,8 +101,8 @@ def hessian_diag(
         diagonal is wanted. Others are constants, cost nothing, and come back as `optax.MaskedNode()`.
       has_aux: whether the function returns a pair, of which the second is other output, as for `jax.grad`. An
         `Objective` may say so itself, by its own `has_aux`.
-      standard_error: whether to return the standard error of each entry as well. It is estimated from the samples, so
-        there have to be two of them (counting micro-batches, which see different examples and so tell rather more).
+      standard_error: whether to return the standard error of each entry as well. It is estimated from the samples of a
+        micro-batch, of which there have to be two at least.
       **options: of the method that a string stands for, such as `num_samples=4`, `chunk_size` or `micro_batches`.
 
     Returns:
@@ -128,8 +128,8 @@ def hessian_diag(
     if standard_error:
         if estimate.standard_error is None:
             raise ValueError(
-                f"{as_method(method, options)!r} has no standard error, which takes two samples at least; raise"
-                " num_samples."
+                f"{as_method(method, options)!r} gave no standard error: that takes two samples at least, num_samples=2,"
+                " or a method of your own that returns one."
             )
         diag = (diag, estimate.standard_error)
     return (diag, estimate.aux) if returns_aux(objective, has_aux) else diag
@@ -228,7 +228,7 @@ def explain(
         if hasattr(method, "explain"):
             found.append(method.explain(scalar, chosen))
         else:
-            found.append(explain_products(chosen, (), repr(method), "a method of your own: its cost is not known"))
+            found.append(explain_unknown(chosen, repr(method)))
 
     jax.eval_shape(look, objective if isinstance(objective, Objective) else None, params)
     return found[0]

@@ -91,7 +91,7 @@ def with_hessian_diag(
       A refresh in which any entry is not finite is discarded as a whole and counted, and the next is due after `every`
       steps as always. A step whose gradient is not finite leaves no trace, so that a guard inside may skip it: the
       refresh, if one was due, is still due in the next step. Before the first good refresh zeros are handed on, for
-      which `scale_by_curvature_radius` has radius 1.
+      which `scale_by_curvature_radius` has radius 1, or its `max_radius`.
 
     Args:
       inner: what uses the curvature, such as a chain with `scale_by_curvature_radius`. `optax.MultiSteps(inner, k)` is

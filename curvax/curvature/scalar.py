@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from curvax.layers import path_name
-from curvax.objective import Objective
+from curvax.objective import Objective, pair
 
 
 def scalar_objective(objective: Any, params: Any, where: Any, has_aux: bool) -> tuple[Any, Any]:
@@ -93,7 +93,7 @@ def _restrict(objective, params, where):
 
 
 def _without_aux(objective: Objective) -> Objective:
-    predict = lambda params, data: _pair("predict", objective.predict(params, data))[0]
+    predict = lambda params, data: pair("predict", objective.predict(params, data))[0]
     return dataclasses.replace(objective, predict=predict, has_aux=False)
 
 
@@ -102,7 +102,7 @@ def _scalar(function: Callable[[Any], Any], name: str, has_aux: bool) -> Callabl
 
     def scalar(params):
         value = function(params)
-        value = _pair(name, value)[0] if has_aux else value
+        value = pair(name, value)[0] if has_aux else value
         if isinstance(value, tuple):
             raise ValueError(
                 f"{name} returned a tuple of {len(value)}; if it is (loss, other output), pass has_aux=True, or the"
@@ -116,12 +116,6 @@ def _scalar(function: Callable[[Any], Any], name: str, has_aux: bool) -> Callabl
         return value
 
     return scalar
-
-
-def _pair(name: str, value: Any) -> tuple[Any, Any]:
-    if isinstance(value, tuple) and len(value) == 2:
-        return value
-    raise ValueError(f"has_aux=True, and {name} returned no pair; return (outputs, other output), or leave it out.")
 
 
 def as_arrays(name: str, tree: Any) -> Any:

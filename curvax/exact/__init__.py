@@ -10,7 +10,7 @@ beyond a cut; `backprop` sweeps them back to the layers and contracts them there
 """
 
 from curvax.exact.diagonals import BUDGET, exact_diag, explain, explain_ggn, ggn_diag
-from curvax.exact.explanation import Explanation, Row, explain_products
+from curvax.exact.explanation import Explanation, Row, explain_products, explain_unknown
 from curvax.exact.linearity import piecewise_linear
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "explain",
     "explain_ggn",
     "explain_products",
+    "explain_unknown",
     "ggn_diag",
     "piecewise_linear",
 ]

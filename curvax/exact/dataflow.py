@@ -78,7 +78,7 @@ def _shared_by_a_single_example(program: Program, axes: Axes) -> list[Var]:
         variables = [atom for atom in eqn.invars if isinstance(atom, Var)]
         if variables and made.issuperset(variables):
             made.update(eqn.outvars)
-    return [var for var in made if var in axes and var is not program.outputs and var is not program.losses]
+    return [var for var in made if var in axes and var not in program.outputs and var is not program.losses]
 
 
 @dataclasses.dataclass(frozen=True)

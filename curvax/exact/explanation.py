@@ -14,7 +14,8 @@ from curvax.exact.trace import leaf_paths
 
 CURES = (
     "raise `budget`, restrict the diagonal to other parameters, write the layer so that a cheaper route can be proved"
-    ' (the reason above says what stood in the way), or use an estimate: method="ggn", "ggn_mc" or "hutchinson"'
+    ' (the reason above says what stood in the way), or use an estimate: method="hutchinson", or of a curvax.Objective'
+    ' "ggn" or "ggn_mc"'
 )
 
 
@@ -26,16 +27,17 @@ class Row(NamedTuple):
         shape: its shape.
         route: "gauss-newton", "tail", "unit vectors", or "zero" where no derivative reaches the loss.
         reason: what was proved, or what stood in the way.
-        passes: backward passes. Parameters that share columns share their cost: it stands with the first of them.
-        products: Hessian-vector products.
+        passes: backward passes; `None` where that is not known. Parameters that share columns share their cost: it
+            stands with the first of them.
+        products: Hessian-vector products, or `None`.
     """
 
     path: str
     shape: tuple[int, ...]
     route: str
     reason: str
-    passes: int
-    products: int
+    passes: int | None
+    products: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +53,14 @@ class Explanation:
     method: str = ""
 
     @property
-    def passes(self) -> int:
-        """Backward passes in all."""
-        return sum(row.passes for row in self.rows)
+    def passes(self) -> int | None:
+        """Backward passes in all; `None` where that is not known."""
+        return _total([row.passes for row in self.rows])
 
     @property
-    def products(self) -> int:
-        """Hessian-vector products in all."""
-        return sum(row.products for row in self.rows)
+    def products(self) -> int | None:
+        """Hessian-vector products in all; `None` where that is not known."""
+        return _total([row.products for row in self.rows])
 
     def check(self, budget: int | None) -> None:
         """Raises a ValueError that names the dearest parameter if the cost is above `budget`."""
@@ -74,16 +76,26 @@ class Explanation:
 
     def __str__(self) -> str:
         table = [("parameter", "shape", "route", "passes", "HVPs", "why")]
-        table += [(r.path, str(r.shape), r.route, str(r.passes), str(r.products), r.reason) for r in self.rows]
-        table += [("total", "", "", str(self.passes), str(self.products), "")]
+        said = lambda cost: "?" if cost is None else str(cost)
+        table += [(r.path, str(r.shape), r.route, said(r.passes), said(r.products), r.reason) for r in self.rows]
+        table += [("total", "", "", said(self.passes), said(self.products), "")]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
         return "\n".join([self.method, *lines] if self.method else lines)
 
 
-def explain_products(
-    params: Any, counts: Sequence[int], route: str, reason: str, *, passes: bool = False
-) -> Explanation:
+def _total(costs: Sequence[int | None]) -> int | None:
+    return None if None in costs else sum(costs)
+
+
+def explain_unknown(params: Any, method: str) -> Explanation:
+    """The table of a method that says nothing of itself."""
+    said = (method, "a method of your own: its cost is not known", None, None)
+    paths, shapes = leaf_paths(params), map(jnp.shape, jax.tree.leaves(params))
+    return Explanation(tuple(Row(path, shape, *said) for path, shape in zip(paths, shapes, strict=True)))
+
+
+def explain_products(params: Any, counts: Sequence[int], route: str, reason: str) -> Explanation:
     """The table of a method that treats all parameters alike.
 
     Args:
@@ -91,14 +103,13 @@ def explain_products(
         counts: Hessian-vector products for each parameter; of those that all share, the first has to pay.
         route: what the products are.
         reason: why.
-        passes: whether they are backward passes instead.
 
     Returns:
         The explanation.
     """
     rows = []
     for path, x, count in itertools.zip_longest(leaf_paths(params), jax.tree.leaves(params), counts, fillvalue=0):
-        rows.append(Row(path, jnp.shape(x), route, reason, *((count, 0) if passes else (0, count))))
+        rows.append(Row(path, jnp.shape(x), route, reason, 0, count))
     return Explanation(tuple(rows))
 
 

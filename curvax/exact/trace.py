@@ -17,7 +17,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
 
-from curvax.layers import path_name
+from curvax.layers import names_of
 from curvax.objective import Objective
 
 _OUTPUT = "curvax.outputs"
@@ -144,7 +144,7 @@ def _program(run: Callable, params: Any, data: Any) -> Program:
 
 def leaf_paths(params: Any) -> tuple[str, ...]:
     """`("dense/kernel", ...)`: how curvax names the leaves of a tree."""
-    return tuple(path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
+    return tuple(names_of([path for path, _ in jax.tree_util.tree_leaves_with_path(params)]))
 
 
 def inline(closed: ClosedJaxpr, *inputs: jax.Array, also: Sequence[str] = (), seen: dict | None = None) -> list:

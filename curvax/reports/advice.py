@@ -48,7 +48,7 @@ def _broken(report):
 def _unreached(report):
     if report.unreached:
         yield (
-            f"No derivative reaches {_list(report.unreached)}: these arrays never train. Leave them out with where=...,"
+            f"No derivative reaches {_list(report.unreached)}: these arrays never train. Freeze them (optax.set_to_zero),"
             " or look for a stop_gradient or an output that is not used."
         )
 
@@ -80,8 +80,8 @@ def _batch(report):
         )
     elif batch < SMALL_BATCH * scale:
         yield (
-            f"A batch of {batch:,} is 1/{scale / batch:.0f} of the noise scale ({scale:,.0f} examples): larger batches,"
-            " with a larger learning rate, would need about as many fewer steps."
+            f"A batch of {batch:,} is 1/{scale / batch:.0f} of the noise scale ({scale:,.0f} examples): with twice"
+            " the batch, and a larger learning rate, nearly half as many steps would do."
         )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import threading
 import time
@@ -83,7 +84,7 @@ class Report:
         return plot.radii(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain numbers and text, as JSON takes them but for infinities.
+        """All of it as plain numbers and text, as JSON takes them but for infinities and NaN.
 
         Returns:
           `{"layers": [...], "findings": [...], ...}`; `pandas.DataFrame(report.to_dict()["layers"])` is a table.
@@ -106,9 +107,10 @@ def report(
 
     Formula:
       For each layer: norms and medians of w and g; the mean of the Hessian's diagonal h; radii by eq. 23 (LARS), eq.
-      20-22 (MCLR) and eq. 24 (PercentDelta) of Gao & Zhong, and `norm2(R g) / norm2(g)` with `R = 1 / (|h| + 0.1
-      mean|h|)` (`cblr`), each over `R_all = sqrt(sum_k R_k^2 norm2(g_k)^2 / sum_k norm2(g_k)^2)`; and the noise scale
-      `tr(Sigma) / |G|^2` of McCandlish et al. 2018, from gradients of eight parts of the batch.
+      20-22 (MCLR) and eq. 24 (PercentDelta) of Gao & Zhong and by `cblr`: `R_k = norm2(u_k) / norm2(g_k)` with u the
+      step of the optimizer at the rate 1 without momentum, over `R_all = sqrt(sum_k R_k^2 norm2(g_k)^2 / sum_k
+      norm2(g_k)^2)`; quantiles of the radius `1 / (|h| + 0.1 mean|h|)` of the parameters that have a gradient; and the
+      noise scale `tr(Sigma) / |G|^2` of McCandlish et al. 2018, from gradients of eight parts of the batch.
 
     Args:
       objective: an `Objective`, or any function `params -> scalar`, of which no noise can be told.
@@ -117,7 +119,7 @@ def report(
         it costs 32 passes at most, and else `num_samples` draws of the estimate that the objective allows.
       num_samples: draws of an estimate; two at least for a standard error.
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`. A layer is
-        measured on its kernels; what follows none, on itself.
+        measured on its kernels, but for the noise; what follows none, on itself.
       key: a seed or a `jax.random.key`, of the draws.
       has_aux: whether the objective returns other output too.
 
@@ -150,23 +152,26 @@ def report(
     loss, grad, noise = measure.gradient(scalar, params, parts, clock.stage)
     with clock.stage("norms and medians"):
         dark = measure.unreached(scalar, params, grad)
-        first = jax.tree.map(np.asarray, jax.jit(lambda w, g: measure.first_order(parts, w, g))(params, grad))
-    second, errors = measure.curvature(scalar, params, grad, parts, method, keys, clock.stage)
-    whole = None if isinstance(noise, str) else NoiseScale(*(jnp.sum(x) for x in noise))
+        first = jax.tree.map(np.asarray, jax.jit(functools.partial(measure.first_order, parts, layers))(params, grad))
+    of_curvature = functools.partial(measure.second_order, parts, layers)
+    second, errors = measure.curvature(scalar, params, grad, of_curvature, method, keys, clock.stage)
+    whole = None if isinstance(noise, str) else NoiseScale(*(np.sum(x) for x in noise))
     rows = _rows(groups, leaves, first, second, errors, noise)
     gradients = 1 + max(len(keys), 1)
     times = f"{len(keys)} x " if keys else ""
+    curvature = f"{times}{passes} backward passes and {times}{products} Hessian-vector products"
+    if passes is None:
+        curvature = f"{times}the curvature by a method of your own"
     return Report(
         layers=rows,
         loss=float(loss),
         params=sum(x.size for _, x in leaves),
         num_examples=num_examples(scalar, params) if isinstance(scalar, Objective) else 0,
-        critical_batch_size=None if whole is None else float(whole.critical_batch_size),
+        critical_batch_size=None if whole is None else float(measure.critical_batch_size(whole)),
         noise_reason=noise if isinstance(noise, str) else "",
         method=repr(method) + (f", {len(keys)} draws" if keys else ""),
         unreached=tuple(path_name(leaves[i][0]) for i in dark),
-        cost=f"Cost: {time.perf_counter() - start:.1f} s with compilation; {gradients} gradients,"
-        f" {times}{passes} backward passes and {times}{products} Hessian-vector products.",
+        cost=f"Cost: {time.perf_counter() - start:.1f} s with compilation; {gradients} gradients, {curvature}.",
     )
 
 
@@ -183,11 +188,10 @@ def _method(objective: Any, params: Any, method: Any) -> tuple[Any, int, int]:
 
 
 def _rows(groups, leaves, first, second, errors, noise) -> list[dict[str, Any]]:
-    radii = {name: first[f"radius_{name}"].astype(np.float64) for name in measure.RULES}
-    radii["cblr"] = second["radius_cblr"]
+    radii = {name: (first | second)[f"radius_{name}"].astype(np.float64) for name in measure.RULES}
     squares = first["gradient_norm"].astype(np.float64) ** 2
     whole = {name: np.sqrt(_over(np.nansum(r**2 * squares), np.nansum(squares))) for name, r in radii.items()}
-    scales = None if isinstance(noise, str) else np.asarray(noise.critical_batch_size)
+    scales = None if isinstance(noise, str) else measure.critical_batch_size(noise)
     rows = []
     for i, layer in enumerate(groups):
         arrays = [leaves[j][1] for j in layer.measured or layer.scaled]

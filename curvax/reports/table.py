@@ -26,7 +26,7 @@ def number(x: float) -> str:
     if not np.isfinite(x):
         return str(x)
     if x == 0 or 1e-3 <= abs(x) < 1e4:
-        return f"{x:.3g}" if abs(x) < 1000 else f"{x:.0f}"
+        return f"{x:.3g}" if abs(x) < 999.5 else f"{x:.0f}"
     mantissa, exponent = f"{x:.1e}".split("e")
     return f"{mantissa}e{int(exponent)}"
 
@@ -35,10 +35,10 @@ def count(x: float) -> str:
     """A number of things, with a letter for thousands and more."""
     if not np.isfinite(x):
         return "inf"
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if x >= size:
-            x, unit = (x / 1e3, "k") if letter == "k" else (x / size, letter)
-            return f"{x:.3g}{unit}"
+    for least, unit, letter in ((9.995e8, 1e9, "G"), (9.995e5, 1e6, "M"), (9999.5, 1e3, "k")):
+        if x >= least:
+            x /= unit
+            return f"{x:.3g}{letter}" if x < 999.5 else f"{x:.0f}{letter}"
     return f"{x:.0f}"
 
 
@@ -48,7 +48,7 @@ def _share(x: float) -> str:
 
 def _with_error(row: Any) -> str:
     error, value = row["curvature_error"], row["curvature"]
-    relative = f" ±{100 * error / abs(value):.0f}%" if error and value else ""
+    relative = " ±?" if np.isnan(error) else f" ±{100 * error / abs(value):.0f}%" if error and value else ""
     return number(value) + relative
 
 
@@ -101,7 +101,7 @@ def text(report, color: bool | None = None) -> str:
 def _tables(report):
     yield f"Layers. Curvature is the mean of the Hessian's diagonal, by {report.method}.", LAYERS
     yield (
-        "Radii R = 1 / (|h| + 0.1 mean|h|) of parameters; each rule's rate for a layer over that for all.",
+        "Radii R = 1 / (|h| + 0.1 mean|h|) of parameters; each optimizer's rate for a layer over that for all.",
         RATES,
     )
 
