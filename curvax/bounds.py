@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax.order_statistics import population_size
-from curvax.radii import Arrays, AxisName, Leaves, Rule, Scalar, TreeRule, root_mean_square, root_mean_squares
+from curvax.radii import Arrays, Leaves, Rule, Scalar, TreeRule, root_mean_square, root_mean_squares
+from curvax.varying import AxisName
 from curvax.wide import (
     Wide,
     append,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from curvax import order_statistics
 from curvax.checks import check_number
 from curvax.keys import Key, as_key
-from curvax.radii import AxisName
+from curvax.varying import AxisName
 
 
 def discard_small_losses(losses: jax.Array, fraction: jax.typing.ArrayLike, *, axis_name: AxisName = None) -> jax.Array:

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType
 
-AxisName = str | tuple[str, ...] | None
+from curvax.varying import AxisName
 
 
 class Population(NamedTuple):

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax import radii
 from curvax.checks import check_number
 from curvax.curvature.refresh import with_hessian_diag
 from curvax.keys import Key
@@ -29,8 +28,9 @@ from curvax.transforms import (
     scale_by_lars,
     scale_by_median_curvature,
     scale_by_percent_delta,
-    statistics_dtype,
 )
+from curvax.trees import statistics_dtype
+from curvax.varying import AxisName
 
 
 def cblr(
@@ -51,8 +51,8 @@ def cblr(
     key: Key = 0,
     where: Any = None,
     has_aux: bool = False,
-    axis_name: radii.AxisName = None,
-    param_axis_name: radii.AxisName = None,
+    axis_name: AxisName = None,
+    param_axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Curvature-based learning rates: diagonal Newton, damped, at the step length of LARS.
 
@@ -63,8 +63,8 @@ def cblr(
       = norm2(w) / norm2(u)`. A bias has its kernel's R and is damped by its kernel's mean; what follows no kernel has
       `R = 1` and is damped by the mean of all kernels; no mean counts for less than 1e-4 of that, so that nothing whose
       curvature is rounding noise sets a step. No array's step is longer, before momentum and decay, than `3 *
-      learning_rate` times its kernel's parameters in root mean square, see `bounds`. `cblr(gamma, damping=0, slope_term=True, norm_ratio=False,
-      momentum=0, every=1, hessian_decay=0)` is eq. 9-11.
+      learning_rate` times its kernel's parameters in root mean square, see `bounds`. `cblr(gamma, damping=0,
+      slope_term=True, norm_ratio=False, momentum=0, every=1, hessian_decay=0)` is eq. 9-11.
 
     Args:
       learning_rate: gamma, a number or a schedule. With the norm ratio, the relative change of a layer in a step.
@@ -141,7 +141,7 @@ def mclr(
     trust_coefficient: jax.typing.ArrayLike = 1.0,
     median_of_ratios: bool = False,
     layers: Layers = "kernel",
-    param_axis_name: radii.AxisName = None,
+    param_axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Median-curvature learning rates.
 
@@ -195,7 +195,7 @@ def lars(
     eps: jax.typing.ArrayLike = 0.0,
     trust_ratio_mask: Mask = True,
     layers: Layers = "array",
-    param_axis_name: radii.AxisName = None,
+    param_axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Layer-wise adaptive rate scaling; equal to `optax.lars` to float32 rounding.
 
@@ -258,7 +258,7 @@ def percent_delta(
     *,
     trust_coefficient: jax.typing.ArrayLike = 1.0,
     layers: Layers = "kernel",
-    param_axis_name: radii.AxisName = None,
+    param_axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """PercentDelta: every layer changes by the same percentage in a step.
 
@@ -309,7 +309,7 @@ def lamb(
     mask: Mask = None,
     *,
     layers: Layers = "array",
-    param_axis_name: radii.AxisName = None,
+    param_axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LAMB: LARS's radius after Adam; equal to `optax.lamb` to float32 rounding.
 
@@ -355,7 +355,7 @@ def _in_float32(inner):
 
     def init_fn(params):
         # Of the parameters, which may be shapes alone, a state takes no more than the place.
-        return inner.init(jax.tree.map(lambda x: jnp.zeros_like(x, statistics_dtype([x.dtype])), params))
+        return inner.init(jax.tree.map(lambda x: jnp.zeros_like(x, statistics_dtype(x.dtype)), params))
 
     def update_fn(updates, state, params=None, **extra_args):
         params = None if params is None else _widened(params)
@@ -366,7 +366,7 @@ def _in_float32(inner):
 
 
 def _widened(tree):
-    return jax.tree.map(lambda x: x.astype(statistics_dtype([x.dtype])), tree)
+    return jax.tree.map(lambda x: x.astype(statistics_dtype(x.dtype)), tree)
 
 
 def _check_rate(learning_rate: Any) -> None:

@@ -14,17 +14,9 @@ import numpy as np
 from jax import lax
 
 from curvax.checks import check_number
-from curvax.magnitudes import (
-    AxisName,
-    Population,
-    is_local,
-    magnitude,
-    magnitude_dtype,
-    patterns,
-    population_size,
-    real_rows,
-)
+from curvax.magnitudes import Population, is_local, magnitude, magnitude_dtype, patterns, population_size, real_rows
 from curvax.selection import SAMPLE, select
+from curvax.varying import AxisName
 
 
 @functools.partial(jax.jit, static_argnames="axis_name")

@@ -21,9 +21,9 @@ import optax
 from curvax import order_statistics
 from curvax.checks import check_number
 from curvax.layers import Layer, Layers, group
-from curvax.radii import AxisName
 from curvax.sums import falls_and_rises, magnitudes, squares, totals
-from curvax.transforms import leaves_like, statistics_dtype
+from curvax.trees import leaves_like, statistics_dtype
+from curvax.varying import AxisName
 from curvax.wide import Wide, cast, normal, plus, times, to_float, wide
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -246,7 +246,7 @@ def noise_scale_over_devices(
     devices = jax.lax.axis_size(axis_name)
     small = squared_norm(grads, axis_name)
     # In halves the sum over devices would overflow first.
-    wide_grads = jax.tree.map(lambda x: x.astype(statistics_dtype([x.dtype])), grads)
+    wide_grads = jax.tree.map(lambda x: x.astype(statistics_dtype(x.dtype)), grads)
     large = squared_norm(jax.lax.pmean(wide_grads, axis_name))
     batch_size = batch_size if isinstance(batch_size, jax.core.Tracer) else int(batch_size)
     return NoiseScale(*map(to_float, noise_scale(times(1 / devices, small), large, batch_size, batch_size * devices)))
@@ -277,7 +277,7 @@ def squared_norm(grads: Any, axis_name: AxisName = None) -> Wide:
 def _arrays(layer: Layer, *columns: Sequence[jax.Array]) -> list[list[jax.Array]]:
     """Each column's arrays of a layer, in the one dtype of its measurements."""
     chosen = [[column[i] for i in layer.scaled] for column in columns]
-    dtype = statistics_dtype([x.dtype for column in chosen for x in column])
+    dtype = statistics_dtype(*[x.dtype for column in chosen for x in column])
     return [[x.astype(dtype) for x in column] for column in chosen]
 
 
@@ -315,7 +315,7 @@ def lower_quantiles(
 
 
 def _dtype(leaves: Sequence[jax.Array]) -> Any:
-    return jnp.finfo(statistics_dtype([x.dtype for x in leaves])).dtype
+    return jnp.finfo(statistics_dtype(*[x.dtype for x in leaves])).dtype
 
 
 def _placeholder() -> type:

@@ -33,11 +33,11 @@ import jax.numpy as jnp
 
 from curvax import order_statistics
 from curvax.sums import magnitudes, slopes, squares, totals
+from curvax.varying import AxisName
 from curvax.wide import Wide, cast, greatest, normal, plus, plus_float, quotient, root, select, times, to_float, wide
 
 Arrays = Sequence[jax.Array]
 Scalar = jax.typing.ArrayLike
-AxisName = str | tuple[str, ...] | None
 
 
 class Leaves(NamedTuple):

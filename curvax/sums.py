@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from curvax.magnitudes import SUM, AxisName, is_local, one_pass
+from curvax.magnitudes import SUM, is_local, one_pass
+from curvax.varying import AxisName
 from curvax.wide import Wide, power_of_two
 
 #: `terms(half, *arrays)`: for each sum its terms, not negative, times `half**2`.

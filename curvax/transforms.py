@@ -21,6 +21,8 @@ from curvax import order_statistics, radii
 from curvax.bounds import bounded
 from curvax.checks import check_number
 from curvax.layers import Layer, Layers, WholeLayers, checked, group, of_parts, path_name
+from curvax.trees import check_floats, is_hole, leaves_like, statistics_dtype, with_curvature
+from curvax.varying import AxisName
 from curvax.wide import product, wide
 
 Mask = Any | Callable[[optax.Params], Any] | None
@@ -32,7 +34,7 @@ def scale_by_curvature_radius(
     *,
     slope_term: bool | None = None,
     layers: Layers = "array",
-    param_axis_name: radii.AxisName = None,
+    param_axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale each parameter's update by the radius of curvature of the loss along it.
 
@@ -114,7 +116,7 @@ def scale_by_median_curvature(
     trust_coefficient: jax.typing.ArrayLike = 1.0,
     median_of_ratios: bool = False,
     layers: Layers = "kernel",
-    param_axis_name: radii.AxisName = None,
+    param_axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale each layer's update by the ratio of its median parameter to its median gradient, in magnitude.
 
@@ -128,7 +130,7 @@ def scale_by_median_curvature(
     Args:
       weight_decay: beta of eq. 22, in units of loss / parameter^2.
       weight_decay_mask: which parameters decay, as in `optax.add_decayed_weights`.
-      trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1, which it does not multiply.
+      trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1 in any case.
       median_of_ratios: whether to take `median(|w / (g + weight_decay * w)|)` instead.
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
       param_axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
@@ -160,7 +162,7 @@ def scale_by_lars(
     eps: jax.typing.ArrayLike = 0.0,
     layers: Layers = "array",
     follow_all: bool = True,
-    param_axis_name: radii.AxisName = None,
+    param_axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale each layer's update by the ratio of its parameters' norm to its gradient's.
 
@@ -174,7 +176,7 @@ def scale_by_lars(
     Args:
       weight_decay: strength of the decay, in units of loss / parameter^2.
       weight_decay_mask: which parameters decay, as in `optax.add_decayed_weights`.
-      trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1, which it does not multiply.
+      trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1 in any case.
       eps: added to the gradient's norm, in its units.
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
       follow_all: whether, with `layers="kernel"`, what follows no kernel has the radius of all kernels together. Else
@@ -209,7 +211,7 @@ def scale_by_percent_delta(
     *,
     trust_coefficient: jax.typing.ArrayLike = 1.0,
     layers: Layers = "kernel",
-    param_axis_name: radii.AxisName = None,
+    param_axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale each layer's update so that its parameters change by the same percentage on average.
 
@@ -222,7 +224,7 @@ def scale_by_percent_delta(
     Args:
       weight_decay: strength of the decay, in units of loss / parameter^2.
       weight_decay_mask: which parameters decay, as in `optax.add_decayed_weights`.
-      trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1, which it does not multiply.
+      trust_coefficient: dimensionless factor inside the radius; a degenerate layer has radius 1 in any case.
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`.
       param_axis_name: mesh axes (of `shard_map` or `pmap`) that split parameters.
 
@@ -250,7 +252,7 @@ def discard_small_gradients(
     fraction: jax.typing.ArrayLike,
     *,
     layers: Layers = "array",
-    param_axis_name: radii.AxisName = None,
+    param_axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Zero the smallest-magnitude fraction of each layer's gradient.
 
@@ -299,7 +301,7 @@ def _scale_by_layer(
     rule: radii.Rule,
     trust_coefficient: jax.typing.ArrayLike,
     layers: Layers,
-    param_axis_name: radii.AxisName,
+    param_axis_name: AxisName,
     weight_decay: jax.typing.ArrayLike,
     weight_decay_mask: Mask,
     follow_all: bool = True,
@@ -322,7 +324,7 @@ class SplitState(NamedTuple):
     inner_state: optax.OptState
 
 
-def _is_bound(axis_name: radii.AxisName) -> bool:
+def _is_bound(axis_name: AxisName) -> bool:
     """Whether this runs inside of the `shard_map` or `pmap` that has these axes."""
     try:
         jax.lax.axis_size(axis_name)
@@ -335,7 +337,7 @@ def _scale_by_radius(
     rule: radii.TreeRule,
     layers: Layers,
     decay: optax.GradientTransformation | None = None,
-    param_axis_name: radii.AxisName = None,
+    param_axis_name: AxisName = None,
     *,
     needs_curvature: bool = False,
     needs_params: bool = True,
@@ -365,7 +367,7 @@ def _scale_by_radius(
                 " optimizer in curvax.with_hessian_diag and pass obj_fn=... ."
             )
         everything = updates
-        _check_floats(updates)
+        check_floats(updates)
         if needs_curvature:
             updates = with_curvature(updates, hessian_diag)
         moving = [g != 0 for g in jax.tree.leaves(updates)]
@@ -426,7 +428,7 @@ def _scaled(
     return updates
 
 
-def _or_all(masks: Sequence[jax.Array], param_axis_name: radii.AxisName) -> Sequence[jax.Array]:
+def _or_all(masks: Sequence[jax.Array], param_axis_name: AxisName) -> Sequence[jax.Array]:
     """The masks; where none has an entry, all entries: a layer without a gradient decays by all that it is."""
     if not masks:
         return masks
@@ -437,7 +439,7 @@ def _or_all(masks: Sequence[jax.Array], param_axis_name: radii.AxisName) -> Sequ
 
 def _dtype_of(indices: Sequence[int], leaves: radii.Leaves) -> Any:
     """The one dtype in which all of a layer is computed."""
-    return statistics_dtype([column[i].dtype for i in indices for column in (leaves.g, leaves.w)])
+    return statistics_dtype(*[column[i].dtype for i in indices for column in (leaves.g, leaves.w)])
 
 
 def _at(indices: Sequence[int], leaves: radii.Leaves, dtype: Any) -> radii.Leaves:
@@ -449,63 +451,6 @@ def _at(indices: Sequence[int], leaves: radii.Leaves, dtype: Any) -> radii.Leave
     w, g = ([cast(x[i]) for i in indices] for x in (leaves.w, leaves.g))
     h = [leaves.h[i].astype(jnp.finfo(dtype).dtype) for i in indices] if leaves.h else []
     return radii.Leaves(w, g, h)
-
-
-def statistics_dtype(dtypes: Sequence[Any]) -> Any:
-    """The dtype of statistics over arrays of these dtypes: float32 at least, whatever the rules for promotion."""
-    with jax.numpy_dtype_promotion("standard"):
-        return functools.reduce(jnp.promote_types, dtypes, jnp.float32)
-
-
-def is_hole(node: Any) -> bool:
-    """Whether a place of a tree holds no array: it was masked, or never had one."""
-    return node is None or isinstance(node, optax.MaskedNode)
-
-
-def with_curvature(updates: Any, hessian_diag: Any) -> Any:
-    """The updates, with holes where `hessian_diag` has holes: what `where` of `with_hessian_diag` left out.
-
-    Where the structures differ otherwise they stay as they are, for the error that names the leaf.
-    """
-    keep = lambda g, h: optax.MaskedNode() if is_hole(h) else g
-    try:
-        return jax.tree.map(keep, updates, hessian_diag, is_leaf=is_hole)
-    except ValueError:
-        return updates
-
-
-def leaves_like(name: str, tree: Any, updates: Any) -> list[jax.Array]:
-    """The leaves of `tree` where `updates` has leaves: inside `masked` and `partition` it may have fewer."""
-
-    def match(path, g, node):
-        if is_hole(g):
-            return g
-        if getattr(node, "shape", None) != g.shape:
-            raise ValueError(
-                f"{name} has {getattr(node, 'shape', node)} at '{path_name(path)}', where the update has {g.shape};"
-                " pass a tree with the structure and the shapes of params."
-            )
-        return node
-
-    try:
-        found = jax.tree_util.tree_map_with_path(match, updates, tree, is_leaf=is_hole)
-    except ValueError as error:
-        if str(error).startswith(f"{name} has "):
-            raise
-        wanted, given = (jax.tree.structure(x, is_leaf=is_hole) for x in (updates, tree))
-        raise ValueError(f"{name} is {given}, where the update is {wanted}; pass a tree like params.") from error
-    return jax.tree.leaves(found)
-
-
-def _check_floats(updates: Any) -> None:
-    for path, g in jax.tree_util.tree_leaves_with_path(updates):
-        dtype = getattr(g, "dtype", None)
-        floats = dtype is not None and jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 16
-        if not floats:
-            raise ValueError(
-                f"the update '{path_name(path)}' is {dtype or type(g).__name__}, and has no radius; pass arrays of"
-                " bfloat16, float16 or wider, and leave others out by optax.masked or optax.partition."
-            )
 
 
 def _check_real(leaves: Sequence[tuple[Any, jax.Array]]) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 
 import jax
 
-AxisNames = str | tuple[str, ...]
+#: The name of a mesh axis, or names of several; `None` for none.
+AxisName = str | tuple[str, ...] | None
 
 
-def varying_over(x: jax.Array, axis_name: AxisNames) -> jax.Array:
+def varying_over(x: jax.Array, axis_name: str | tuple[str, ...]) -> jax.Array:
     """`x`, marked as varying over these axes."""
     return _varying(x, (axis_name,) if isinstance(axis_name, str) else axis_name)
 

@@ -314,7 +314,7 @@ def double(x):
         ({"method": curvax.Basis}, r"is no method.*estimate\(objective, params, key\)"),
         ({"where": [True, True]}, "where does not fit the parameters"),
         ({"where": 1}, "where has 1 at ''; pass True or False"),
-        ({"method": "hutchinson", "key": jax.random.key(0), "standard_error": True}, "raise num_samples"),
+        ({"method": "hutchinson", "key": jax.random.key(0), "standard_error": True}, "num_samples=2"),
     ],
 )
 def test_errors_say_what_to_pass(arguments, message):
@@ -368,7 +368,7 @@ def test_parameters_that_are_not_real_are_named(dtype):
 
 @pytest.mark.parametrize("v", [{"a": jnp.ones(3)}, {"b": jnp.ones(2)}, jnp.ones(2)])
 def test_vectors_unlike_the_parameters_are_refused(v):
-    with pytest.raises(ValueError, match=r"v (is|has the shape .* at 'a').*make it a tree like params"):
+    with pytest.raises(ValueError, match=r"v (is|has .* at 'a').*make it a tree like params"):
         curvax.hvp(lambda p: jnp.sum(p["a"] ** 2), {"a": jnp.ones(2)}, v)
 
 
@@ -376,7 +376,7 @@ def test_vectors_unlike_the_parameters_are_refused(v):
     ("found", "message"),
     [
         (lambda p: p, "is a dict; return curvax.Estimate"),
-        (lambda p: curvax.Estimate(0.0, p, {"a": jnp.ones(3)}), "has the shape .3,. at 'a'"),
+        (lambda p: curvax.Estimate(0.0, p, {"a": jnp.ones(3)}), "has .3,. at .a."),
         (lambda p: curvax.Estimate(0.0, p, jnp.ones(2)), "make it a tree like params"),
     ],
 )

@@ -125,7 +125,7 @@ def test_a_damping_that_is_injected_decides_on_the_slope_term_as_a_number_does()
         (lambda x: curvax.lars(0.1, eps=x), "eps"),
         (lambda x: curvax.mclr(0.1, trust_coefficient=x), "trust_coefficient"),
         (lambda x: curvax.percent_delta(0.1, trust_coefficient=x), "trust_coefficient"),
-        (lambda x: curvax.cblr(0.1, x), "damping"),
+        (lambda x: curvax.cblr(0.1, damping=x), "damping"),
         (lambda x: curvax.scale_by_lars(x), "weight_decay"),
         (lambda x: curvax.mclr(0.1, x), "weight_decay"),
         (lambda x: curvax.cblr(0.1, weight_decay=x), "weight_decay"),
@@ -380,7 +380,7 @@ def test_updates_that_are_no_floats_are_named(leaf):
 @pytest.mark.parametrize("other", [{"a": jnp.ones(2)}, [jnp.ones(2)] * 2, {"a": jnp.ones(2), "b": {"c": jnp.ones(2)}}])
 def test_trees_of_another_structure_are_named(other):
     g = {"a": jnp.ones(2), "b": jnp.ones(2)}
-    with pytest.raises(ValueError, match=r"params (is|has) .*pass a tree"):
+    with pytest.raises(ValueError, match=r"params (is|has) .*make it a tree like params"):
         curvax.scale_by_lars().update(g, optax.EmptyState(), other)
-    with pytest.raises(ValueError, match=r"hessian_diag (is|has) .*pass a tree"):
+    with pytest.raises(ValueError, match=r"hessian_diag (is|has) .*make it a tree like params"):
         curvax.scale_by_curvature_radius().update(g, optax.EmptyState(), g, hessian_diag=other)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from curvax.layers import path_name
+from curvax.trees import at_least_float32
 
 # Chunks of samples up to which a loop is written out.
 UNROLLED = 8
@@ -91,36 +91,3 @@ def add_samples(
     if whole < count:
         carry, _ = add_chunk(carry, (keys[whole:], numbers[whole:]))
     return Moments(moments.count + count, *carry)
-
-
-def diag_dtype(dtype: Any) -> Any:
-    """The dtype of a diagonal for parameters of this one: float32, or float64 for float64."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
-
-
-def at_least_float32(x: jax.Array) -> jax.Array:
-    """`x` in the dtype of a diagonal."""
-    return x.astype(diag_dtype(x.dtype))
-
-
-def check_real(params: Any) -> None:
-    """Raises a ValueError that names the first leaf that is not real floating-point."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(
-                f"the parameter '{path_name(path)}' is {jnp.result_type(leaf)}, and has no second derivative; leave it"
-                " out with where=..., or split a complex one into real and imaginary parts."
-            )
-
-
-def check_like(name: str, tree: Any, params: Any) -> None:
-    """Raises a ValueError unless `tree` has the structure and the shapes of `params`; it names the leaf."""
-    wanted, found = jax.tree.structure(params), jax.tree.structure(tree)
-    if wanted != found:
-        raise ValueError(f"{name} is {found}, where the parameters are {wanted}; make it a tree like params.")
-    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(tree), strict=True):
-        if jnp.shape(leaf) != jnp.shape(other):
-            raise ValueError(
-                f"{name} has the shape {jnp.shape(other)} at '{path_name(path)}', where the parameter has"
-                f" {jnp.shape(leaf)}; make it a tree like params."
-            )

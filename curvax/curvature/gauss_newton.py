@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 from jax.extend.core import Var
 
-from curvax.curvature.estimate import Estimate, add_samples, at_least_float32, no_samples
+from curvax.curvature.estimate import Estimate, add_samples, no_samples
 from curvax.curvature.micro_batches import mean_over_micro_batches
 from curvax.curvature.products import gauss_newton_product
 from curvax.exact import factor
@@ -40,6 +40,7 @@ from curvax.exact.routes import Route, plan_gauss_newton
 from curvax.exact.sweep import sweep
 from curvax.exact.trace import is_inexact, trace, trace_loss
 from curvax.objective import Objective
+from curvax.trees import at_least_float32
 
 Squares = Literal["example", "batch"]
 

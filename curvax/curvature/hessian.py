@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.curvature.eager import once
-from curvax.curvature.estimate import Estimate, at_least_float32, check_like, check_real
+from curvax.curvature.estimate import Estimate
 from curvax.curvature.scalar import as_arrays, aux_of, returns_aux, scalar_objective
 from curvax.curvature.short_forms import as_method, needs_key
 from curvax.exact import Explanation, explain_unknown
@@ -21,6 +21,7 @@ from curvax.keys import Key, as_key, check_key
 from curvax.layers import path_name
 from curvax.meshes import on_auto_axes
 from curvax.objective import Objective
+from curvax.trees import at_least_float32, check_real, leaves_like
 
 
 def hvp(objective: Callable[[Any], jax.Array], params: Any, v: Any) -> Any:
@@ -50,7 +51,7 @@ def hvp(objective: Callable[[Any], jax.Array], params: Any, v: Any) -> Any:
     objective, params = scalar_objective(objective, params, None, False)
     check_real(params)
     v = as_arrays("v", v)
-    check_like("v", v, params)
+    leaves_like("v", v, params)
     return hessian_product(objective, params)[2](jax.tree_util.tree_map_with_path(_tangent, v, params))
 
 
@@ -128,8 +129,8 @@ def hessian_diag(
     if standard_error:
         if estimate.standard_error is None:
             raise ValueError(
-                f"{as_method(method, options)!r} gave no standard error: that takes two samples at least, num_samples=2,"
-                " or a method of your own that returns one."
+                f"{as_method(method, options)!r} gave no standard error: that takes two samples at least,"
+                " num_samples=2, or a method of your own that returns one."
             )
         diag = (diag, estimate.standard_error)
     return (diag, estimate.aux) if returns_aux(objective, has_aux) else diag
@@ -257,5 +258,5 @@ def _checked(method: Any, objective: Any, params: Any, key: jax.Array | None) ->
         raise ValueError(
             f"the estimate of {method!r} is a {type(found).__name__}; return curvax.Estimate(value, grad, diag)."
         )
-    check_like(f"the diag of {method!r}", found.diag, params)
+    leaves_like(f"the diag of {method!r}", found.diag, params)
     return found

@@ -5,10 +5,11 @@ import dataclasses
 import jax
 import optax
 
-from curvax.curvature.estimate import Estimate, add_samples, at_least_float32, no_samples
+from curvax.curvature.estimate import Estimate, add_samples, no_samples
 from curvax.curvature.method import Method
 from curvax.curvature.products import product_matrix, same_diagonal
 from curvax.exact import explain_products
+from curvax.trees import at_least_float32
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

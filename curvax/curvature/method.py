@@ -21,12 +21,13 @@ from typing import Any, ClassVar
 import jax
 
 from curvax.checks import check_number
-from curvax.curvature.estimate import Estimate, check_real
+from curvax.curvature.estimate import Estimate
 from curvax.curvature.micro_batches import mean_over_micro_batches
 from curvax.curvature.scalar import aux_of, without_aux
 from curvax.exact import Explanation
 from curvax.keys import Key, as_key
 from curvax.objective import Objective
+from curvax.trees import check_real
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -14,7 +14,6 @@ import optax
 
 from curvax.checks import check_number
 from curvax.curvature.eager import once
-from curvax.curvature.estimate import diag_dtype
 from curvax.curvature.hessian import check_method_key, estimated
 from curvax.curvature.line_search import bound, tolerant
 from curvax.curvature.methods import Auto
@@ -22,9 +21,8 @@ from curvax.curvature.scalar import check_function, returns_aux, scalar_objectiv
 from curvax.curvature.short_forms import as_method
 from curvax.keys import Key, as_key
 from curvax.layers import path_name
-from curvax.varying import varying_over
-
-AxisNames = str | tuple[str, ...] | None
+from curvax.trees import diag_dtype
+from curvax.varying import AxisName, varying_over
 
 NOTHING_STORED = (
     "curvature needs the loss: pass obj_fn=..., an Objective or a function params -> scalar, to update; or"
@@ -78,8 +76,8 @@ def with_hessian_diag(
     key: Key | None = None,
     where: Any = None,
     has_aux: bool = False,
-    axis_name: AxisNames = None,
-    param_axis_name: AxisNames = None,
+    axis_name: AxisName = None,
+    param_axis_name: AxisName = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Give a transformation the diagonal of the Hessian as the extra argument `hessian_diag`.
@@ -242,7 +240,7 @@ def _averaged(average: Any, fresh: Any, number: jax.Array, decay: jax.Array, goo
     return jax.tree.map(mean, average, fresh)
 
 
-def _all_finite(tree: Any, *axis_names: AxisNames) -> jax.Array:
+def _all_finite(tree: Any, *axis_names: AxisName) -> jax.Array:
     """Whether every number is finite, on all devices along these axes."""
     finite = jnp.array(True)
     for leaf in jax.tree.leaves(tree):
@@ -278,9 +276,9 @@ def _nan_unless(condition: jax.Array, x: Any) -> Any:
 
 
 def _check_whole(params: Any) -> None:
-    is_hole = lambda x: isinstance(x, optax.MaskedNode)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_hole):
-        if is_hole(leaf):
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_masked):
+        if is_masked(leaf):
             raise ValueError(
                 f"the parameter '{path_name(path)}' is hidden by optax.masked or optax.partition, so that the loss"
                 " cannot be evaluated here; put with_hessian_diag outermost:"

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from curvax.curvature.estimate import UNROLLED, Estimate, Moments, at_least_float32
+from curvax.curvature.estimate import UNROLLED, Estimate, Moments
 from curvax.curvature.method import Method
 from curvax.curvature.products import product_matrix, same_diagonal
 from curvax.exact import explain_products
+from curvax.trees import at_least_float32
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn, Var, jaxprs_in_params
 
-from curvax.curvature.estimate import diag_dtype
 from curvax.exact.dataflow import Flow
 from curvax.exact.routes import Route
 from curvax.exact.trace import apply, read
+from curvax.trees import diag_dtype
 
 
 def undo_scaling(flow: Flow, route: Route, env: Mapping[Var, jax.Array], diagonal: jax.Array) -> jax.Array:

@@ -26,12 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Var
 
-from curvax.curvature.estimate import diag_dtype
 from curvax.exact.atoms import Atom, Separate, Softmax
 from curvax.exact.dataflow import Flow, between
 from curvax.exact.layers import examples_first
 from curvax.exact.primitives import Axis, is_complex
 from curvax.exact.sweep import sweep
+from curvax.trees import diag_dtype
 
 # Entries of logits of which a random column is drawn at once.
 PART = 2**22

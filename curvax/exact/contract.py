@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.curvature.estimate import diag_dtype
 from curvax.exact.layers import Layer, Lookup
+from curvax.trees import diag_dtype
 from curvax.varying import varying_like
 
 # Entries of a temporary array in one step of a loop: a few megabytes, so that it stays in a processor's cache.

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 from jax.extend.core import Var
 
-from curvax.curvature.estimate import at_least_float32, check_real, diag_dtype
 from curvax.exact import columns, factor, units
 from curvax.exact.backprop import diagonals
 from curvax.exact.columns import Source, evaluate_atoms
@@ -20,6 +19,7 @@ from curvax.exact.penalty import mixed_arrays, penalty_diagonal
 from curvax.exact.routes import Route, plan, plan_gauss_newton, variable
 from curvax.exact.trace import leaf_paths, trace
 from curvax.objective import Objective
+from curvax.trees import at_least_float32, check_real, diag_dtype
 
 # In backward passes and Hessian-vector products together.
 BUDGET = 10_000

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
 
-from curvax.curvature.estimate import diag_dtype
 from curvax.exact.columns import Columns, Layout, Source, draw_part
 from curvax.exact.dataflow import Flow, total_loss
 from curvax.exact.derivatives import hessian_product
+from curvax.trees import diag_dtype
 from curvax.varying import varying_like
 
 # Entries of a slice up to which eigenvectors are computed: their cost grows as the cube. Streamed columns are twice as

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
-from curvax.curvature.estimate import at_least_float32
 from curvax.exact import units
 from curvax.exact.derivatives import hessian_product
 from curvax.exact.primitives import BILINEAR, ELEMENTWISE
 from curvax.exact.trace import inline
+from curvax.trees import at_least_float32
 
 # Every entry of the result is one entry of the operand, or a constant.
 MOVES = frozenset("broadcast_in_dim dynamic_slice gather pad reshape rev slice squeeze transpose".split())

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from curvax.curvature.estimate import diag_dtype
 from curvax.exact.derivatives import hessian_product
+from curvax.trees import diag_dtype
 from curvax.varying import varying_like
 
 # Unit vectors at once, where the caller does not say.

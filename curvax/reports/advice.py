@@ -48,8 +48,8 @@ def _broken(report):
 def _unreached(report):
     if report.unreached:
         yield (
-            f"No derivative reaches {_list(report.unreached)}: these arrays never train. Freeze them (optax.set_to_zero),"
-            " or look for a stop_gradient or an output that is not used."
+            f"No derivative reaches {_list(report.unreached)}: these arrays never train. Freeze them,"
+            " by optax.set_to_zero, or look for a stop_gradient or an output that is not used."
         )
 
 

@@ -24,7 +24,8 @@ from curvax.exact.independence import example_axes
 from curvax.layers import Layer, Layers
 from curvax.objective import Objective
 from curvax.probes import QUANTILES, NoiseScale, approximate_radii, lower_quantiles, noise_scale, squared_norm
-from curvax.transforms import scale_by_curvature_radius, statistics_dtype
+from curvax.transforms import scale_by_curvature_radius
+from curvax.trees import statistics_dtype
 from curvax.wide import Wide, normal, plus, times, to_float
 
 #: Parts of a batch between whose gradients the noise is seen; the estimate's own error is about 1 / sqrt(8) of it.
@@ -66,7 +67,7 @@ def each(groups: Sequence[tuple[int, ...]], function: Callable[..., Any], *trees
     rows = []
     for group in groups:
         arrays = [[column[i] for i in group] for column in columns]
-        dtype = jnp.finfo(statistics_dtype([x.dtype for column in arrays for x in column])).dtype
+        dtype = jnp.finfo(statistics_dtype(*[x.dtype for column in arrays for x in column])).dtype
         rows.append(function(*([x.astype(dtype) for x in column] for column in arrays)))
     return jax.tree.map(lambda *column: jnp.stack(column), *rows)
 
@@ -83,9 +84,8 @@ def gradient(objective: Any, params: Any, parts: Parts, stage: Callable) -> tupl
     def of_part(params, data, index):
         part = dataclasses.replace(objective, data=micro_batch(data, axes, number, index))
         value, grad = jax.value_and_grad(part)(params)
-        return jax.tree.map(lambda x: x / number, (value, grad)), times(
-            1 / number, each(parts.scaled, squared_norm, grad)
-        )
+        squares = each(parts.scaled, squared_norm, grad)
+        return jax.tree.map(lambda x: x / number, (value, grad)), times(1 / number, squares)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(sums, found):
@@ -158,7 +158,7 @@ def second_order(parts: Parts, layers: Layers, params: Any, grad: Any, diag: Any
 
     step = _step(CBLR(layers=layers), params, grad, hessian_diag=diag)
     # Without the slope term a radius does not depend on the gradient, but for what has none, and is not measured.
-    moving = jax.tree.map(lambda g: (g != 0).astype(statistics_dtype([g.dtype])), grad)
+    moving = jax.tree.map(lambda g: (g != 0).astype(statistics_dtype(g.dtype)), grad)
     radius = scale_by_curvature_radius(DAMPING, slope_term=False, layers=layers)
     radii = _step(radius, params, moving, hessian_diag=diag)
     return each(parts.measured, of_layer, grad, diag, step, radii)

@@ -1,0 +1,97 @@
+"""Trees of arrays: the dtypes in which they are measured, their holes, and what is refused of them."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvax.layers import path_name
+
+
+def statistics_dtype(*dtypes: Any) -> Any:
+    """The dtype of statistics over arrays of these dtypes: float32 at least, whatever the rules for promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes, jnp.float32)
+
+
+def diag_dtype(dtype: Any) -> Any:
+    """The dtype of a diagonal for parameters of this one: float32, or float64 for float64."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """`x` in the dtype of a diagonal."""
+    return x.astype(diag_dtype(x.dtype))
+
+
+def is_hole(node: Any) -> bool:
+    """Whether a place of a tree holds no array: it was masked, or never had one."""
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def leaves_like(name: str, tree: Any, params: Any) -> list[jax.Array]:
+    """The leaves of `tree` at those of `params`, of the same shapes.
+
+    Args:
+      name: of the tree, for the message.
+      tree: a pytree of arrays.
+      params: a pytree of arrays, which may have holes in place of what `tree` has: inside of `masked` and `partition`.
+
+    Returns:
+      The leaves, in order.
+
+    Raises:
+      ValueError: if the structures differ otherwise, or a shape does; it names the leaf.
+    """
+    wanted, given = (jax.tree.structure(x, is_leaf=is_hole) for x in (params, tree))
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_hole)
+    try:
+        nodes = wanted.flatten_up_to(tree)
+    except ValueError as error:
+        message = f"{name} is {given}, where the parameters are {wanted}; make it a tree like params."
+        raise ValueError(message) from error
+    pairs = [(path, leaf, node) for (path, leaf), node in zip(leaves, nodes, strict=True) if not is_hole(leaf)]
+    for path, leaf, node in pairs:
+        shape = getattr(node, "shape", node)
+        if shape != leaf.shape:
+            raise ValueError(
+                f"{name} has {shape} at '{path_name(path)}', where the parameter has the shape {leaf.shape}; make it a"
+                " tree like params."
+            )
+    return [node for _, _, node in pairs]
+
+
+def with_curvature(updates: Any, hessian_diag: Any) -> Any:
+    """The updates, with holes where `hessian_diag` has holes: what `where` of `with_hessian_diag` left out.
+
+    Where the structures differ otherwise they stay as they are, for the error that names the leaf.
+    """
+    keep = lambda g, h: optax.MaskedNode() if is_hole(h) else g
+    try:
+        return jax.tree.map(keep, updates, hessian_diag, is_leaf=is_hole)
+    except ValueError:
+        return updates
+
+
+def check_floats(updates: Any) -> None:
+    """Raises a ValueError that names the first leaf that is no array of bfloat16, float16 or wider floats."""
+    for path, g in jax.tree_util.tree_leaves_with_path(updates):
+        dtype = getattr(g, "dtype", None)
+        floats = dtype is not None and jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 16
+        if not floats:
+            raise ValueError(
+                f"the update '{path_name(path)}' is {dtype or type(g).__name__}, and has no radius; pass arrays of"
+                " bfloat16, float16 or wider, and leave others out by optax.masked or optax.partition."
+            )
+
+
+def check_real(params: Any) -> None:
+    """Raises a ValueError that names the first leaf that is not real floating-point."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"the parameter '{path_name(path)}' is {jnp.result_type(leaf)}, and has no second derivative; leave it"
+                " out with where=..., or split a complex one into real and imaginary parts."
+            )
