@@ -52,10 +52,10 @@ def group(leaves: Sequence[tuple[Any, Any]], layers: Layers) -> list[Layer]:
 
       An array fits another of its module if it has fewer axes longer than one, all of them found in the other, in the
       same order: (C,) or (C, 1, 1) in (H, W, I, C), (heads, width) in (D, heads, width), (L, F) in (L, D, F). One with
-      as many of these axes, but fewer in all, fits too: (C,) in (1, C). A kernel fits nothing, and is a matrix, has two
-      axes longer than one, or has more than two axes and something that fits it. The first axis is left out of all this
-      where every array of a module has the same one, as `scan` and `vmap` over modules make them, unless no kernel
-      would be left: a stack of vectors is no kernel.
+      as many of these axes, but fewer in all, fits too: (C,) in (1, C). A kernel is an array that fits no other and has
+      two axes, or two that are longer than one, or more than two and another array that fits it. The first axis is left
+      out of all this where every array of a module has the same one, as `scan` and `vmap` over modules make them,
+      unless no kernel would be left: a stack of vectors is no kernel.
 
       Nothing depends on what a key is called, and layers are told apart by their keys: two paths that read alike are
       two layers. A trailing `.value`, which Flax NNX puts on every variable, is no part of a path.

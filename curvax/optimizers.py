@@ -68,7 +68,7 @@ def cblr(
 
     Args:
       learning_rate: gamma, a number or a schedule. With the norm ratio, the relative change of a layer in a step.
-      damping: dimensionless, as a fraction of the layer's mean absolute curvature; 0.1 to 1 worked in trials.
+      damping: dimensionless, as a fraction of the layer's mean absolute curvature; 0.1 to 1.
       weight_decay: decoupled: it is added after the radius.
       weight_decay_mask: which parameters decay, as in `optax.add_decayed_weights`.
       momentum: decay rate of heavy-ball momentum.

@@ -70,8 +70,8 @@ def each(rule: Rule) -> TreeRule:
 def curvature(damping: Scalar, max_radius: Scalar | None, slope_term: bool | None, axis_name: AxisName) -> TreeRule:
     """Eq. 9 per parameter: `(1 + g^2)^(3/2) / (|h| + damping * mean|h|)`, or `1 / ...` without the slope term.
 
-    With `None` there is one where `damping` is 0, which may change from step to step. The mean is at least `NOISE` of
-    that over all measured leaves, which is also that of a layer without any.
+    With `slope_term=None` it is there while `damping` is 0. The mean of a layer counts for no less than `NOISE` times
+    that of the tree, which is also the mean of a layer without measured leaves.
     """
 
     def slope(g: jax.Array):

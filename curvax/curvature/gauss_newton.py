@@ -62,7 +62,7 @@ class Sampling(NamedTuple):
         form: "example" or "batch", what is squared; "product" where no column is known; or "refused" where there is no
             Gauss-Newton matrix.
         reason: what was proved of the loss, or stood in the way.
-        routes: of each array, as `curvax.exact` plans them; by them those that are squared by batch are told.
+        routes: of each array, as `curvax.exact` plans them; they tell which arrays are squared by batch.
     """
 
     form: Literal["example", "batch", "product", "refused"]
@@ -267,7 +267,7 @@ def random_columns(flow: Flow, env: Mapping[Var, jax.Array]) -> RandomColumns | 
     """Random columns of the loss's Hessian; None where it has none."""
     structure = find_atoms(flow)
     if _is_factored(flow, structure):
-        return factor.random_eigencolumns(flow, env, flow.program.outputs[0], None)
+        return factor.random_eigencolumns(flow, env, flow.program.outputs[0])
     atoms = [atom for atom in structure.atoms if flow.depends.get(origin(atom))]
     return RandomColumns(flow, evaluate_atoms(flow, env, atoms)) if atoms else None
 

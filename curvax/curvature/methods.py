@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvax.curvature.basis import basis
 from curvax.curvature.estimate import Estimate
 from curvax.curvature.gauss_newton import explain_sampling, plan_sampling, sampled_gauss_newton
 from curvax.curvature.hutchinson import Hutchinson
@@ -14,6 +13,7 @@ from curvax.curvature.method import Method
 from curvax.curvature.scalar import without_aux
 from curvax.exact import BUDGET, exact_diag, explain, explain_ggn, explain_products, ggn_diag
 from curvax.exact.diagonals import check_objective
+from curvax.exact.units import function_diag
 from curvax.objective import Objective
 
 
@@ -69,7 +69,7 @@ class Basis(Method):
     name = "basis"
 
     def _estimate(self, objective, params, key):
-        return basis(objective, params, chunk_size=self.chunk_size)
+        return _without_error(function_diag(objective, params, self.chunk_size))
 
     def _explain(self, objective, params):
         sizes = [jnp.size(x) for x in jax.tree.leaves(params)]

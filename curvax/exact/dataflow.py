@@ -6,6 +6,7 @@ derivatives, so whatever passes only through comparisons, integers or `stop_grad
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ class Flow:
     depends: Mapping[Var, int]
     curved: Mapping[Var, int]
 
-    @property
+    @functools.cached_property
     def equations(self) -> list[tuple[int, JaxprEqn, Slots, Results]]:
         """Every equation with its place, and the operands and results that a derivative passes between."""
         pairs = zip(self.program.jaxpr.eqns, self.links, strict=True)

@@ -14,54 +14,36 @@ from curvax.exact.backprop import diagonals
 from curvax.exact.columns import Source, evaluate_atoms
 from curvax.exact.dataflow import Flow, analyse, between, total_loss
 from curvax.exact.derivatives import hessian_product, jacobian_products
-from curvax.exact.explanation import Explanation, Row, explain_routes
+from curvax.exact.explanation import Explanation, explain_products, explain_routes
 from curvax.exact.penalty import mixed_arrays, penalty_diagonal
 from curvax.exact.routes import Route, plan, plan_gauss_newton, variable
-from curvax.exact.trace import leaf_paths, trace
+from curvax.exact.trace import trace
 from curvax.objective import Objective
 from curvax.trees import at_least_float32, check_real, diag_dtype
 
 # In backward passes and Hessian-vector products together.
 BUDGET = 10_000
+PLAIN = "not an Objective: no examples to tell apart"
 
 
 def exact_diag(
     objective: Any, params: Any, *, budget: int | None = BUDGET, chunk_size: int | None = None
 ) -> tuple[jax.Array, Any, Any]:
-    """The exact diagonal of the Hessian, array by array, by the cheapest route that is proved exact.
+    """The value, the gradient and the exact Hessian diagonal: array by array, by the cheapest route that is proved.
 
     Formula:
         `h_i = d^2 L / d params_i^2`: where the trace allows it `sum_bc s_bc (J_b^T v_bc)_i^2 / B`, with
         `H_b = sum_c s_bc v_bc v_bc^T` the Hessian of what follows (Dangel et al. 2020, "BackPACK", for the loss; here
         for any tail of the network); elsewhere by unit vectors.
-
-    Args:
-        objective: an `Objective`; any `params -> scalar` will do, at one Hessian-vector product per parameter.
-        params: a pytree of floating-point arrays.
-        budget: the most backward passes and Hessian-vector products to spend; None for no limit.
-        chunk_size: columns, and unit vectors, at once: what bounds the memory. By default few on large batches.
-
-    Returns:
-        The value, the gradient, and the diagonal: a tree like `params`, float32 or the leaf's own dtype if wider.
-
-    Raises:
-        ValueError: if the cost is above `budget`; it names the dearest parameter, its cost, and the cures.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from curvax.exact import exact_diag
-        >>> value, grad, diag = exact_diag(lambda w: jnp.sum(w**3), jnp.array([1.0, 2.0]))
-        >>> diag.tolist()
-        [6.0, 12.0]
     """
     check_real(params)
     if not isinstance(objective, Objective):
-        _explain_function(params).check(budget)
-        return *jax.value_and_grad(objective)(params), _function_diagonal(objective, params, chunk_size)
+        _explain_units(params, PLAIN).check(budget)
+        return units.function_diag(objective, params, chunk_size)
     flow = analyse(trace(objective, params))
     if flow.program.nonlinear_backward is not None:
         _explain_units(params, backward_reason(flow)).check(budget)
-        return *jax.value_and_grad(objective)(params), _function_diagonal(objective, params, chunk_size)
+        return units.function_diag(objective, params, chunk_size)
     routes, mixed = plan(flow), _mixed(objective, params)
     explain_routes(flow, routes, sorted(mixed)).check(budget)
     unit_vectors = functools.partial(_hessian_units, chunk_size=chunk_size)
@@ -69,30 +51,11 @@ def exact_diag(
 
 
 def ggn_diag(objective: Objective, params: Any, *, chunk_size: int | None = None) -> tuple[jax.Array, Any, Any]:
-    """The exact diagonal of the generalised Gauss-Newton matrix.
+    """The value, the gradient and the exact diagonal of the Gauss-Newton matrix, plus that of the penalty's Hessian.
 
     Formula:
         `diag(sum_b J_b^T H_b J_b) / B`, with `J_b` the Jacobian of the outputs and `H_b` the Hessian of the loss in
-        them (Schraudolph 2002, "Fast curvature matrix-vector products"), plus the penalty's own Hessian diagonal.
-
-    Args:
-        objective: an `Objective`.
-        params: a pytree of floating-point arrays.
-        chunk_size: columns, and unit vectors, at once.
-
-    Returns:
-        The value, the gradient, and the diagonal, as `exact_diag` does.
-
-    Raises:
-        ValueError: if `objective` is not an `Objective`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from curvax import Objective
-        >>> from curvax.exact import ggn_diag
-        >>> objective = Objective(lambda w, x: x @ w, lambda out, x: out**2, jnp.array([[1.0, 2.0], [3.0, 0.0]]))
-        >>> ggn_diag(objective, jnp.zeros(2))[2].round(4).tolist()
-        [10.0, 4.0]
+        them (Schraudolph 2002, "Fast curvature matrix-vector products").
     """
     check_objective(objective, "ggn")
     check_real(params)
@@ -104,29 +67,10 @@ def ggn_diag(objective: Objective, params: Any, *, chunk_size: int | None = None
 
 
 def explain(objective: Any, params: Any) -> Explanation:
-    """What `exact_diag` would do with each parameter, why, and at what cost.
-
-    Formula:
-        The route of each array is chosen as `exact_diag` documents; nothing is computed, only traced.
-
-    Args:
-        objective: an `Objective`, or any `params -> scalar`.
-        params: a pytree of floating-point arrays, or of `jax.ShapeDtypeStruct`.
-
-    Returns:
-        The explanation: its `rows`, its total `passes` and `products`; printed, a table.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from curvax.exact import explain
-        >>> print(explain(lambda params: jnp.sum(params["w"] ** 3), {"w": jnp.ones(2)}))
-        parameter  shape  route         passes  HVPs  why
-        w          (2,)   unit vectors  0       2     not an Objective: no examples to tell apart
-        total                           0       2
-    """
+    """What `exact_diag` would do with each parameter, why, and at what cost; nothing is computed, only traced."""
     check_real(params)
     if not isinstance(objective, Objective):
-        return _explain_function(params)
+        return _explain_units(params, PLAIN)
     flow = analyse(trace(objective, params))
     if flow.program.nonlinear_backward is not None:
         return _explain_units(params, backward_reason(flow))
@@ -229,20 +173,5 @@ def _gauss_newton_units(flow, env, var, *, chunk_size) -> jax.Array:
     return units.along_units(entry, env[var], chunk_size)
 
 
-def _explain_function(params) -> Explanation:
-    return _explain_units(params, "not an Objective: no examples to tell apart")
-
-
 def _explain_units(params, reason: str) -> Explanation:
-    named = zip(leaf_paths(params), jax.tree.leaves(params), strict=True)
-    return Explanation(tuple(Row(path, x.shape, "unit vectors", reason, 0, x.size) for path, x in named))
-
-
-def _function_diagonal(function, params, chunk_size) -> Any:
-    leaves, treedef = jax.tree.flatten(params)
-
-    def alone(bit):
-        return lambda leaf: function(jax.tree.unflatten(treedef, [*leaves[:bit], leaf, *leaves[bit + 1 :]]))
-
-    rows = [units.second_derivatives(alone(bit), leaf, chunk_size) for bit, leaf in enumerate(leaves)]
-    return jax.tree.unflatten(treedef, rows)
+    return explain_products(params, [x.size for x in jax.tree.leaves(params)], "unit vectors", reason)

@@ -86,11 +86,9 @@ class RandomEigencolumns:
         return Columns((column,), jnp.broadcast_to(part, self.signs.shape[1:]))
 
 
-def random_eigencolumns(
-    flow: Flow, env: Mapping[Var, jax.Array], cut: Var, chunk_size: int | None
-) -> RandomEigencolumns:
+def random_eigencolumns(flow: Flow, env: Mapping[Var, jax.Array], cut: Var) -> RandomEigencolumns:
     """Random columns of a cut of small slices."""
-    return RandomEigencolumns(flow, cut, *_eigencolumns(flow, env, cut, chunk_size))
+    return RandomEigencolumns(flow, cut, *_eigencolumns(flow, env, cut, None))
 
 
 def _eigencolumns(flow, env, cut, chunk_size) -> tuple[jax.Array, jax.Array]:

@@ -150,8 +150,8 @@ def leaf_paths(params: Any) -> tuple[str, ...]:
 def inline(closed: ClosedJaxpr, *inputs: jax.Array, also: Sequence[str] = (), seen: dict | None = None) -> list:
     """Evaluates a jaxpr call by call; traced, it leaves none of the calls in `INLINED`, and in `also`.
 
-    What is computed twice is computed once: `seen` has the results of every operation on the same operands. Not so by
-    the network and by the loss, which must be a function of the outputs.
+    What is computed twice is computed once: `seen` has the results of every operation on the same operands. Nothing is
+    shared between network and loss, which must be a function of the outputs.
     """
     seen = {} if seen is None else seen
     env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))

@@ -1,6 +1,7 @@
 """Unit vectors: exact for any function, at one Hessian-vector product per parameter."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,23 @@ from curvax.varying import varying_like
 
 # Unit vectors at once, where the caller does not say.
 CHUNK = 16
+
+
+def function_diag(
+    function: Callable[[Any], jax.Array], params: Any, chunk_size: int | None = None
+) -> tuple[jax.Array, Any, Any]:
+    """The value, the gradient and the Hessian diagonal of a scalar function of a tree: `e_i . H e_i` for every i."""
+    value, grad, product = hessian_product(function, params)
+    leaves, treedef = jax.tree.flatten(params)
+
+    def diagonal(leaf: int):
+        def entry(unit, index):
+            vector = [unit if i == leaf else jnp.zeros_like(x) for i, x in enumerate(leaves)]
+            return jax.tree.leaves(product(treedef.unflatten(vector)))[leaf].ravel()[index]
+
+        return along_units(entry, leaves[leaf], chunk_size)
+
+    return value, grad, treedef.unflatten([diagonal(leaf) for leaf in range(len(leaves))])
 
 
 def second_derivatives(function: Callable[[jax.Array], jax.Array], x: jax.Array, chunk_size: int | None) -> jax.Array:
