@@ -9,6 +9,7 @@ another mesh than the one they came from. The first process alone reads and writ
 """
 
 import hashlib
+import io
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from experiments.console import say
 from experiments.errors import RunError
 
 KEPT = 2
-NAME = re.compile(r"step-([1-9]\d*)(-([0-9a-f]{64})\.npz|\.draft|\.draft\.draft)")
+NAME = re.compile(r"step-([1-9]\d*)-([0-9a-f]{64})\.npz(\.draft)?")
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -43,11 +44,12 @@ class Checkpoints:
 
     def save(self, arrays: Arrays, step: int):
         """Writes a state, or raises a RunError; once it is whole, removes all but the last two."""
+        content = io.BytesIO()
+        np.savez(content, **arrays)
         with records.explained(self.folder):
             self.folder.mkdir(exist_ok=True)
-        draft = self.folder / f"step-{step}.draft"
-        records.write(draft, lambda file: np.savez(file, **arrays))
-        draft.replace(self.folder / f"step-{step}-{digest(draft)}.npz")
+        digest = hashlib.sha256(content.getbuffer()).hexdigest()
+        records.write(self.folder / f"step-{step}-{digest}.npz", content.getbuffer())
         self.keep(sorted({step for step, _ in self._own()})[-KEPT:])
 
     def restore(self, at_most: int, like: Arrays) -> tuple[int, Arrays]:
@@ -55,12 +57,15 @@ class Checkpoints:
 
         Or 0 and `like`, arrays of the names, shapes and dtypes that are wanted; raises a RunError if others are there.
         """
+        kinds = lambda arrays: {name: f"{a.dtype}{list(a.shape)}" for name, a in arrays.items()}
         for step, path in sorted(self._own(), reverse=True):
-            if step > at_most:
-                continue
-            arrays = self._read(path)
-            if arrays is not None:
-                self._check_same(path, arrays, like)
+            if step <= at_most and (arrays := self._read(path)) is not None:
+                there, here = kinds(arrays), kinds(like)
+                for name in sorted(name for name in {*there, *here} if there.get(name) != here.get(name)):
+                    raise RunError(
+                        f"checkpoint {path} is of another network or optimizer: {name} is {there.get(name)} there, and"
+                        f" {here.get(name)} here; to start again, delete {self.folder.parent}"
+                    )
                 return step, arrays
         return 0, like
 
@@ -69,9 +74,9 @@ class Checkpoints:
         fault = "half written"
         if path.suffix == ".npz":
             try:
-                if digest(path) == NAME.fullmatch(path.name)[3]:
-                    with np.load(path) as file:
-                        return {name: file[name] for name in file.files}
+                content = path.read_bytes()
+                if hashlib.sha256(content).hexdigest() == NAME.fullmatch(path.name)[2]:
+                    return dict(np.load(io.BytesIO(content)))
                 fault = "damaged"
             except OSError as error:
                 fault = f"unreadable ({error.strerror})"
@@ -91,18 +96,3 @@ class Checkpoints:
             if (match := NAME.fullmatch(path.name)) and (path.is_symlink() or path.is_file()):
                 records.refuse_links(path)
                 yield int(match[1]), path
-
-    def _check_same(self, path: Path, held: Arrays, wanted: Arrays):
-        there, here = ({name: f"{a.dtype}{list(a.shape)}" for name, a in arrays.items()} for arrays in (held, wanted))
-        other = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
-        if other:
-            raise RunError(
-                f"checkpoint {path} is of another network or optimizer: {other[0]} is {there.get(other[0])} there, and"
-                f" {here.get(other[0])} here; to start again, delete {self.folder.parent}"
-            )
-
-
-def digest(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from experiments.config import TrainConfig
 from experiments.records import Record
-from experiments.timing import compile_seconds, step_seconds
+from experiments.train import step_seconds
 
 
 class Outcome(NamedTuple):
@@ -20,22 +20,17 @@ class Outcome(NamedTuple):
     # Until the target accuracy was first seen at the end of an epoch, if ever.
     steps_to_target: int | None
     step_seconds: float
+    # What the steps that compiled took longer than the others.
     compile_seconds: float
 
 
 def outcome(config: TrainConfig, records: Sequence[Record], target: float) -> Outcome:
     """Reads an outcome off the records of a run; one that diverged does not end with an epoch."""
-    steps = [record for record in records if record["kind"] == "step"]
-    epochs = [record for record in records if record["kind"] == "epoch"]
+    steps, epochs = ([record for record in records if record["kind"] == kind] for kind in ("step", "epoch"))
     reached = (record["step"] for record in epochs if record["test_accuracy"] >= target)
-    if records[-1]["kind"] != "epoch":
-        epochs.append({"loss": float("inf"), "test_loss": float("inf"), "test_accuracy": 0.0})
-    return Outcome(
-        config.optimizer,
-        config.learning_rate,
-        config.seed,
-        *(epochs[-1][name] for name in ("loss", "test_loss", "test_accuracy")),
-        steps_to_target=next(reached, None),
-        step_seconds=step_seconds(steps),
-        compile_seconds=compile_seconds(steps),
-    )
+    diverged = {"loss": float("inf"), "test_loss": float("inf"), "test_accuracy": 0.0}
+    last = records[-1] if records[-1]["kind"] == "epoch" else diverged
+    typical = step_seconds(steps)
+    compiling = sum(max(0.0, step["seconds"] - typical) for step in steps if step["compiled"])
+    about, ends = (config.optimizer, config.learning_rate, config.seed), [last[name] for name in diverged]
+    return Outcome(*about, *ends, next(reached, None), typical, compiling)

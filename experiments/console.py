@@ -1,7 +1,6 @@
 """What the terminal shows: one console, one look for progress bars and tables, on wide and on narrow screens."""
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich import box, progress
@@ -35,14 +34,10 @@ def fit(parts: Sequence[tuple[int, str]]) -> str:
     return "  ".join(text for _, text in parts)
 
 
-def show_table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], text: Sequence[int] = (0,), **about):
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], text: Sequence[int] = (0,), **about: Any):
     """Prints a table, or line by line what is in it where the screen is too narrow for its longest words.
 
-    Args:
-        columns: their names.
-        rows: the cells.
-        text: which columns hold words; numbers are aligned on the right.
-        about: `title` and `caption`.
+    `text` says which columns hold words; numbers are aligned on the right. There may be a `title` and a `caption`.
     """
     table = Table(box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", pad_edge=False, **about)
     for place, name in enumerate(columns):
@@ -55,67 +50,52 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], tex
     for heading in filter(None, (about.get("title"), about.get("caption"))):
         console.print(heading)
     for row in rows:
-        console.print(
-            "\n".join(["", *(f"{name}: {cell}" for name, cell in zip(columns, row, strict=True) if str(cell))])
-        )
+        cells = [f"{name}: {cell}" for name, cell in zip(columns, row, strict=True) if str(cell)]
+        console.print("\n".join(["", *cells]))
 
 
-class Wide(progress.TextColumn):
-    """A text on a progress bar that gives way where the screen has fewer columns than this."""
+class TrainingBars(progress.Progress):
+    """Progress bars, each with its name before it and what is `said` of it behind; in a log, their last state."""
 
-    def __init__(self, text: str, columns: int = 0):
-        super().__init__(text, markup=False)
-        self._columns = columns
+    def __init__(self):
+        text = lambda name: progress.TextColumn(f"{{task.{name}}}", markup=False)
+        # The accuracy stays on any screen; the loss goes on one of less than 80 columns, and the speed before it.
+        fields = [text(f"fields[{name}]") for name, least in FIELDS.items() if console.width >= least]
+        bar = progress.BarColumn(bar_width=16 if console.width >= 80 else 10)
+        time_left = progress.TimeRemainingColumn(compact=True)
+        super().__init__(text("description"), bar, *fields, time_left, console=console)
 
-    def render(self, task: progress.Task) -> Text:
-        """The text, or nothing."""
-        return super().render(task) if console.width >= self._columns else Text()
+    def begin(self, name: str, total: int | None, said: str = "") -> progress.TaskID:
+        """A bar for so many steps, or for work of unknown length."""
+        return self.add_task(name, total=total, **dict.fromkeys(FIELDS, "") | {"said": said})
 
-
-def progress_bar(*columns: progress.ProgressColumn) -> progress.Progress:
-    """A bar with its name before it, these columns behind it, and the time left.
-
-    Where the output is not a terminal only its last state is drawn.
-    """
-    bar = progress.BarColumn(bar_width=16 if console.width >= 80 else 10)
-    return progress.Progress(
-        Wide("{task.description}"), bar, *columns, progress.TimeRemainingColumn(compact=True), console=console
-    )
+    def follow(self, name: str, steps: Callable[[], int]) -> "Follower":
+        """What shows the records of `train` on a bar; the number of steps is asked for with the first of them."""
+        return Follower(self, name, steps)
 
 
-class TrainingBars:
-    """Progress bars that follow the records of `train`, one per run, on a display with `step`, `test` and `speed`."""
+FIELDS = {"accuracy": 0, "said": 80, "speed": 100}
 
-    def __init__(self, bars: progress.Progress):
-        self._bars = bars
 
-    def start(self, name: str, steps: int | None) -> progress.TaskID:
-        """A bar for a run of so many optimizer steps, or for work of unknown length."""
-        return self._bars.add_task(name, total=steps, step="compiling" if steps else "", test="", speed="")
+class Follower:
+    """Moves a bar to each record that it is called with."""
 
-    def say(self, task: progress.TaskID, text: str):
-        """Puts a text on a bar."""
-        self._bars.update(task, step=text)
+    def __init__(self, bars: TrainingBars, name: str, steps: Callable[[], int]):
+        self.seen, self._bars, self._name, self._steps, self._task = 0, bars, name, steps, None
 
-    def finish(self, task: progress.TaskID):
-        """Takes a bar away."""
-        self._bars.remove_task(task)
-
-    def see(self, task: progress.TaskID, record: Mapping[str, Any]):
-        """Moves a bar to a record."""
+    def __call__(self, record: Mapping[str, Any]):
+        # Images and compiled functions are there by now; a run that was done before needs neither, and no bar.
+        if not self.seen:
+            self._task = self._bars.begin(self._name, self._steps())
+        self.seen += 1
         if record["kind"] == "epoch":
-            self._bars.update(task, test=f"test {record['test_accuracy']:6.1%}")
+            self._bars.update(self._task, accuracy=f"test {record['test_accuracy']:6.1%}")
             return
         # What a step that compiles takes is no speed.
         speed = "" if record["compiled"] else f"{record['batch_size'] / record['seconds']:7,.0f} images/s"
-        step = f"epoch {record['epoch']:>3} loss {record['loss']:6.3f}"
-        self._bars.update(task, completed=record["step"], step=step, speed=speed)
+        said = f"epoch {record['epoch']:>3} loss {record['loss']:6.3f}"
+        self._bars.update(self._task, completed=record["step"], said=said, speed=speed)
 
-
-@contextlib.contextmanager
-def training_bars() -> Iterator[TrainingBars]:
-    """Shows progress bars for training runs while the context lasts."""
-    # The accuracy stays on any screen; the loss goes on one of less than 80 columns, and the speed before it.
-    columns = (Wide("{task.fields[test]}"), Wide("{task.fields[step]}", 80), Wide("{task.fields[speed]}", 100))
-    with progress_bar(*columns) as bars:
-        yield TrainingBars(bars)
+    def finish(self):
+        """Takes the bar away."""
+        self._bars.remove_task(self._task)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import images_tfds
-from experiments.console import progress_bar
+from experiments.console import TrainingBars
 from experiments.errors import UsageError
 
 
@@ -48,7 +48,7 @@ def load(config) -> Dataset:
     """The data set of a `TrainConfig`, in host memory.
 
     Raises:
-        UsageError: for a name that nobody knows, or a batch larger than the training split.
+        UsageError: for a name that nobody knows, or more images than there are.
         RunError: if the images cannot be had.
     """
     if config.dataset in ("digits", "generated"):
@@ -56,8 +56,17 @@ def load(config) -> Dataset:
     else:
         dataset = tfds(config.dataset, config.data_dir, config.image_size)
     if config.holdout:
-        dataset = hold_out(dataset, config.holdout)
-    dataset = shorten(dataset, config)
+        # The last images of the training split take the place of the test split.
+        number = round(config.holdout * len(dataset.train))
+        if not 0 < number < len(dataset.train):
+            few = f"{config.holdout} of {len(dataset.train)} images"
+            raise UsageError(f"--holdout {few} leaves none to test or to train on")
+        dataset = cut(dataset.train, number, dataset.num_classes, dataset.flips)
+    for name in ("train", "test"):
+        split, number = getattr(dataset, name), getattr(config, f"{name}_images")
+        if number is not None and number > len(split):
+            raise UsageError(f"--{name}-images {number}: {config.dataset} has {len(split)}")
+        dataset = dataclasses.replace(dataset, **{name: Split(split.images[:number], split.labels[:number])})
     largest = config.batch_sizes[-1]
     if largest > len(dataset.train):
         option = "--phases: batch size" if config.phases else "--batch-size"
@@ -103,32 +112,12 @@ def generated(size: int, num_train: int = 512, num_test: int = 128) -> Dataset:
 def tfds(name: str, data_dir: Path | None, size: int) -> Dataset:
     """An image classification data set of TensorFlow Datasets, resized to the network's input."""
     source = images_tfds.open_source(name, data_dir)
-    sizes = {split: len(source.splits[split]) for split in source.names}
-    check_memory(sum(sizes.values()), size)
-    with progress_bar() as bar:
-        task = bar.add_task(f"decoding {name}", total=sum(sizes.values()))
-        splits = [source.decode(split, size, lambda n: bar.advance(task, n)) for split in source.names]
-    train, test = (Split(images, labels) for images, labels in splits)
+    total = sum(map(len, source.splits))
+    check_memory(total, size)
+    with TrainingBars() as bars:
+        task = bars.begin(f"decoding {name}", total)
+        train, test = (Split(*source.decode(split, size, lambda n: bars.advance(task, n))) for split in source.splits)
     return Dataset(train, test, source.num_classes)
-
-
-def hold_out(dataset: Dataset, fraction: float) -> Dataset:
-    """Puts the last images of the training split in place of the test split."""
-    number = round(fraction * len(dataset.train))
-    if not 0 < number < len(dataset.train):
-        raise UsageError(f"--holdout {fraction} of {len(dataset.train)} images leaves none to test or to train on")
-    return cut(dataset.train, number, dataset.num_classes, dataset.flips)
-
-
-def shorten(dataset: Dataset, config) -> Dataset:
-    """Keeps the first images of each split, as many as the configuration asks for."""
-    splits = {}
-    for name in ("train", "test"):
-        split, number = getattr(dataset, name), getattr(config, f"{name}_images")
-        if number is not None and number > len(split):
-            raise UsageError(f"--{name}-images {number}: {config.dataset} has {len(split)}")
-        splits[name] = Split(split.images[:number], split.labels[:number])
-    return dataclasses.replace(dataset, **splits)
 
 
 def cut(split: Split, num_test: int, num_classes: int, flips: bool = True) -> Dataset:

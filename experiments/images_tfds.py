@@ -6,12 +6,11 @@ Decoded images are NumPy arrays of any size, which Pillow brings to the network'
 """
 
 import contextlib
-import dataclasses
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -23,27 +22,20 @@ CHUNK = 1000
 CURE = "prepare it again with `tfds build NAME --file_format=array_record`, or give another --data-dir"
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A prepared data set: its two splits by name, the training split first, its number of classes, and where it is."""
+class Source(NamedTuple):
+    """A prepared data set: its training and its test split, its number of classes, and where it is."""
 
-    splits: Mapping[str, Any]
+    splits: tuple[Any, Any]
     num_classes: int
     folder: Any
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the splits, the training split first."""
-        return tuple(self.splits)
-
-    def decode(self, name: str, size: int, advance: Callable[[int], Any]) -> tuple[np.ndarray, np.ndarray]:
+    def decode(self, split: Any, size: int, advance: Callable[[int], Any]) -> tuple[np.ndarray, np.ndarray]:
         """All images of a split, `(N, size, size, 3)`, uint8, and labels `(N,)`, int32; `advance(n)` after each `n`."""
-        source = self.splits[name]
-        images = np.empty((len(source), size, size, 3), np.uint8)
-        labels = np.empty(len(source), np.int32)
-        for start in range(0, len(source), CHUNK):
+        images = np.empty((len(split), size, size, 3), np.uint8)
+        labels = np.empty(len(split), np.int32)
+        for start in range(0, len(split), CHUNK):
             with reading(self.folder):
-                records = source.__getitems__(list(range(start, min(start + CHUNK, len(source)))))
+                records = split.__getitems__(list(range(start, min(start + CHUNK, len(split)))))
                 for i, record in enumerate(records, start):
                     images[i], labels[i] = resize(record["image"], size), record["label"]
             advance(len(records))
@@ -68,7 +60,7 @@ def open_source(name: str, data_dir: Path | None) -> Source:
     test = next((split for split in ("test", "validation") if split in source), None)
     if "train" not in source or test is None:
         raise UsageError(f"--dataset {name} needs a split train and a split test or validation; it has {list(source)}")
-    return Source({"train": source["train"], test: source[test]}, features["label"].num_classes, builder.data_dir)
+    return Source((source["train"], source[test]), features["label"].num_classes, builder.data_dir)
 
 
 def find_builder(name: str, data_dir: Path | None):
@@ -118,24 +110,16 @@ def prepare(builder):
     if not reachable(builder):
         raise RunError(f"{where} and its download cannot be reached: {cure}; --dataset digits needs none")
     say(f"{where}: downloading")
-    encode_with_pillow(builder.info.features["image"])
+    # TFDS encodes arrays by TensorFlow, but accepts Pillow's images.
+    feature = builder.info.features["image"]
+    encode = feature.encode_example
+    pillow = lambda image: Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    feature.encode_example = lambda image: encode(pillow(image) if isinstance(image, np.ndarray) else image)
     try:
         builder.download_and_prepare()
     # What a download can raise is open-ended: sockets, HTTP, checksums, archives, a full disk.
     except Exception as error:
         raise RunError(f"{where} and could not be prepared ({reason(error)}): {cure}") from error
-
-
-def encode_with_pillow(feature):
-    """Makes an image feature accept arrays without TensorFlow; it does accept Pillow's images."""
-    encode = feature.encode_example
-
-    def encode_example(image):
-        if isinstance(image, np.ndarray):
-            image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-        return encode(image)
-
-    feature.encode_example = encode_example
 
 
 def reachable(builder) -> bool:
@@ -153,6 +137,8 @@ def reachable(builder) -> bool:
 def resize(image: np.ndarray, size: int) -> np.ndarray:
     """An image `(h, w, 1, 3 or 4)`, uint8, as `(size, size, 3)`; transparency is dropped."""
     image = np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image[..., :3]
-    if image.shape[:2] == (size, size):
-        return image
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+    return (
+        image
+        if image.shape[:2] == (size, size)
+        else np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+    )

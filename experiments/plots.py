@@ -5,8 +5,9 @@ A method, or an estimator, looks the same wherever it is drawn.
 
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -25,24 +26,20 @@ LOOKS = [
     {"color": color, "marker": mark, "linestyle": dash} for color, mark, dash in zip(COLORS, MARKS, DASHES, strict=True)
 ]
 METHODS = dict(zip(("lars", "mclr", "percent_delta", "cblr", "sgd", "lamb"), LOOKS, strict=False))
-ESTIMATORS = dict(
-    zip(
-        ("hutchinson", "ggn_mc_of_batches", "xdiag", "ggn_mc", "optax.contrib hutchinson", "matfree hutchinson"),
-        LOOKS,
-        strict=False,
-    )
-)
-NAMED = METHODS | ESTIMATORS | {"matfree xdiag": LOOKS[6], "exact": LOOKS[7]}
+ESTIMATORS = ("hutchinson", "ggn_mc_of_batches", "xdiag", "ggn_mc", "optax.contrib hutchinson", "matfree hutchinson")
+ESTIMATORS = dict(zip((*ESTIMATORS, "matfree xdiag", "exact"), LOOKS, strict=True))
+AXES = {"epoch": "epoch", "step": "optimizer steps", "batch_size": "batch size (images)"}
 
 
 def look(label: str, place: int = 0) -> dict:
     """The style of a line: of the method or estimator that its label begins with, else of the line of this number."""
-    return NAMED.get(label.split(" (")[0], LOOKS[place % len(LOOKS)])
+    return (METHODS | ESTIMATORS).get(label.split(" (")[0], LOOKS[place % len(LOOKS)])
 
 
-def name_axes(panel, x: str, y: str):
+def name_axes(panel, x: str, y: str, title: str | None = None):
     """Names the axes with their units, and shows legend and grid."""
     panel.set(xlabel=x, ylabel=y)
+    panel.set_title(title, fontsize=10)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
 
@@ -64,33 +61,52 @@ def batch_axis(panel, sizes: Sequence[int]):
     panel.minorticks_off()
 
 
-def curves(panel, lines: Mapping[str, Sequence[Sequence[tuple[float, float]]]]):
+def lines(
+    panel,
+    rows: Sequence[records.Record],
+    by: tuple[str, Mapping[Any, str]],
+    x: str,
+    y: tuple[str, str],
+    scale: float = 1.0,
+    title: str | None = None,
+):
     """A line per label: the mean over its seeds, and a band from the lowest to the highest.
 
-    Of each seed there are `(x, y)` points; one that diverged has fewer, and ends the line.
+    Args:
+        panel: where.
+        rows: one per point. A seed that diverged has fewer, and ends its line.
+        by: the column that tells lines apart, and from its values to labels, in order.
+        x: the column below.
+        y: the column to draw, and its name on the axis.
+        scale: by which it is multiplied.
+        title: of the panel.
     """
-    for place, (label, seeds) in enumerate(lines.items()):
+    for place, (value, label) in enumerate(by[1].items()):
+        own = records.where(rows, **{by[0]: value})
+        seeds = [records.where(own, seed=seed) for seed in records.distinct(own, "seed")]
         length = min(map(len, seeds))
-        x = np.array([point[0] for point in seeds[0][:length]])
-        y = np.array([[point[1] for point in seed[:length]] for seed in seeds])
+        below = np.array([row[x] for row in seeds[0][:length]])
+        above = scale * np.array([[row[y[0]] for row in seed[:length]] for seed in seeds])
         # Each line's markers are a little later than the last one's: lines that coincide can still be told apart.
         every = max(1, length // 6)
         style = {**look(label, place), "markevery": (place * every // len(LOOKS), every), "markersize": 5}
-        panel.plot(x, y.mean(0), label=label, linewidth=1.4, **style)
+        panel.plot(below, above.mean(0), label=label, linewidth=1.4, **style)
         if len(seeds) > 1:
-            panel.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.12, linewidth=0)
+            panel.fill_between(below, above.min(0), above.max(0), color=style["color"], alpha=0.12, linewidth=0)
+    if x == "batch_size":
+        batch_axis(panel, records.distinct(rows, x))
+    name_axes(panel, AXES.get(x, x), y[1], title)
 
 
-def save(draw, panels: int, rows, title: str, caption: str, path: Path, size: tuple[float, float] = (4.4, 4.4)):
+def save(draw: Callable, panels: int, rows, title: str, caption: str, path: Path, size=(4.4, 4.4)):
     """Draws a figure into a PNG: `draw(panels, rows)` of so many panels, side by side, each of a size in inches."""
-    lines = textwrap.wrap(caption, round(52 + 14 * size[0] * panels))
-    width, height = 2.4 + size[0] * panels, size[1] + 0.17 * len(lines)
+    text = textwrap.wrap(caption, round(52 + 14 * size[0] * panels))
+    width, height = 2.4 + size[0] * panels, size[1] + 0.17 * len(text)
     figure, axes = plt.subplots(1, panels, figsize=(width, height), squeeze=False)
     draw(list(axes[0]), rows)
     figure.suptitle(title, fontsize=11)
-    bottom = (0.17 * len(lines) + 0.1) / height
-    figure.text(0.01, 0.01, "\n".join(lines), fontsize=8, va="bottom")
-    figure.tight_layout(rect=(0, bottom, 1, 1))
+    figure.text(0.01, 0.01, "\n".join(text), fontsize=8, va="bottom")
+    figure.tight_layout(rect=(0, (0.17 * len(text) + 0.1) / height, 1, 1))
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110, format="png")
     plt.close(figure)

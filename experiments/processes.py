@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from experiments.console import say
 from experiments.errors import RunError, UsageError
-from experiments.signals import deadly, listener
+from experiments.signals import deadly, handle, listener
 
 Json = TypeVar("Json")
 
@@ -69,14 +69,15 @@ def one_run(config: Any) -> Iterator[None]:
 
 def join(config: Any):
     """Joins the processes of a run, if there are several; has to come before anything else of JAX."""
-    given = [getattr(config, name) for name in ("coordinator", "num_processes", "process_id")]
+    global _watcher
     found = any(name in os.environ and more() for name, more in LAUNCHERS.items())
     if config.coordinator is None and not found:
         return
-    if config.coordinator in (None, "auto"):
-        given = [None, None, None]
-    else:
+    given = {}
+    if config.coordinator not in (None, "auto"):
         check_address(config)
+        given = {"coordinator_address": config.coordinator}
+        given |= {"num_processes": config.num_processes, "process_id": config.process_id}
     import jax
 
     # Without it, processes on CPUs compute side by side and cannot add.
@@ -87,10 +88,10 @@ def join(config: Any):
     jax.config.update("jax_enable_preemption_service", False)
     start_devices(config.devices)
     hush()
-    watch()
+    _watcher = watcher()
     try:
         with deadly():
-            jax.distributed.initialize(*given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+            jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise RunError(
             f"the processes did not meet ({str(error).splitlines()[0]}): start all of them, within five minutes, with"
@@ -116,28 +117,22 @@ def check_address(config: Any):
         RunError: if its port is taken, in the process that would listen there.
     """
     host, port = config.coordinator.rsplit(":", 1)
-    if not known(host.strip("[]")):
-        raise UsageError(f"--coordinator {config.coordinator}: nobody knows the host {host}")
-    if config.process_id:
-        return
-    try:
-        # As JAX does: all addresses of this machine, and ports that a process has just left.
-        with socket.create_server(("", int(port)), family=socket.AF_INET6, dualstack_ipv6=True):
-            pass
-    except OSError as error:
-        raise RunError(f"port {port}: {os.strerror(error.errno)}; give another --coordinator") from error
-
-
-def known(host: str) -> bool:
-    """Whether a host has an address; where Kubernetes starts all at once, it may have one a little later."""
     end = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
-            return bool(socket.getaddrinfo(host, None))
-        except (OSError, UnicodeError):
+            socket.getaddrinfo(host.strip("[]"), None)
+            break
+        except (OSError, UnicodeError) as error:
+            # Where Kubernetes starts all at once, a host may have an address a little later.
             if time.monotonic() > end:
-                return False
+                raise UsageError(f"--coordinator {config.coordinator}: nobody knows the host {host}") from error
             time.sleep(1)
+    if config.process_id == 0:
+        try:
+            # As JAX does: all addresses of this machine, and ports that a process has just left.
+            socket.create_server(("", int(port)), family=socket.AF_INET6, dualstack_ipv6=True).close()
+        except OSError as error:
+            raise RunError(f"port {port}: {os.strerror(error.errno)}; give another --coordinator") from error
 
 
 def hush():
@@ -149,12 +144,11 @@ def hush():
     sys.stdout = open(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, buffering=1)
 
 
-def watch():
-    """Sees to it that the end of this process is explained, even where JAX or the system aborts it."""
-    global _watcher
+def watcher() -> subprocess.Popen:
+    """What sees to it that the end of this process is explained, even where JAX or the system aborts it."""
     # Its input ends with this process; a line comes before that only if the process ends by itself.
     script = 'read -r line || echo "error: a process of the run has ended before it was done: $0" >&2'
-    _watcher = subprocess.Popen(["sh", "-c", script, AGAIN], stdin=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(["sh", "-c", script, AGAIN], stdin=subprocess.PIPE, start_new_session=True)
 
 
 def several() -> bool:
@@ -168,11 +162,9 @@ def several() -> bool:
 
 def is_first() -> bool:
     """Whether this process writes for all."""
-    if not several():
-        return True
     import jax
 
-    return jax.process_index() == 0
+    return not several() or jax.process_index() == 0
 
 
 def from_first(make: Callable[[], Json]) -> Json:
@@ -181,20 +173,18 @@ def from_first(make: Callable[[], Json]) -> Json:
         return make()
     import numpy as np
 
-    said = _attempt(make) if is_first() else b""
-    size = int(arrays_from_first(np.int32(len(said))))
-    said = arrays_from_first(np.frombuffer(said.ljust(size, b"\0"), np.uint8))
-    value, error = json.loads(bytes(said))
+    said = [None, None]
+    if is_first():
+        try:
+            said[0] = make()
+        except (RunError, UsageError) as error:
+            said[1] = str(error)
+    text = json.dumps(said).encode()
+    size = int(arrays_from_first(np.int32(len(text))))
+    value, error = json.loads(bytes(arrays_from_first(np.frombuffer(text.ljust(size)[:size], np.uint8))))
     if error is not None:
         raise RunError(error)
     return value
-
-
-def _attempt(make: Callable) -> bytes:
-    try:
-        return json.dumps([make(), None]).encode()
-    except (RunError, UsageError) as error:
-        return json.dumps([None, str(error)]).encode()
 
 
 def arrays_from_first(tree: Any) -> Any:
@@ -228,7 +218,7 @@ def leave(main: Callable[[], int]):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")
-    listener.start()
+    handle(listener)
     try:
         code = main()
     except Exception:

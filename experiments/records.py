@@ -1,14 +1,15 @@
 """Files and folders of this program's own: written whole or not at all, and never through somebody else's link."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from experiments.errors import RunError
 
@@ -24,42 +25,36 @@ def refuse_links(*paths: Path):
             )
 
 
-def make_folder(path: Path, option: str = "--out") -> list[Path]:
-    """Makes a folder that is not there, and tries to write to it; `option` sets another.
-
-    Returns:
-        What was made, the innermost first: `remove_empty` takes it back.
+@contextlib.contextmanager
+def folder(path: Path, option: str = "--out") -> Iterator[Path]:
+    """Makes a folder that is not there, tries to write to it, and takes it back if nothing was written in the end.
 
     Raises:
-        RunError: if that fails.
+        RunError: if that fails; `option` sets another folder.
     """
-    made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+    made = [place for place in (path, *path.parents) if not os.path.lexists(place)]
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        remove_empty(made)
-        raise RunError(f"cannot write to {path} ({error.strerror}): give another {option}") from error
-    return made
-
-
-def remove_empty(folders: Iterable[Path]):
-    """Removes these folders, the innermost first, as far as nothing is in them."""
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+        except OSError as error:
+            raise RunError(f"cannot write to {path} ({error.strerror}): give another {option}") from error
+        yield path
+    finally:
+        with contextlib.suppress(OSError):
+            for place in made:
+                place.rmdir()
 
 
 def new_folder(parent: Path, name: str) -> Path:
     """Makes `parent/<date>-<time>-<name>`, numbered if it exists; raises a RunError if it cannot be written."""
-    make_folder(parent)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    for number in range(1, 1000):
-        with contextlib.suppress(FileExistsError):
-            folder = parent / "-".join([stamp, name] + [str(number)] * (number > 1))
-            folder.mkdir()
-            return folder
-    raise RunError(f"{parent} holds a thousand runs of this second")
+    with folder(parent):
+        for number in itertools.count(1):
+            path = parent / "-".join([stamp, name] + [str(number)] * (number > 1))
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                return path
 
 
 @contextlib.contextmanager
@@ -67,6 +62,8 @@ def explained(path: Path) -> Iterator[None]:
     """Turns what a disk refuses into a RunError."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise RunError(f"{path} was removed while it was written: the same command begins again") from error
     except OSError as error:
         raise RunError(
             f"cannot write to {path} ({error.strerror}): free some space, or mend its permissions; the same command"
@@ -74,70 +71,38 @@ def explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write(path: Path, content: str | bytes | Callable[[BinaryIO], Any]):
-    """Puts this, or what a function writes, in place of what is in a file: all or nothing, or a RunError."""
-    content = content.encode() if isinstance(content, str) else content
-    put = content if callable(content) else lambda file: file.write(content)
+def write(path: Path, content: str | bytes):
+    """Puts this in place of what is in a file: all or nothing, or a RunError."""
     draft = path.with_name(path.name + ".draft")
     with explained(path):
         draft.unlink(missing_ok=True)
         try:
             with draft.open("xb") as file:
-                put(file)
-                file.flush()
-                os.fsync(file.fileno())
+                file.write(content.encode() if isinstance(content, str) else content)
+                sync(file)
             draft.replace(path)
         except BaseException:
             draft.unlink(missing_ok=True)
             raise
 
 
-class Writer:
-    """Appends records to a file, each complete on the disk before the next; `past` replaces what is in it."""
+def append(path: Path, record: Mapping[str, Any]):
+    """Adds a record to a file that must be there still, complete before the next; or raises a RunError."""
+    with explained(path), path.open("r+b") as file:
+        file.seek(0, os.SEEK_END)
+        file.write(line(record).encode())
 
-    def __init__(self, path: Path, past: Iterable[Mapping[str, Any]] = ()):
-        self.path = path
-        write(path, "".join(map(line, past)))
-        with explained(path):
-            self._file = path.open("ab")
 
-    def __enter__(self) -> "Writer":
-        return self
+def sync(file: Any):
+    """Returns when all that was written to a file would outlive a failure of the machine."""
+    file.flush()
+    os.fsync(file.fileno())
 
-    def __exit__(self, *error):
-        # What a full disk refused is refused again on closing; it has been said once.
-        with contextlib.suppress(OSError):
-            self._file.close()
 
-    def write(self, record: Mapping[str, Any]):
-        """Appends one record; numbers that are not finite become null, since JSON has none.
-
-        Raises:
-            RunError: if the disk does not take it, or the file is no longer where it was.
-        """
-        with explained(self.path):
-            self._file.write(line(record).encode())
-            self._file.flush()
-            self._check_there()
-
-    def fileno(self) -> int:
-        """Of the open file."""
-        return self._file.fileno()
-
-    def sync(self):
-        """Returns when all records would outlive a failure of the machine."""
-        with explained(self.path):
-            os.fsync(self.fileno())
-            self._check_there()
-
-    def _check_there(self):
-        # The system keeps a removed file for those who have it open, and lets them write on.
-        try:
-            there = os.path.samestat(os.stat(self.path), os.fstat(self.fileno()))
-        except FileNotFoundError:
-            there = False
-        if not there:
-            raise RunError(f"{self.path} was removed or replaced while it was written: the same command begins again")
+def line(record: Mapping[str, Any]) -> str:
+    """A record as it is written, with its end of line; numbers that are not finite become null, JSON has none."""
+    finite = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps({name: finite(value) for name, value in record.items()}) + "\n"
 
 
 def read(path: Path) -> list[Record]:
@@ -155,18 +120,26 @@ def read_whole(path: Path) -> tuple[list[Record], bool]:
     except OSError as error:
         raise RunError(f"cannot read {path} ({error.strerror})") from error
     records = []
-    for text in lines:
-        try:
+    with contextlib.suppress(ValueError, RecursionError):
+        for text in lines:
             record = json.loads(text)
-        except (ValueError, RecursionError):
-            break
-        if not (text.endswith(b"\n") and isinstance(record, dict)):
-            break
-        records.append(record)
+            if not (text.endswith(b"\n") and isinstance(record, dict)):
+                break
+            records.append(record)
     return records, len(records) < len(lines)
 
 
-def line(record: Mapping[str, Any]) -> str:
-    """A record as it is written, with its end of line."""
-    finite = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value
-    return json.dumps({name: finite(value) for name, value in record.items()}) + "\n"
+def where(rows: Sequence[Record], **about: Any) -> list[Record]:
+    """The rows with these values, by seed; a row may lack a column that is to be None."""
+    chosen = [row for row in rows if all(row.get(name) == value for name, value in about.items())]
+    return sorted(chosen, key=lambda row: row.get("seed", 0))
+
+
+def column(rows: Sequence[Record], name: str, **about: Any) -> list[Any]:
+    """A column of these rows, by seed."""
+    return [row[name] for row in where(rows, **about)]
+
+
+def distinct(rows: Sequence[Record], name: str) -> list[Any]:
+    """The values of a column, in order."""
+    return sorted({row[name] for row in rows})

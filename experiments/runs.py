@@ -26,7 +26,6 @@ from experiments.signals import listener
 from experiments.train import is_record, refuse_divergence, train
 
 if TYPE_CHECKING:
-    from experiments.checkpoints import Checkpoints
     from experiments.step import Stepper, TrainState
 
 METRICS = "metrics.jsonl"
@@ -55,8 +54,8 @@ def run(config: TrainConfig, folder: Path, show: Callable[[Record], None] = lamb
         past = processes.from_first(lambda: stack.enter_context(opened(config, folder)))
         if past:
             refuse_divergence(past[-1])
-        if is_done(config, past):
-            return past
+            if past[-1]["kind"] == "epoch" and past[-1]["epoch"] == config.num_epochs:
+                return past
         return go_on(config, folder, past, show)
 
 
@@ -72,11 +71,6 @@ def settled(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, learning_rate=default_learning_rate(config)[0])
 
 
-def is_done(config: TrainConfig, past: list[Record]) -> bool:
-    """Whether the records end with those of the last epoch."""
-    return bool(past) and past[-1]["kind"] == "epoch" and past[-1]["epoch"] == config.num_epochs
-
-
 def num_steps(config: TrainConfig) -> int:
     """Optimizer steps in a run; reads the data set if that was not done."""
     return sum(epoch.steps for epoch in config.plan(1.0).epochs(len(stepper_of(config).train)))
@@ -84,15 +78,17 @@ def num_steps(config: TrainConfig) -> int:
 
 def go_on(config: TrainConfig, folder: Path, past: list[Record], show: Callable[[Record], None]) -> list[Record]:
     """Trains from the last checkpoint that is whole, or from the beginning."""
-    from experiments.checkpoints import Checkpoints
-
-    stepper, checkpoints = stepper_of(config), Checkpoints(folder / "checkpoints")
-    state, past = resume(stepper, config, checkpoints, past)
-    with writing(config, folder / METRICS, past) as writer, listener.waiting():
-        save = saver(config, stepper, checkpoints, writer)
-        for record in train(stepper, config.seed, config.learning_rate, state, tuple(past), save):
-            if writer:
-                writer.write(record)
+    saver, metrics = Saver(config, folder), folder / METRICS
+    state, step = saver.resume(past[-1]["step"] if past else 0)
+    past = [record for record in past if record["step"] <= step]
+    first = processes.is_first()
+    if first:
+        head = {"kind": "config", "format": FORMAT, **config.as_dict()}
+        records.write(metrics, "".join(map(records.line, (head, *past))))
+    with listener.waiting():
+        for record in train(stepper_of(config), config.seed, config.learning_rate, state, tuple(past), saver):
+            if first:
+                records.append(metrics, record)
                 show(record)
             past.append(record)
         signal, _ = processes.agree(listener.caught(), False)
@@ -101,86 +97,66 @@ def go_on(config: TrainConfig, folder: Path, past: list[Record], show: Callable[
     return past
 
 
-@contextlib.contextmanager
-def writing(config: TrainConfig, path: Path, past: list[Record]) -> Iterator[records.Writer | None]:
-    """A writer that goes on after these records; None in all processes but the first."""
-    if not processes.is_first():
-        yield None
-        return
-    with records.Writer(path, [{"kind": "config", "format": FORMAT, **config.as_dict()}, *past]) as writer:
-        yield writer
+class Saver:
+    """Keeps states: the last one, one before a signal's end, and others so many seconds apart."""
 
+    def __init__(self, config: TrainConfig, folder: Path):
+        from experiments.checkpoints import Checkpoints
 
-def resume(stepper: "Stepper", config: TrainConfig, checkpoints: "Checkpoints", past: list[Record]):
-    """The state to go on from, and the records up to it."""
-    state = stepper.init(config.seed)
-    arrays = stepper.arrays(state)
+        self._stepper, self._seconds, self._total = stepper_of(config), config.checkpoint_seconds, num_steps(config)
+        self._checkpoints, self._metrics = Checkpoints(folder / "checkpoints"), folder / METRICS
+        self._state, self._saved = self._stepper.init(config.seed), time.monotonic()
 
-    def restore() -> int:
-        nonlocal arrays
-        step, arrays = checkpoints.restore(past[-1]["step"] if past else 0, arrays)
-        # What comes after is made again.
-        checkpoints.keep(range(1, step + 1))
-        if config.checkpoint_seconds is not None:
-            checkpoints.check_room(arrays)
-        return step
+    def resume(self, at_most: int) -> tuple["TrainState", int]:
+        """The state to go on from, of so many steps at most, and its steps."""
+        arrays = self._stepper.arrays(self._state)
 
-    if step := processes.from_first(restore):
-        state = stepper.place(processes.arrays_from_first(arrays), state)
-        say(f"going on after step {step}")
-    return state, [record for record in past if record["step"] <= step]
+        def restore() -> int:
+            nonlocal arrays
+            step, arrays = self._checkpoints.restore(at_most, arrays)
+            # What comes after is made again.
+            self._checkpoints.keep(range(1, step + 1))
+            if self._seconds is not None:
+                self._checkpoints.check_room(arrays)
+            return step
 
+        if step := processes.from_first(restore):
+            self._state = self._stepper.place(processes.arrays_from_first(arrays), self._state)
+            say(f"going on after step {step}")
+        return self._state, step
 
-def saver(
-    config: TrainConfig, stepper: "Stepper", checkpoints: "Checkpoints", writer: records.Writer | None
-) -> Callable[["TrainState", int, bool], None]:
-    """A function that saves the last state, one before a signal's end, and others so many seconds apart."""
-    saved, seconds, total = time.monotonic(), config.checkpoint_seconds, num_steps(config)
-
-    def write(state: "TrainState", step: int):
-        writer.sync()
-        checkpoints.save(stepper.arrays(state), step)
-
-    def save(state: "TrainState", step: int, last: bool):
-        nonlocal saved
-        due = seconds is not None and time.monotonic() - saved >= seconds
+    def __call__(self, state: "TrainState", step: int, last: bool):
+        due = self._seconds is not None and time.monotonic() - self._saved >= self._seconds
         signal, due = processes.agree(listener.caught(), due)
-        if seconds is not None and (last or due or signal):
-            processes.from_first(lambda: write(state, step))
-            saved = time.monotonic()
-        if signal and seconds is None:
-            raise Stopped(signal, f"step {step} of {total} is not saved, for --checkpoint-seconds is none")
+        if self._seconds is not None and (last or due or signal):
+            processes.from_first(lambda: self._write(state, step))
+            self._saved = time.monotonic()
+        if signal and self._seconds is None:
+            raise Stopped(signal, f"step {step} of {self._total} is not saved, for --checkpoint-seconds is none")
         if signal:
             again = processes.AGAIN if processes.several() else "the same command goes on from there"
-            raise Stopped(signal, f"step {step} of {total} is saved; {again}")
+            raise Stopped(signal, f"step {step} of {self._total} is saved; {again}")
 
-    return save
+    def _write(self, state: "TrainState", step: int):
+        with records.explained(self._metrics), self._metrics.open("r+b") as file:
+            records.sync(file)
+        self._checkpoints.save(self._stepper.arrays(state), step)
 
 
 @contextlib.contextmanager
 def opened(config: TrainConfig, folder: Path) -> Iterator[list[Record]]:
-    """Makes the folder of a run, tries to write there, and keeps other runs out; gives the records that it holds.
-
-    What was made is removed if nothing was written to it.
-    """
+    """Makes the folder of a run, tries to write there, and keeps other runs out; gives the records that it holds."""
     records.refuse_links(folder, folder / METRICS, folder / "checkpoints")
-    made = records.make_folder(folder)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        take(lock, folder)
-        yield recover(config, folder / METRICS)
-    finally:
-        os.close(lock)
-        records.remove_empty(made)
-
-
-def take(lock: int, folder: Path):
-    """Takes a lock on a folder, or says who has it."""
-    try:
-        # The system lifts it when the process ends, in whichever way.
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise RunError(f"another run is writing to {folder}: wait for it, or give another --out") from error
+    with records.folder(folder):
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            # The system lifts it when the process ends, in whichever way.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield recover(config, folder / METRICS)
+        except BlockingIOError as error:
+            raise RunError(f"another run is writing to {folder}: wait for it, or give another --out") from error
+        finally:
+            os.close(lock)
 
 
 def recover(config: TrainConfig, path: Path) -> list[Record]:
@@ -232,19 +208,12 @@ class Runner:
 
     def __call__(self, config: TrainConfig, name: str) -> list[Record]:
         """The records of a run, which is called so on the screen. One that diverged has no last epoch."""
-        folder, task = folder_of(config), None
-
-        def show(record: Record):
-            nonlocal task
-            if task is None:
-                task = self._bars.start(name, num_steps(config))
-            self._bars.see(task, record)
-
+        folder, show = folder_of(config), self._bars.follow(name, lambda: num_steps(config))
         try:
             return run(config, folder, show)
         except Diverged:
             return records.read(folder / METRICS)[1:]
         finally:
-            if task is not None and self._tell:
-                self._bars.finish(task)
+            if show.seen and self._tell:
+                show.finish()
                 say(f"{name}: {folder}")

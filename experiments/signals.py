@@ -2,11 +2,18 @@
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from experiments.errors import Stopped
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+
+def handle(handler: Callable | signal.Handlers):
+    """Lets signals do this; what is ignored, as Ctrl-C is by a background process, stays ignored."""
+    for number in NUMBERS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 class Listener:
@@ -15,13 +22,7 @@ class Listener:
     def __init__(self):
         self._waits, self._caught = False, 0
 
-    def start(self):
-        """From now on; what is ignored, as Ctrl-C is by a background process, stays ignored."""
-        for number in NUMBERS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._hear)
-
-    def _hear(self, number, frame):
+    def __call__(self, number, frame):
         before, self._caught = self._caught, number
         if before or not self._waits:
             raise Stopped(number)
@@ -47,9 +48,7 @@ listener = Listener()
 def deadly() -> Iterator[None]:
     """Within, signals do what the system does, also to code that does not come back to Python for minutes."""
     before = {number: signal.getsignal(number) for number in NUMBERS}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+    handle(signal.SIG_DFL)
     try:
         yield
     finally:

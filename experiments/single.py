@@ -2,44 +2,33 @@
 
 from experiments import processes, runs
 from experiments.config import TrainConfig
-from experiments.console import TrainingBars, fit, say, training_bars
+from experiments.console import TrainingBars, fit, say
 from experiments.problems import default_learning_rate
 from experiments.records import Record
 
 
 def run_single(config: TrainConfig):
     """Trains as configured, or what is left of it; prints a line per epoch, and where the records are."""
-    note, given = "", config
-    if (config := runs.settled(given)) != given:
-        rate, problem = default_learning_rate(given)
-        note = f"learning rate {rate:g}, the best of {config.optimizer} on {problem}; --learning-rate sets another"
+    given, config = config, runs.settled(config)
     folder = runs.folder_of(config)
-    with training_bars() as bars:
-        display = Display(config, bars, note)
-        records = runs.run(config, folder, display)
-    if not processes.is_first():
-        return
-    if not display.seen:
-        say(f"done before: {describe(records[-1], config.num_epochs)}")
-    say(f"records: {folder / runs.METRICS}")
+    with TrainingBars() as bars:
+        bar = bars.follow(config.optimizer, lambda: runs.num_steps(config))
 
+        def show(record: Record):
+            if not bar.seen and config != given:
+                rate, problem = default_learning_rate(given)
+                say(
+                    f"learning rate {rate:g}, the best of {config.optimizer} on {problem}; --learning-rate sets another"
+                )
+            bar(record)
+            if record["kind"] == "epoch":
+                say(describe(record, config.num_epochs))
 
-class Display:
-    """Shows the new records of a run: each step on a bar, each epoch as a line; and a note before the first."""
-
-    def __init__(self, config: TrainConfig, bars: TrainingBars, note: str):
-        self.seen, self._config, self._bars, self._note, self._task = 0, config, bars, note, None
-
-    def __call__(self, record: Record):
-        # Images and compiled functions are there by now; a run that was done before needs neither, and no bar.
-        if not self.seen:
-            if self._note:
-                say(self._note)
-            self._task = self._bars.start(self._config.optimizer, runs.num_steps(self._config))
-        self.seen += 1
-        self._bars.see(self._task, record)
-        if record["kind"] == "epoch":
-            say(describe(record, self._config.num_epochs))
+        records = runs.run(config, folder, show)
+    if processes.is_first():
+        if not bar.seen:
+            say(f"done before: {describe(records[-1], config.num_epochs)}")
+        say(f"records: {folder / runs.METRICS}")
 
 
 def describe(record: Record, epochs: int) -> str:

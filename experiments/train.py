@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 
 from experiments.errors import Diverged
 from experiments.records import Record
-from experiments.timing import step_seconds
 
 if TYPE_CHECKING:
     from experiments.step import Stepper, TrainState
+
+# One refresh of `cblr`'s curvature with its default interval falls into every window of this many steps.
+WINDOW = 10
 
 
 def train(
@@ -50,31 +52,42 @@ def train(
 
     for epoch in epochs[judged:]:
         place = {"epoch": epoch.number + 1, "batch_size": epoch.batch_size}
-
-        ### Learn
         steps = [record for record in past if record["step"] > epoch.first_step]
         order = stepper.shuffle(state, epoch.number)
         for batch in range(len(steps), epoch.steps):
-            rate = float(epoch.learning_rates[batch])
             before = time.perf_counter()
             # Waiting for each step costs little at batches this large, and makes its seconds and its loss its own.
             state, metrics = stepper.step(state, order, epoch, batch)
-            seconds = time.perf_counter() - before
-            step = epoch.first_step + batch + 1
-            record = {"kind": "step", "step": step, **place, "learning_rate": rate, **metrics, "seconds": seconds}
+            metrics |= {"seconds": time.perf_counter() - before}
+            step, rate = epoch.first_step + batch + 1, float(epoch.learning_rates[batch])
+            record = {"kind": "step", "step": step, **place, "learning_rate": rate, **metrics}
             steps.append(record)
             yield record
             refuse_divergence(record)
             save(state, step, step == total)
 
-        ### Judge
-        loss, accuracy = (statistics.fmean(record[name] for record in steps) for name in ("loss", "accuracy"))
+        means = {name: statistics.fmean(record[name] for record in steps) for name in ("loss", "accuracy")}
         test_loss, test_accuracy = stepper.evaluate(state)
-        yield {
-            **{"kind": "epoch", "step": steps[-1]["step"], **place, "learning_rate": steps[-1]["learning_rate"]},
-            **{"loss": loss, "accuracy": accuracy, "test_loss": test_loss, "test_accuracy": test_accuracy},
-            "images_per_second": epoch.batch_size / step_seconds(steps),
-        }
+        last = {"step": steps[-1]["step"], **place, "learning_rate": steps[-1]["learning_rate"]}
+        test = {"test_loss": test_loss, "test_accuracy": test_accuracy}
+        speed = epoch.batch_size / step_seconds(steps)
+        yield {"kind": "epoch", **last, **means, **test, "images_per_second": speed}
+
+
+def step_seconds(steps: Sequence[Record]) -> float:
+    """Median over windows of steps of their mean duration, without the steps that compiled.
+
+    A plain median would never see the one step in ten that estimates curvature, and a plain mean sees every hiccup of
+    the machine.
+
+    Example:
+        >>> steps = [{"seconds": 9.0, "compiled": True}] + [{"seconds": 0.1, "compiled": False}] * 19
+        >>> round(step_seconds(steps + [{"seconds": 0.2, "compiled": False}]), 6)
+        0.105
+    """
+    rest = [step["seconds"] for step in steps if not step["compiled"]] or [steps[-1]["seconds"]]
+    windows = [rest[i : i + WINDOW] for i in range(0, len(rest) - WINDOW + 1, WINDOW)] or [rest]
+    return statistics.median(statistics.fmean(window) for window in windows)
 
 
 def is_record(record: Record) -> bool:

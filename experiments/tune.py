@@ -15,7 +15,7 @@ from experiments import problems, records
 from experiments.commands import TuneConfig
 from experiments.compare import Outcome, outcome
 from experiments.config import TrainConfig
-from experiments.console import say, show_table, training_bars
+from experiments.console import TrainingBars, say, show_table
 from experiments.problems import GRID_FACTOR, GRID_POINTS, PROBLEMS, Problem
 from experiments.runs import Runner
 
@@ -25,29 +25,19 @@ def tune(config: TuneConfig):
     problem = PROBLEMS[config.problem]
     problem = problem.change(holdout=problem.holdout, data_dir=config.data_dir, out=config.out)
     results = Results(config.file or problems.TUNED_FILE, config.problem, settings(problem), config.again)
-    made = records.make_folder(results.path.parent, "--file")
-    try:
-        with training_bars() as bars:
-            for method in config.methods:
-                tune_method(method, problem, results, Runner(bars))
-    finally:
-        records.remove_empty(made)
+    with records.folder(results.path.parent, "--file"), TrainingBars() as bars:
+        run = Runner(bars)
+        for method in config.methods:
+            for rate in problem.grid(method):
+                if all(trial["learning_rate"] != rate for trial in results.trials(method)):
+                    one = dataclasses.replace(problem.config, optimizer=method, learning_rate=rate)
+                    seeds = [dataclasses.replace(one, seed=seed) for seed in range(problem.tune_seeds)]
+                    name = f"{method:>13} {rate:<8g}"
+                    result = trial(rate, [outcome(seed, run(seed, name), problem.target) for seed in seeds])
+                    results.add(method, result)
+                    say(f"{method} at {rate:g}: {result['accuracy']:.2%} of the held-out images right")
     show(problem, {method: results.trials(method) for method in config.methods})
     say(f"results: {results.path}")
-
-
-def tune_method(method: str, problem: Problem, results: "Results", run: Runner):
-    """Runs the missing trials of one method, all with the same compiled step."""
-    for rate in problem.grid(method):
-        if results.has(method, rate):
-            continue
-        outcomes = []
-        for seed in range(problem.tune_seeds):
-            one = dataclasses.replace(problem.config, optimizer=method, learning_rate=rate, seed=seed)
-            outcomes.append(outcome(one, run(one, f"{method:>13} {rate:<8g}"), problem.target))
-        result = trial(rate, outcomes)
-        results.add(method, result)
-        say(f"{method} at {rate:g}: {result['accuracy']:.2%} of the held-out images right")
 
 
 def trial(rate: float, outcomes: Sequence[Outcome]) -> dict:
@@ -64,9 +54,12 @@ def best(trials: Sequence[dict]) -> dict:
 
 def settings(problem: Problem) -> dict:
     """What a trial depends on, besides its method and learning rate: all that is not as usual."""
+    own = ("data_dir", "out")
     usual = TrainConfig().as_dict()
-    fields = {name: value for name, value in problem.config.as_dict().items() if value != usual[name]}
-    return {**{n: v for n, v in fields.items() if n not in ("data_dir", "out")}, "seeds": problem.tune_seeds}
+    fields = {
+        name: value for name, value in problem.config.as_dict().items() if value != usual[name] and name not in own
+    }
+    return {**fields, "seeds": problem.tune_seeds}
 
 
 class Results:
@@ -76,26 +69,22 @@ class Results:
     """
 
     def __init__(self, path: Path, problem: str, settings: dict, again: bool):
-        self.path, self.problem = path, problem
-        self.everything = problems.load_tuned(path)
-        entry = self.everything.get(problem)
+        self.path, self._everything = path, problems.load_tuned(path)
+        entry = self._everything.get(problem)
         if again or entry is None or entry["settings"] != settings:
-            self.everything[problem] = {"settings": settings, "methods": {}}
+            entry = self._everything[problem] = {"settings": settings, "methods": {}}
+        self._methods = entry["methods"]
 
     def trials(self, method: str) -> list[dict]:
         """The trials of a method, by learning rate."""
-        entry = self.everything[self.problem]["methods"].get(method, {"trials": []})
-        return sorted(entry["trials"], key=lambda trial: trial["learning_rate"])
-
-    def has(self, method: str, rate: float) -> bool:
-        """Whether a trial is in the file."""
-        return any(trial["learning_rate"] == rate for trial in self.trials(method))
+        trials = self._methods[method]["trials"] if method in self._methods else []
+        return sorted(trials, key=lambda trial: trial["learning_rate"])
 
     def add(self, method: str, trial: dict):
         """Adds a trial, and writes the file whole or not at all."""
         trials = [*self.trials(method), trial]
-        self.everything[self.problem]["methods"][method] = {"best": best(trials)["learning_rate"], "trials": trials}
-        records.write(self.path, json.dumps(self.everything, indent=1) + "\n")
+        self._methods[method] = {"best": best(trials)["learning_rate"], "trials": trials}
+        records.write(self.path, json.dumps(self._everything, indent=1) + "\n")
 
 
 def show(problem: Problem, trials: dict[str, list[dict]]):

@@ -34,10 +34,10 @@ def bench(config: BenchConfig):
         images = TrainConfig(dataset=config.dataset or "digits", data_dir=config.data_dir, batch_size=128)
         options["dataset"] = data.load(images)
     points, path = [], records.new_folder(config.out, f"bench-{config.table}") / "table.jsonl"
-    with records.Writer(path) as writer, measure.without_compilation_cache(), live_table(title(config)) as (add, tell):
-        writer.write({"kind": "config", **fields, **table.machine()})
+    records.write(path, records.line({"kind": "config", **fields, **table.machine()}))
+    with measure.without_compilation_cache(), live_table(title(config)) as (add, tell):
         for row in TABLES[config.table](say=tell, **options):
-            writer.write(row.record())
+            records.append(path, row.record())
             points.append(row.data)
             add(row)
     if config.table == "estimators":

@@ -1,10 +1,11 @@
 """What a figure is, and what it works with."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from experiments.commands import Preset
@@ -25,6 +26,12 @@ BASES = {
     "cpu": {**SMALL, **CPU},
     "paper": {**COMMON, "dataset": "cifar10", "init": "pytorch", "micro_batch_size": 1024},
 }
+# The layer of Figure 3: AlexNet's first fully connected one.
+LAYER = "linears/0/kernel"
+STRIDES = ("parameter_stride", "loss_stride")
+# Columns of figures, with their axes.
+TEST_LOSS = ("test_loss", "test loss (nats per image)")
+TEST_ACCURACY = ("test_accuracy", "test accuracy (%)")
 
 
 class Claim(NamedTuple):
@@ -48,25 +55,33 @@ class Place:
         return TrainConfig(**{**BASES[self.preset], "data_dir": self.data_dir, "out": self.out, **changes})
 
 
-class Measurement(NamedTuple):
-    """The gradients that a figure takes which trains nothing: of which network, of how many images, in which chunks."""
-
-    config: TrainConfig
-    chunk: int
-    images: int
-
-
 class Figure:
-    """One figure of the paper: its number there, what it shows, the paper's claim, and panels side by side."""
+    """One figure of the paper: its number there, what it shows, the paper's claim, and panels side by side.
+
+    A figure of runs says which they are in `grid`; one that only measures says in `measurement` what that takes: the
+    gradients of which network, in chunks of how many images, of how many in all.
+    """
 
     number: int
     title: str
     claim: str
     panels = 1
+    # What tells the runs apart, as columns of the rows.
+    keys: tuple[str, ...] = ()
+
+    def grid(self, place: Place) -> dict[tuple, TrainConfig]:
+        """The runs, by the values of `keys`, as far as they are known beforehand."""
+        del place
+        return {}
+
+    def measurement(self, place: Place) -> tuple[TrainConfig, int, int] | None:
+        """What it takes that is no run."""
+        del place
 
     def rows(self, place: Place, trained: Trained) -> Iterable[Row]:
         """The numbers, from a place and a function that gives the records of a run."""
-        raise NotImplementedError
+        for key, config in self.grid(place).items():
+            yield from run_rows(trained(config), dict(zip(self.keys, key, strict=True)))
 
     def judge(self, rows: Sequence[Row]) -> list[Claim]:
         """The claims, from the numbers."""
@@ -80,19 +95,32 @@ class Figure:
         """What was chosen where the paper leaves it open."""
         raise NotImplementedError
 
-    def runs(self, place: Place) -> list[TrainConfig]:
-        """The configurations whose records `rows` will ask for, as far as they are known beforehand."""
-        del place
-        return []
-
-    def measurement(self, place: Place) -> Measurement | None:
-        """What it takes, if that is no run."""
-        del place
-
     @property
     def name(self) -> str:
         """Of its files."""
         return f"figure-{self.number:02d}"
+
+
+def run_rows(records: Sequence[Row], about: Row) -> Iterator[Row]:
+    """A row for each epoch of a run, with the means of its probes over the epoch's steps, and a `final` one."""
+    names = ("epoch", "step", "loss", "accuracy", "test_loss", "test_accuracy")
+    for record in records:
+        if record["kind"] == "epoch":
+            own = [step for step in records if (step["kind"], step["epoch"]) == ("step", record["epoch"])]
+            row = {**about, **{name: record[name] for name in names}, "steps": len(own)}
+            if any(STRIDES[0] in name for name in own[0]):
+                means = {f"mean_{name}": float(np.mean([r[f"{name}/{LAYER}"] for r in own])) for name in STRIDES}
+                row |= {**means, "learning_rate": own[0]["learning_rate"]}
+            yield row
+    last = last_epoch(records)
+    yield {**about, "final": True, **{name: last[name] for name in names[1:]}}
+
+
+def last_epoch(records: Sequence[Row]) -> Row:
+    """The last epoch of a run; of one that diverged, an accuracy of 0 and no loss."""
+    if records[-1]["kind"] == "epoch":
+        return records[-1]
+    return {**records[-1], "accuracy": 0.0, "test_accuracy": 0.0, "loss": None, "test_loss": None}
 
 
 def count(number: int, noun: str) -> str:
@@ -110,8 +138,8 @@ def describe(config: TrainConfig, init: str | None = None) -> str:
     images = f"the first {config.train_images:,}" if config.train_images else "all"
     dropout = f" dropout {config.dropout:g}," if config.model == "alexnet" else ""
     return (
-        f"{config.model} at width {config.width:g}, {init or config.init} initialisation, {images} training images of"
-        f" {config.dataset} at {config.image_size} pixels,{dropout}"
+        f"{config.model} at width {config.width:g}, {init or config.init} initialisation, {images} training images"
+        f" of {config.dataset} at {config.image_size} pixels,{dropout}"
         f" {'crops and flips' if config.augment else 'no augmentation'}, momentum {config.momentum:g}, weight decay"
         f" {config.weight_decay:g}, {config.schedule} learning rate"
     )

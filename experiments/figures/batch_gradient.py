@@ -15,9 +15,9 @@ from scipy import optimize
 
 from experiments import plots
 from experiments.figures import statistics
-from experiments.figures.base import Claim, Figure, Measurement, Place, count, describe
+from experiments.figures.base import Claim, Figure, Place, count, describe
 from experiments.figures.first_step import first_step, linear_kernel, mean_abs
-from experiments.figures.rows import column, distinct
+from experiments.records import column, distinct
 
 # The paper's largest batch is 60000; CIFAR-10 has 50000 training images.
 SIZES = {"smoke": (32, 64, 128, 256, 512), "cpu": (*(2**k for k in range(5, 16)), 50_000)}
@@ -124,7 +124,7 @@ class BatchGradient(Figure):
     def measurement(self, place):
         sizes, chunk = SIZES[place.preset], CHUNK[place.preset]
         images = max(sizes) + sum(REPEATS * size for size in sizes if size < chunk)
-        return Measurement(config(place, 0), chunk, SEEDS[place.preset] * images)
+        return config(place, 0), chunk, SEEDS[place.preset] * images
 
 
 FIGURES = (BatchGradient(),)

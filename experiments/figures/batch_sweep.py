@@ -5,15 +5,13 @@ the paper gives no rule by which its rate changes. A second arm, with the rate g
 warm-up, tells how much of Figure 1 is the fixed rate.
 """
 
-import collections
-
 import numpy as np
 from matplotlib.ticker import LogFormatter
 
 from experiments import plots
 from experiments.figures import statistics
-from experiments.figures.base import Claim, Figure, Place, count, describe
-from experiments.figures.rows import column, distinct, epoch_rows, fluctuation, last_epoch, lines, where
+from experiments.figures.base import TEST_LOSS, Claim, Figure, Place, count, describe
+from experiments.records import column, distinct, where
 
 SIZES = {
     "smoke": (128, 256, 512),
@@ -35,36 +33,30 @@ def config(place: Place, batch: int, seed: int, arm: str = "fixed"):
     return place.config(batch_size=batch, epochs=epochs, seed=seed, **changes)
 
 
-def sweep(place: Place, arm: str = "fixed"):
-    """All runs of one arm, by batch size and seed; every second batch size has to do for the growing rate."""
-    batches = SIZES[place.preset] if arm == "fixed" else SIZES[place.preset][::2]
-    return {(b, seed): config(place, b, seed, arm) for b in batches for seed in range(SEEDS[place.preset])}
+class Sweep(Figure):
+    """Runs at all batch sizes; every second one has to do for the growing rate."""
+
+    keys = ("arm", "batch_size", "seed")
+    arms = ("fixed",)
+
+    def grid(self, place):
+        sizes = {"fixed": SIZES[place.preset], "root": SIZES[place.preset][::2]}
+        keys = [(a, b, seed) for a in self.arms for b in sizes[a] for seed in range(SEEDS[place.preset])]
+        return {(arm, batch, seed): config(place, batch, seed, arm) for arm, batch, seed in keys}
+
+    def settings(self, place):
+        return (
+            f"{describe(config(place, 32, 0))}, {RATE} at every batch size; {EPOCHS[place.preset]} epochs,"
+            f" {count(SEEDS[place.preset], 'seed')} (points, or line and range); strides are of the first fully"
+            " connected layer."
+        )
 
 
-def settings(place: Place) -> str:
-    """The small print of all three."""
-    return (
-        f"{describe(config(place, 32, 0))}, {RATE} at every batch size; {EPOCHS[place.preset]} epochs,"
-        f" {count(SEEDS[place.preset], 'seed')} (points, or line and range); strides are of the first fully connected"
-        " layer."
-    )
-
-
-class FinalAccuracy(Figure):
+class FinalAccuracy(Sweep):
     """Where the runs of both arms end."""
 
     number, title, claim = 1, "Final accuracy against batch size", "Accuracy falls as the batch grows."
-    settings = staticmethod(settings)
-
-    def runs(self, place):
-        return [configuration for arm in ARMS for configuration in sweep(place, arm).values()]
-
-    def rows(self, place, trained):
-        for arm in ARMS:
-            for (batch, seed), configuration in sweep(place, arm).items():
-                last = last_epoch(trained(configuration))
-                results = {name: last[name] for name in ("step", "accuracy", "test_accuracy", "test_loss")}
-                yield {"arm": arm, "batch_size": batch, "seed": seed, **results}
+    arms = tuple(ARMS)
 
     def judge(self, rows):
         claims = []
@@ -72,7 +64,7 @@ class FinalAccuracy(Figure):
             ("fixed", "The final accuracy falls with the batch size."),
             ("root", "It does so with the learning rate grown by the root of the batch (ours)."),
         ):
-            own = where(rows, arm=arm)
+            own = where(rows, arm=arm, final=True)
             batches, diverged = distinct(own, "batch_size"), sum(row["test_loss"] is None for row in own)
             ends = [column(own, "test_accuracy", batch_size=batch) for batch in (batches[0], batches[-1])]
             lost = statistics.difference(*ends)
@@ -89,37 +81,22 @@ class FinalAccuracy(Figure):
         return claims
 
     def draw(self, axes, rows):
-        in_order = sorted(rows, key=lambda row: row["batch_size"])
-        plots.curves(axes[0], lines(in_order, "arm", ARMS, "test_accuracy", 100, x="batch_size"))
-        plots.batch_axis(axes[0], distinct(rows, "batch_size"))
-        plots.name_axes(axes[0], "batch size (images)", "final test accuracy (%), 0 if diverged")
+        ends = sorted(where(rows, final=True), key=lambda row: row["batch_size"])
+        accuracy = "test_accuracy", "final test accuracy (%), 0 if diverged"
+        plots.lines(axes[0], ends, ("arm", ARMS), "batch_size", accuracy, 100)
 
 
-class OverEpochs(Figure):
+class OverEpochs(Sweep):
     """A column over epochs, a line per batch size of the fixed rate."""
 
-    column: str
-    label: str
-    settings = staticmethod(settings)
-
-    def runs(self, place):
-        return list(sweep(place).values())
-
-    def rows(self, place, trained):
-        for (batch, seed), configuration in sweep(place).items():
-            yield from epoch_rows(trained(configuration), {"batch_size": batch, "seed": seed})
-
-    def lines(self, rows):
-        """One per batch size."""
-        return lines(rows, "batch_size", {b: f"batch {b}" for b in distinct(rows, "batch_size")}, self.column)
+    column: tuple[str, str]
 
     def draw(self, axes, rows):
-        [panel] = axes
-        plots.curves(panel, self.lines(rows))
-        panel.set_yscale("log")
+        labels = {batch: f"batch {batch}" for batch in distinct(rows, "batch_size")}
+        plots.lines(axes[0], where(rows, final=None), ("batch_size", labels), "epoch", self.column)
+        axes[0].set_yscale("log")
         # Within a decade the powers of ten that are usually written say nothing.
-        panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
-        plots.name_axes(panel, "epoch", self.label)
+        axes[0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
 
 
 class Path(OverEpochs):
@@ -127,13 +104,15 @@ class Path(OverEpochs):
 
     number, title = 5, "Parameter stride in each epoch"
     claim = "The area below the curve, the parameters' searching space, falls with the batch size."
-    column, label = "mean_parameter_stride", "mean |parameter step| (parameter units)"
+    column = "mean_parameter_stride", "mean |parameter step| (parameter units)"
 
     def judge(self, rows):
-        area, path, last = collections.defaultdict(float), collections.defaultdict(float), {}
-        for row in rows:
-            run, stride = (row["batch_size"], row["seed"]), row[self.column]
-            area[run], path[run], last[run] = area[run] + stride, path[run] + stride * row["steps"], stride
+        area, path, last = {}, {}, {}
+        for row in where(rows, final=None):
+            run, stride = (row["batch_size"], row["seed"]), row["mean_parameter_stride"]
+            area[run] = area.get(run, 0) + stride
+            path[run] = path.get(run, 0) + stride * row["steps"]
+            last[run] = stride
         claims = []
         for values, statement in (
             (area, "The area below the curve of the mean stride per epoch falls with the batch size."),
@@ -151,12 +130,14 @@ class Loss(OverEpochs):
 
     number, title = 8, "Loss curves"
     claim = "Loss fluctuates much at small and large batch sizes, little at medium ones."
-    column, label = "test_loss", "test loss (nats per image)"
+    column = TEST_LOSS
 
     def judge(self, rows):
-        batches = distinct(rows, "batch_size")
-        curves = zip(batches, self.lines(rows).values(), strict=True)
-        noise = {batch: [fluctuation([y for _, y in seed]) for seed in seeds] for batch, seeds in curves}
+        batches, noise = distinct(rows, "batch_size"), {}
+        for batch in batches:
+            runs = where(rows, batch_size=batch, final=None)
+            curves = [column(runs, "test_loss", seed=seed) for seed in distinct(runs, "seed")]
+            noise[batch] = [statistics.fluctuation(curve[: min(map(len, curves))]) for curve in curves]
         calm = min(batches[1:-1], key=lambda batch: np.mean(noise[batch]))
         claims = []
         for batch, word in ((batches[0], "small"), (batches[-1], "large")):

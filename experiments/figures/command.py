@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -11,7 +11,7 @@ import jax
 from experiments import plots, records
 from experiments.commands import FigureConfig, ReportConfig
 from experiments.config import TrainConfig
-from experiments.console import TrainingBars, say, show_table, training_bars
+from experiments.console import TrainingBars, say, show_table
 from experiments.errors import RunError
 from experiments.figures import (
     batch_gradient,
@@ -29,14 +29,8 @@ from experiments.figures.dry_run import dry_run
 from experiments.options import line
 from experiments.runs import Runner
 
-FIGURES: dict[int, Figure] = {
-    figure.number: figure
-    for module in (
-        *(batch_sweep, layer_radii, batch_gradient, first_epoch, parabola),
-        *(discard_ratio, discarding, small_start, median_rate),
-    )
-    for figure in module.FIGURES
-}
+MODULES = (batch_sweep, layer_radii, batch_gradient, first_epoch, parabola, discard_ratio, discarding, small_start)
+FIGURES: dict[int, Figure] = {figure.number: figure for module in (*MODULES, median_rate) for figure in module.FIGURES}
 
 
 def make_figures(config: FigureConfig):
@@ -44,15 +38,9 @@ def make_figures(config: FigureConfig):
     chosen, place = [FIGURES[number] for number in config.numbers], Place(config.preset, config.data_dir, config.out)
     if config.dry_run:
         return dry_run(chosen, place)
-    folder, compiled = results_folder(config), config.out / "compiled"
-    records.refuse_links(compiled)
-    made = records.make_folder(folder, "--results")
-    try:
-        with compiled_once(compiled):
-            for figure in chosen:
-                make(figure, place, folder, again(figure, config))
-    finally:
-        records.remove_empty(made)
+    with records.folder(results_folder(config), "--results") as folder, compiled_once(config.out / "compiled"):
+        for figure in chosen:
+            make(figure, place, folder, again(figure, config))
     page = line("report", ReportConfig(config.preset, config.out, config.results))
     say(f"figures: {folder}; one page of them all: {page}")
 
@@ -69,9 +57,9 @@ def results_folder(config: FigureConfig | ReportConfig) -> Path:
 @contextlib.contextmanager
 def compiled_once(folder: Path) -> Iterator[None]:
     """Keeps what is compiled, unless the user does: arms that differ in their rates or lengths compile the same."""
+    records.refuse_links(folder)
     before = jax.config.jax_compilation_cache_dir
-    if before is None:
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_dir", before or str(folder))
     try:
         yield
     finally:
@@ -87,12 +75,18 @@ def again(figure: Figure, config: FigureConfig | ReportConfig) -> str:
 def make(figure: Figure, place: Place, folder: Path, again: str):
     """Makes one figure; its files are written once all of it is there."""
     start = time.perf_counter()
-    with training_bars() as bars:
-        task, rows = bars.start(f"figure {figure.number:>2}", None), []
-        for row in figure.rows(place, trainer(figure, place, bars)):
+    with TrainingBars() as bars:
+        run, numbers, total = Runner(bars, tell=True), itertools.count(1), len(figure.grid(place))
+        task, rows = bars.begin(f"figure {figure.number:>2}", None), []
+
+        def trained(config: TrainConfig) -> list[Row]:
+            number = next(numbers)
+            return run(config, f"figure {figure.number:>2}, run {number} of {max(number, total)}")
+
+        for row in figure.rows(place, trained):
             rows.append(row)
-            bars.say(task, f"{len(rows)} numbers")
-        bars.finish(task)
+            bars.update(task, said=f"{len(rows)} numbers")
+        bars.remove_task(task)
     command = line("figure", FigureConfig((str(figure.number),), place.preset))
     about = {
         **{"kind": "figure", "number": figure.number, "preset": place.preset, "settings": figure.settings(place)},
@@ -100,20 +94,7 @@ def make(figure: Figure, place: Place, folder: Path, again: str):
     }
     path = folder / f"{figure.name}.jsonl"
     records.write(path, "".join(map(records.line, (about, *rows))))
-    claims = draw(figure, path, again)[1]
-    rows = [(claim.statement, claim.evidence, claim.verdict) for claim in claims]
-    show_table(("claim", "evidence", "verdict"), rows, text=range(3), title=title(figure))
-
-
-def trainer(figure: Figure, place: Place, bars: TrainingBars) -> Callable[[TrainConfig], list[Row]]:
-    """A function that gives the records of the runs of a figure, and shows how far they are."""
-    run, numbers, total = Runner(bars, tell=True), itertools.count(1), len(figure.runs(place))
-
-    def trained(config: TrainConfig) -> list[Row]:
-        number = next(numbers)
-        return run(config, f"figure {figure.number:>2}, run {number} of {max(number, total)}")
-
-    return trained
+    show_table(Claim._fields, draw(figure, path, again)[1], text=range(3), title=title(figure))
 
 
 def draw(figure: Figure, path: Path, again: str) -> tuple[Row, Sequence[Claim]]:

@@ -11,9 +11,9 @@ import numpy as np
 import curvax
 from experiments import plots
 from experiments.figures import statistics
-from experiments.figures.base import Claim, Figure, Measurement, Place, count, describe
+from experiments.figures.base import Claim, Figure, Place, count, describe
 from experiments.figures.first_step import first_step, linear_kernel, mean_abs
-from experiments.figures.rows import column, lines
+from experiments.records import column
 
 FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # Of the control a few are enough: it goes as the law of Figure 3 says.
@@ -75,9 +75,8 @@ class DiscardRatio(Figure):
 
     def draw(self, axes, rows):
         percent = [{**row, "fraction": 100 * row["fraction"]} for row in rows if row["arm"] in ARMS]
-        plots.curves(axes[0], lines(percent, "arm", ARMS, GRADIENT, x="fraction"))
-        axes[0].set_yscale("log")
-        plots.name_axes(axes[0], "images left out (%)", "mean |gradient| (loss / parameter)")
+        plots.lines(axes[0], percent, ("arm", ARMS), "fraction", (GRADIENT, "mean |gradient| (loss / parameter)"))
+        axes[0].set(xlabel="images left out (%)", yscale="log")
 
     def settings(self, place):
         seeds = count(SEEDS[place.preset], "seed")
@@ -85,7 +84,7 @@ class DiscardRatio(Figure):
 
     def measurement(self, place):
         gradients = SEEDS[place.preset] * (len(FRACTIONS) + len(CONTROLS))
-        return Measurement(config(place, 0), CHUNK[place.preset], gradients * BATCH[place.preset])
+        return config(place, 0), CHUNK[place.preset], gradients * BATCH[place.preset]
 
 
 FIGURES = (DiscardRatio(),)

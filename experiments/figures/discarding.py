@@ -6,8 +6,8 @@ control leaves out as many images at random. All three share their seeds, so tha
 
 from experiments import plots
 from experiments.figures import statistics
-from experiments.figures.base import Claim, Figure, Place, count, describe
-from experiments.figures.rows import column, distinct, epoch_curves, last_epoch, lines, where
+from experiments.figures.base import TEST_ACCURACY, Claim, Figure, Place, count, describe
+from experiments.records import column, distinct, where
 
 SIZES = {"smoke": (64, 256), "cpu": (512, 2048), "paper": (2000, 8000)}
 SEEDS = {"smoke": 2, "cpu": 8, "paper": 8}
@@ -26,26 +26,16 @@ def config(place: Place, arm: str, batch: int, seed: int):
     return place.config(batch_size=batch, learning_rate=0.05, momentum=0.9, epochs=epochs, seed=seed, **changes)
 
 
-def grid(place: Place):
-    """All runs, by arm, batch size and seed."""
-    keys = [(a, b, s) for b in SIZES[place.preset] for a in ARMS for s in range(SEEDS[place.preset])]
-    return {key: config(place, *key) for key in keys}
-
-
 class Discarding(Figure):
     """Test accuracy over epochs, a panel per batch size."""
 
     number, title, panels = 10, "Accuracy with 30 % of the images left out", 2
     claim = "Discarding the 30 % smallest losses in the first half of the training improves accuracy."
+    keys = ("arm", "batch_size", "seed")
 
-    def runs(self, place):
-        return list(grid(place).values())
-
-    def rows(self, place, trained):
-        for (arm, batch, seed), configuration in grid(place).items():
-            records, about = trained(configuration), {"arm": arm, "batch_size": batch, "seed": seed}
-            yield from epoch_curves(records, about)
-            yield {**about, "final": True, **{n: last_epoch(records)[n] for n in ("accuracy", "test_accuracy")}}
+    def grid(self, place):
+        keys = [(a, b, s) for b in SIZES[place.preset] for a in ARMS for s in range(SEEDS[place.preset])]
+        return {key: config(place, *key) for key in keys}
 
     def judge(self, rows):
         claims = []
@@ -53,18 +43,15 @@ class Discarding(Figure):
             values = {arm: column(rows, "test_accuracy", arm=arm, batch_size=batch, final=True) for arm in ARMS}
             levels = ", ".join(f"{arm} {statistics.spread(of_arm, 100)} %" for arm, of_arm in values.items())
             for other, words in (("baseline", "the baseline"), ("chance", "leaving out as many at random (ours)")):
-                gain = statistics.difference(values["loss"], values[other])
-                error = statistics.standard_error([a - b for a, b in zip(values["loss"], values[other], strict=True)])
-                evidence = f"final test accuracy: {levels}; difference {gain}, standard error {error:.2g}"
+                gain, said = statistics.gain(values["loss"], values[other])
                 claim = f"At batch {batch} leaving out small losses is more accurate than {words}."
-                claims.append(Claim(claim, evidence, gain.above(0)))
+                claims.append(Claim(claim, f"final test accuracy: {levels}; difference {said}", gain.above(0)))
         return claims
 
     def draw(self, axes, rows):
         for panel, batch in zip(axes, distinct(rows, "batch_size"), strict=True):
-            plots.curves(panel, lines(where(rows, batch_size=batch, final=None), "arm", ARMS, "test_accuracy", 100))
-            panel.set_title(f"batch {batch}", fontsize=10)
-            plots.name_axes(panel, "epoch", "test accuracy (%)")
+            own = where(rows, batch_size=batch, final=None)
+            plots.lines(panel, own, ("arm", ARMS), "epoch", TEST_ACCURACY, 100, f"batch {batch}")
 
     def settings(self, place):
         example = config(place, "loss", SIZES[place.preset][0], 0)

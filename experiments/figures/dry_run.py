@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments import runs
 from experiments.config import TrainConfig
-from experiments.console import progress_bar, say, show_table
+from experiments.console import TrainingBars, say, show_table
 from experiments.figures.base import Figure, Place
 
 # Two guesses: 40 % of the 156 TFLOP/s that an A100 has for float32 matrices (TF32), and that no step of a small batch
@@ -35,16 +35,18 @@ class Kind(NamedTuple):
 
 def dry_run(figures: Sequence[Figure], place: Place):
     """Carries out one step of each kind of run of some figures, and prints what all would take."""
-    kinds = grouped([config for figure in figures for config in figure.runs(place)])
+    kinds = grouped([config for figure in figures for config in figure.grid(place).values()])
     for figure in figures:
         if measured := figure.measurement(place):
             config, chunk, images = measured
             config = dataclasses.replace(config, augment=False, dropout=0.0)
             kinds[Kind(programs(config), chunk, f"figure {figure.number}")] = {chunk: -(-images // chunk)}
     rows, hours = [], 0.0
-    with progress_bar() as bar:
-        for kind, steps in bar.track(kinds.items(), description="one step of each"):
+    with TrainingBars() as bars:
+        task = bars.begin("one step of each", len(kinds))
+        for kind, steps in kinds.items():
             row, more = one_step(kind, steps)
+            bars.advance(task)
             rows, hours = [*rows, row], hours + more
             say(f"{row[0]}: one step in {row[-1]}")
     caption = (

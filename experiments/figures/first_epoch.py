@@ -13,7 +13,7 @@ import numpy as np
 from experiments import plots
 from experiments.figures import batch_sweep, statistics
 from experiments.figures.base import Claim, Figure, Place, count, describe
-from experiments.figures.rows import distinct, epoch_rows, where
+from experiments.records import distinct, where
 
 # As in Figure 3.
 TOLERANCE = 0.05
@@ -26,33 +26,24 @@ def config(place: Place, init: str, batch: int, seed: int):
     return swept if swept.init == init else dataclasses.replace(swept, init=init, epochs=1)
 
 
-def grid(place: Place):
-    """All runs, by initial parameters, batch size and seed."""
-    seeds = range(batch_sweep.SEEDS[place.preset])
-    keys = [(init, batch, seed) for init in INITS for batch in batch_sweep.SIZES[place.preset] for seed in seeds]
-    return {key: config(place, *key) for key in keys}
-
-
 class FirstEpoch(Figure):
     """A stride, by its name and in words, and how the law says that it falls."""
 
-    def __init__(self, number, what, claim, name, exponent, law, label):
-        self.number, self.claim, self.name_of_stride, self.exponent = number, claim, name, exponent
+    keys = ("init", "batch_size", "seed")
+
+    def __init__(self, number, what, claim, stride, exponent, law, label):
+        self.number, self.claim, self.stride, self.exponent = number, claim, stride, exponent
         self.what, self.law, self.label = what, law, label
         self.title = f"Normalised {what} in the first epoch"
 
-    def runs(self, place):
-        return list(grid(place).values())
-
-    def rows(self, place, trained):
-        for (init, batch, seed), configuration in grid(place).items():
-            about = {"init": init, "batch_size": batch, "seed": seed}
-            yield from (row for row in epoch_rows(trained(configuration), about) if row["epoch"] == 1)
+    def grid(self, place):
+        sizes, seeds = batch_sweep.SIZES[place.preset], range(batch_sweep.SEEDS[place.preset])
+        return {key: config(place, *key) for key in [(i, b, seed) for i in INITS for b in sizes for seed in seeds]}
 
     def points(self, rows, init):
         """Batch sizes and normalised strides, a point per run."""
-        own = where(rows, init=init)
-        strides = [row[self.name_of_stride] / row["learning_rate"] for row in own]
+        own = where(rows, init=init, epoch=1)
+        strides = [row[self.stride] / row["learning_rate"] for row in own]
         return np.array([row["batch_size"] for row in own]), np.array(strides)
 
     def judge(self, rows):
@@ -78,11 +69,11 @@ class FirstEpoch(Figure):
             panel.plot(line, first * (line / line[0]) ** self.exponent, "--", color=look["color"], **law)
         panel.set_yscale("log")
         plots.batch_axis(panel, distinct(rows, "batch_size"))
-        plots.name_axes(panel, "batch size (images)", self.label)
+        plots.name_axes(panel, plots.AXES["batch_size"], self.label)
 
     def settings(self, place):
         return (
-            f"{describe(config(place, 'he', 32, 0), 'either')} {batch_sweep.RATE} at every batch size;"
+            f"{describe(config(place, 'he', 32, 0), init='either')} {batch_sweep.RATE} at every batch size;"
             f" {count(batch_sweep.SEEDS[place.preset], 'seed')}, a point each; strides are of the first fully connected"
             " layer."
         )

@@ -16,9 +16,9 @@ from scipy import stats
 import curvax
 from experiments import plots
 from experiments.figures import statistics
-from experiments.figures.base import Claim, Figure, Measurement, Place, count, describe
+from experiments.figures.base import Claim, Figure, Place, count, describe
 from experiments.figures.first_step import first_step
-from experiments.figures.rows import column
+from experiments.records import column
 
 IMAGES = {"smoke": 16, "cpu": 512, "paper": 512}
 SEEDS = {"smoke": 1, "cpu": 3, "paper": 3}
@@ -109,7 +109,7 @@ class LayerRadii(Figure):
     def measurement(self, place):
         # One gradient, and an exact diagonal, which takes about a dozen.
         images = IMAGES[place.preset]
-        return Measurement(config(place, 0), images, SEEDS[place.preset] * images * 13)
+        return config(place, 0), images, SEEDS[place.preset] * images * 13
 
 
 FIGURES = (LayerRadii(),)

@@ -11,8 +11,8 @@ import itertools
 
 from experiments import plots
 from experiments.figures import statistics
-from experiments.figures.base import Claim, Figure, Place, describe
-from experiments.figures.rows import column, distinct, epoch_curves, last_epoch, lines, where
+from experiments.figures.base import Claim, Figure, Place, describe, last_epoch, run_rows
+from experiments.records import column, distinct, where
 
 BATCHES = {"smoke": (128, 256), "cpu": (1024, 2048), "paper": (1024, 2048, 4096, 8192, 16384)}
 SEEDS = {"smoke": 2, "cpu": 8, "paper": 5}
@@ -65,13 +65,13 @@ def tuned(place: Place, trained, method: str, batch: int) -> dict[float, float]:
 
 def final(rows, method: str, batch: int, name: str = "test_accuracy"):
     """A column at the end of the race, a value per seed."""
-    return column(rows, name, kind="final", method=method, batch_size=batch)
+    return column(rows, name, final=True, method=method, batch_size=batch)
 
 
 def best(rows, method: str, batch: int):
     """The learning rate of the race, and whether it lies at an edge of the grid."""
     rate = final(rows, method, batch, "learning_rate")[0]
-    rates = column(rows, "learning_rate", kind="trial", method=method, batch_size=batch)
+    rates = column(rows, "learning_rate", trial=True, method=method, batch_size=batch)
     return f"{rate:g}" + " (edge of its grid)" * (rate in (min(rates), max(rates)))
 
 
@@ -81,9 +81,9 @@ class MedianRate(Figure):
     number, title, panels = 16, "MCLR, LARS and SGD on ResNet18", 2
     claim = "The discrepancy of MCLR and LARS is negligibly small, and grows for large batches."
 
-    def runs(self, place):
+    def grid(self, place):
         keys = [(m, b, rate) for b in BATCHES[place.preset] for m in entrants(place, b) for rate in grid(place, m)]
-        return [config(place, *key, seed=0) for key in keys]
+        return {key: config(place, *key, seed=0) for key in keys}
 
     def rows(self, place, trained):
         keys = [(batch, method) for batch in BATCHES[place.preset] for method in entrants(place, batch)]
@@ -91,13 +91,11 @@ class MedianRate(Figure):
             about = {"method": method, "batch_size": batch}
             trials = tuned(place, trained, method, batch)
             for rate, accuracy in trials.items():
-                yield {"kind": "trial", **about, "learning_rate": rate, "test_accuracy": accuracy}
+                yield {"trial": True, **about, "learning_rate": rate, "test_accuracy": accuracy}
             rate = max(trials, key=trials.get)
             for seed in range(1, 1 + SEEDS[place.preset]):
-                records = trained(config(place, method, batch, rate, seed))
-                one, last = {**about, "seed": seed, "learning_rate": rate}, last_epoch(records)
-                yield from epoch_curves(records, {"kind": "epoch", **one})
-                yield {"kind": "final", **one, **{name: last[name] for name in ("accuracy", "test_accuracy")}}
+                one = {**about, "seed": seed, "learning_rate": rate}
+                yield from run_rows(trained(config(place, method, batch, rate, seed)), one)
 
     def judge(self, rows):
         first, *larger = distinct(rows, "batch_size")
@@ -125,16 +123,12 @@ class MedianRate(Figure):
     def draw(self, axes, rows):
         first = distinct(rows, "batch_size")[0]
         labels = {method: f"{method} ({best(rows, method, first).split()[0]})" for method in GRIDS}
-        own = where(rows, kind="epoch", batch_size=first)
-        plots.curves(axes[0], lines(own, "method", labels, "accuracy", 100))
-        axes[0].set_title(f"batch {first}", fontsize=10)
-        plots.name_axes(axes[0], "epoch", "training accuracy (%)")
-        ends = [row for row in sorted(rows, key=lambda row: row["batch_size"]) if row["kind"] == "final"]
-        both = {method: method for method in ("lars", "mclr")}
-        plots.curves(axes[1], lines(ends, "method", both, "test_accuracy", 100, x="batch_size"))
-        plots.batch_axis(axes[1], distinct(rows, "batch_size"))
-        axes[1].set_title("each at its best gamma", fontsize=10)
-        plots.name_axes(axes[1], "batch size (images)", "final test accuracy (%)")
+        own = where(rows, batch_size=first, final=None, trial=None)
+        accuracy = "accuracy", "training accuracy (%)"
+        plots.lines(axes[0], own, ("method", labels), "epoch", accuracy, 100, f"batch {first}")
+        ends = sorted(where(rows, final=True), key=lambda row: row["batch_size"])
+        both, accuracy = {method: method for method in ("lars", "mclr")}, ("test_accuracy", "final test accuracy (%)")
+        plots.lines(axes[1], ends, ("method", both), "batch_size", accuracy, 100, "each at its best gamma")
 
     def settings(self, place):
         example = config(place, "mclr", BATCHES[place.preset][0], 1.0, 0)

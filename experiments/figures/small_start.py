@@ -8,8 +8,8 @@ batches, to keep about the paper's steps per epoch and its ratio of 16.
 
 from experiments import plots
 from experiments.figures import statistics
-from experiments.figures.base import Claim, Figure, Place, count, describe
-from experiments.figures.rows import column, distinct, epoch_curves, fluctuation, last_epoch, lines, where
+from experiments.figures.base import TEST_ACCURACY, TEST_LOSS, Claim, Figure, Place, count, describe
+from experiments.records import column, distinct, where
 
 LARGE = {"smoke": 256, "cpu": 2048, "paper": 8192}
 RATIO = 16
@@ -19,8 +19,6 @@ EPOCHS = {"smoke": 4, "cpu": 10, "paper": 200}
 BASELINE, START = "baseline", "small-batch first epoch"
 MATCHED, WARMUP = "baseline, as many steps", "small-rate first epoch"
 ARMS = (BASELINE, START, MATCHED, WARMUP)
-# By column: its axis, and by what it is multiplied there.
-COLUMNS = {"test_loss": ("test loss (nats per image)", 1.0), "test_accuracy": ("test accuracy (%)", 100.0)}
 
 
 def config(place: Place, arm: str, seed: int):
@@ -38,54 +36,49 @@ def config(place: Place, arm: str, seed: int):
 class SmallStart(Figure):
     """A column of some arms: one row per epoch of each run, and one for its end."""
 
-    def __init__(self, number: int, title: str, claim: str, name: str, arms: tuple[str, ...]):
+    keys = ("arm", "seed")
+
+    def __init__(self, number: int, title: str, claim: str, column: tuple[str, str], arms: tuple[str, ...]):
         self.number, self.title, self.claim = number, title, claim
-        self.column, self.arms, self.panels = name, arms, 2 if len(arms) > 1 else 1
+        self.column, self.arms, self.panels = column, arms, 2 if len(arms) > 1 else 1
 
     def grid(self, place):
-        """The runs, by arm and seed."""
-        return {(arm, seed): config(place, arm, seed) for arm in self.arms for seed in range(SEEDS[place.preset])}
-
-    def runs(self, place):
-        return list(self.grid(place).values())
-
-    def rows(self, place, trained):
-        for (arm, seed), configuration in self.grid(place).items():
-            records, about = trained(configuration), {"arm": arm, "seed": seed}
-            yield from epoch_curves(records, about)
-            ends = {name: last_epoch(records)[name] for name in ("step", "loss", "test_loss", "test_accuracy")}
-            yield {**about, "final": True, **ends}
+        keys = [(arm, seed) for arm in self.arms for seed in range(SEEDS[place.preset])]
+        return {key: config(place, *key) for key in keys}
 
     def judge(self, rows):
+        name, losses = self.column[0], self.column == TEST_LOSS
+        noise = {arm: jumps(rows, arm, name) for arm in (BASELINE, START) if arm in self.arms}
         if self.arms == (BASELINE,):
             # How much its runs differ at the end, which the other two figures compare.
-            noise = statistics.mean(jumps(rows, BASELINE, self.column))
-            ends = statistics.spread(column(rows, self.column, arm=BASELINE, final=True))
-            evidence = f"{self.column.replace('_', ' ')} at the end {ends}; early fluctuation {noise}"
-            statement = "The curves of the baseline fluctuate (above 0.01) early on."
-            return [Claim(statement, evidence, noise.above(0.01))]
-        sign, what = (-1, "lower final test loss") if self.column == "test_loss" else (1, "higher final accuracy")
-        claims = [compare(rows, self.column, other, sign, what) for other in (BASELINE, MATCHED, WARMUP)]
-        if self.column == "test_accuracy":
-            noise = {arm: jumps(rows, arm, "test_accuracy") for arm in (START, BASELINE)}
+            early = statistics.mean(noise[BASELINE])
+            ends = statistics.spread(column(rows, name, arm=BASELINE, final=True))
+            evidence = f"{name.replace('_', ' ')} at the end {ends}; early fluctuation {early}"
+            return [Claim("The curves of the baseline fluctuate (above 0.01) early on.", evidence, early.above(0.01))]
+        claims, what = [], "lower final test loss" if losses else "higher final accuracy"
+        for other in (BASELINE, MATCHED, WARMUP):
+            ends = [column(rows, name, arm=arm, final=True) for arm in (START, other)]
+            steps = [column(rows, "step", arm=arm, final=True)[0] for arm in (START, other)]
+            gain, said = statistics.gain(*(ends[::-1] if losses else ends))
+            levels = [f"{statistics.spread(values)} after {n}" for values, n in zip(ends, steps, strict=True)]
+            evidence = f"{levels[0]} steps against {levels[1]}; gain {said}"
+            claim = f"A {START} gives a {what} than: {other}{'' if other == BASELINE else ' (ours)'}."
+            claims.append(Claim(claim, evidence, gain.above(0)))
+        if not losses:
             calmer = statistics.difference(noise[BASELINE], noise[START])
-            levels = ", ".join(f"{arm} {statistics.spread(values, 100)} points" for arm, values in noise.items())
+            levels = ", ".join(f"{arm} {statistics.spread(noise[arm], 100)} points" for arm in (START, BASELINE))
             statement = "The curves of the baseline fluctuate more early on."
             claims.append(Claim(statement, f"fluctuation: {levels}; difference {calmer}", calmer.above(0)))
         return claims
 
     def draw(self, axes, rows):
         arm, epochs = (BASELINE if self.arms == (BASELINE,) else START), where(rows, final=None)
-        label, scale = COLUMNS[self.column]
-        own = where(epochs, arm=arm)
-        seeds = {seed: f"seed {seed}" for seed in distinct(own, "seed")}
-        plots.curves(axes[0], lines(own, "seed", seeds, self.column, scale))
-        plots.name_axes(axes[0], "epoch", label)
-        if len(axes) > 1:
-            plots.curves(axes[1], lines(epochs, "arm", {a: a for a in ARMS}, self.column, scale, x="step"))
-            axes[0].set_title(START, fontsize=10)
-            axes[1].set_title("all arms, mean and range", fontsize=10)
-            plots.name_axes(axes[1], "optimizer steps", label)
+        scale, seeds = 100 if self.column == TEST_ACCURACY else 1, {s: f"seed {s}" for s in distinct(rows, "seed")}
+        title = START if axes[1:] else None
+        plots.lines(axes[0], where(epochs, arm=arm), ("seed", seeds), "epoch", self.column, scale, title)
+        for panel in axes[1:]:
+            arms = "arm", {arm: arm for arm in ARMS}
+            plots.lines(panel, epochs, arms, "step", self.column, scale, "all arms, mean and range")
 
     def settings(self, place):
         large = LARGE[place.preset]
@@ -98,28 +91,14 @@ class SmallStart(Figure):
 def jumps(rows, arm: str, name: str):
     """How far each seed's curve fluctuates in its first 40 %, the paper's first 80 epochs of 200."""
     runs = [column(where(rows, arm=arm, final=None), name, seed=seed) for seed in distinct(rows, "seed")]
-    return [fluctuation(run[: max(3, round(0.4 * len(run)))]) for run in runs]
-
-
-def compare(rows, name: str, other: str, sign: int, what: str) -> Claim:
-    """The claim that the small-batch first epoch is better than another arm."""
-    ours, theirs = (column(rows, name, arm=arm, final=True) for arm in (START, other))
-    gain = statistics.difference(*((ours, theirs) if sign > 0 else (theirs, ours)))
-    error = statistics.standard_error([a - b for a, b in zip(ours, theirs, strict=True)])
-    steps = [column(rows, "step", arm=arm, final=True)[0] for arm in (START, other)]
-    evidence = (
-        f"{statistics.spread(ours)} after {steps[0]} steps against {statistics.spread(theirs)} after {steps[1]};"
-        f" gain {gain}, standard error {error:.2g}"
-    )
-    own = "" if other == BASELINE else " (ours)"
-    return Claim(f"A {START} gives a {what} than: {other}{own}.", evidence, gain.above(0))
+    return [statistics.fluctuation(run[: max(3, round(0.4 * len(run)))]) for run in runs]
 
 
 STUMBLES = "At a large batch training stumbles: curves fluctuate, and the runs end apart."
 IMPROVES = "A first epoch of small batches clearly improves {}."
 FIGURES = (
-    SmallStart(11, "Loss, baseline", STUMBLES, "test_loss", (BASELINE,)),
-    SmallStart(12, "Accuracy, baseline", STUMBLES, "test_accuracy", (BASELINE,)),
-    SmallStart(13, "Loss, small-batch first epoch", IMPROVES.format("the loss"), "test_loss", ARMS),
-    SmallStart(14, "Accuracy, small-batch first epoch", IMPROVES.format("the accuracy"), "test_accuracy", ARMS),
+    SmallStart(11, "Loss, baseline", STUMBLES, TEST_LOSS, (BASELINE,)),
+    SmallStart(12, "Accuracy, baseline", STUMBLES, TEST_ACCURACY, (BASELINE,)),
+    SmallStart(13, "Loss, small-batch first epoch", IMPROVES.format("the loss"), TEST_LOSS, ARMS),
+    SmallStart(14, "Accuracy, small-batch first epoch", IMPROVES.format("the accuracy"), TEST_ACCURACY, ARMS),
 )

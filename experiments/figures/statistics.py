@@ -61,22 +61,21 @@ def slope(x: Sequence[float], y: Sequence[float]) -> Estimate:
 
 def mean(values: Sequence[float]) -> Estimate:
     """The mean over seeds, with Student's interval: infinite for a single one or several equal ones."""
-    values = np.asarray(values, float)
     # Accuracies are counts: seeds that agree to the last image by chance say nothing of how far seeds lie apart.
     if len(values) < 2 or np.ptp(values) == 0:
-        return Estimate(float(values.mean()), -np.inf, np.inf)
-    interval = stats.t.interval(CONFIDENCE, len(values) - 1, values.mean(), standard_error(values))
-    return Estimate(values.mean(), *map(float, interval))
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; NaN for a single value."""
-    return float(stats.sem(values)) if len(values) > 1 else float("nan")
+        return Estimate(float(np.mean(values)), -np.inf, np.inf)
+    return Estimate(float(np.mean(values)), *stats.ttest_1samp(values, 0).confidence_interval(CONFIDENCE))
 
 
 def difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
     """The mean of a - b over seeds that both have in common, in order."""
     return mean(np.subtract(a, b))
+
+
+def gain(a: Sequence[float], b: Sequence[float]) -> tuple[Estimate, str]:
+    """That difference, and in words with its standard error."""
+    estimate, error = difference(a, b), stats.sem(np.subtract(a, b)) if len(a) > 1 else np.nan
+    return estimate, f"{estimate}, standard error {error:.2g}"
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> Estimate:
@@ -94,3 +93,9 @@ def spread(values: Sequence[float], scale: float = 1.0) -> str:
     """`mean ± standard deviation` over seeds, or the one value."""
     values = scale * np.asarray(values, float)
     return f"{values.mean():.3g}" if len(values) < 2 else f"{values.mean():.3g} ± {values.std(ddof=1):.2g}"
+
+
+def fluctuation(values: Sequence[float]) -> float:
+    """How far a curve jumps about its own course: the root mean square of what is left of second differences."""
+    # The second difference of a straight line is 0, that of independent noise has 6 times its variance.
+    return float(np.sqrt(np.mean(np.diff(values, 2) ** 2) / 6))

@@ -80,9 +80,9 @@ def test_an_unwritable_folder_is_exit_code_1_before_the_work(capfd, tmp_path):
 
 def test_records_round_trip_and_numbers_that_are_none_become_null(tmp_path):
     rows = [{"kind": "config", "phases": ["1:2:3"], "x": None}, {"loss": 0.1 + 0.2, "step": 3, "name": "é"}]
-    with records.Writer(tmp_path / "a.jsonl") as writer:
-        for row in [*rows, {"loss": float("nan"), "other": float("-inf")}]:
-            writer.write(row)
+    records.write(tmp_path / "a.jsonl", "")
+    for row in [*rows, {"loss": float("nan"), "other": float("-inf")}]:
+        records.append(tmp_path / "a.jsonl", row)
     assert records.read(tmp_path / "a.jsonl") == [*rows, {"loss": None, "other": None}]
 
 

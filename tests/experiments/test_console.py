@@ -42,10 +42,10 @@ def test_an_epoch_is_one_line_without_what_matters_least(columns, there, gone, w
 def test_the_bar_keeps_its_name_its_length_and_the_accuracy(columns, name, width):
     with terminal(columns) as shown:
         width(columns)
-        with console.training_bars() as bars:
-            task = bars.start(name, 10)
-            bars.see(task, EPOCH)
-            bars.see(task, STEP)
+        with console.TrainingBars() as bars:
+            show = bars.follow(name, lambda: 10)
+            show(EPOCH)
+            show(STEP)
     last = Text.from_ansi(shown[0]).plain.splitlines()[-1].rstrip()
     assert len(last) <= columns
     assert name in last and "test  43.8%" in last and last.count("━") + last.count("╸") + last.count("╺") >= 10

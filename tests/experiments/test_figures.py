@@ -9,14 +9,15 @@ import pytest
 
 from experiments import __main__, plots, runs
 from experiments.config import METHODS
+from experiments.console import TrainingBars
 from experiments.figures import (
+    base,
     batch_gradient,
     batch_sweep,
     command,
     discard_ratio,
     median_rate,
     report,
-    rows,
     small_start,
     statistics,
 )
@@ -104,9 +105,9 @@ def test_figures_4_5_and_7_judge_the_exponent(exponent, expected):
 
 
 def test_fluctuation_is_the_deviation_of_noise_and_none_of_a_line():
-    assert rows.fluctuation(np.linspace(2, 1, 30)) < 1e-12
+    assert statistics.fluctuation(np.linspace(2, 1, 30)) < 1e-12
     noise = np.random.default_rng(0).normal(0, 0.3, 20_000)
-    np.testing.assert_allclose(rows.fluctuation(np.linspace(2, 1, 20_000) + noise), 0.3, rtol=0.03)
+    np.testing.assert_allclose(statistics.fluctuation(np.linspace(2, 1, 20_000) + noise), 0.3, rtol=0.03)
 
 
 def test_a_class_explains_all_of_a_choice_of_classes_and_nothing_of_a_random_one():
@@ -130,7 +131,8 @@ def test_the_arms_of_figures_11_to_14_take_the_paper_s_steps():
 
 
 def test_shared_runs_are_the_same_run():
-    by_figure = {n: {config.name for config in figure.runs(Place("cpu"))} for n, figure in command.FIGURES.items()}
+    grids = {number: figure.grid(Place("cpu")) for number, figure in command.FIGURES.items()}
+    by_figure = {number: {config.name for config in grid.values()} for number, grid in grids.items()}
     assert by_figure[5] == by_figure[8] < by_figure[1]
     assert by_figure[5] < by_figure[4] == by_figure[7]
     assert by_figure[11] == by_figure[12] < by_figure[13] == by_figure[14]
@@ -138,9 +140,8 @@ def test_shared_runs_are_the_same_run():
 
 
 def test_full_scale_batches_are_the_paper_s_and_split_where_they_must_be():
-    groups = grouped(
-        [dataclasses.replace(c, train_images=50_000) for f in command.FIGURES.values() for c in f.runs(Place("paper"))]
-    )
+    grids = [figure.grid(Place("paper")) for figure in command.FIGURES.values()]
+    groups = grouped([dataclasses.replace(c, train_images=50_000) for grid in grids for c in grid.values()])
     assert {32, 49152, 2000, 8000, 512, 8192, 1024} <= {batch for steps in groups.values() for batch in steps}
     assert all(micro <= 1024 and size % micro == 0 for (_, micro, _), steps in groups.items() for size in steps)
     # 200 epochs of 24 steps, and 5 seeds, at one learning rate for all and at one that grows with the batch.
@@ -208,16 +209,8 @@ def test_figures_and_report_from_nothing(capfd, tmp_path, monkeypatch):
 def test_a_run_that_diverged_counts_as_one(tmp_path):
     place = Place("smoke", out=tmp_path)
     wild = median_rate.config(place, "sgd", 128, 1e9, 0)
-    trainer = command.trainer(command.FIGURES[16], place, Silent())
-    records = trainer(dataclasses.replace(wild, epochs=1, warmup_epochs=0.0))
-    assert rows.last_epoch(records)["test_accuracy"] == 0.0
-
-
-class Silent:
-    """Bars that nobody sees."""
-
-    def __getattr__(self, name):
-        return lambda *arguments: None
+    records = runs.Runner(TrainingBars())(dataclasses.replace(wild, epochs=1, warmup_epochs=0.0), "wild")
+    assert base.last_epoch(records)["test_accuracy"] == 0.0
 
 
 def test_a_method_looks_the_same_wherever_it_is_drawn():

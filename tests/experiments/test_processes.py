@@ -96,9 +96,9 @@ def test_a_cpu_counts_as_several_devices_in_a_process_of_its_own(tmp_path):
 def joined(monkeypatch):
     """The arguments with which processes would be joined, where nothing but `join` could set them."""
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **options: calls.append(arguments))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(tuple(given.values())[:-1]))
     monkeypatch.setattr(jax.config, "update", lambda *arguments: None)
-    for name in ("watch", "hush"):
+    for name in ("watcher", "hush"):
         monkeypatch.setattr(processes, name, lambda: None)
     for name in processes.LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
@@ -110,12 +110,12 @@ def joined(monkeypatch):
     [
         ({}, {}, []),
         ({}, {"coordinator": "localhost:{port}", "num_processes": 2, "process_id": 1}, [("localhost:{port}", 2, 1)]),
-        ({}, {"coordinator": "auto"}, [(None, None, None)]),
-        ({"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4"}, {}, [(None, None, None)]),
+        ({}, {"coordinator": "auto"}, [()]),
+        ({"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4"}, {}, [()]),
         ({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}, {}, []),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}, [(None, None, None)]),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}, [()]),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, {}, []),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, {}, [(None, None, None)]),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, {}, [()]),
         (
             {"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4"},
             {"coordinator": "localhost:{port}", "num_processes": 2, "process_id": 0},
@@ -167,7 +167,7 @@ def test_a_signal_to_any_process_stops_all_of_them_with_the_step_saved(number, w
 
 
 def test_processes_that_do_not_meet_are_told_how(joined, monkeypatch):
-    def fail(*arguments, **options):
+    def fail(**options):
         raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out.\nMore.")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
