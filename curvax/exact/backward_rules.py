@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from curvax.exact.trace import apply, equations, inline
+from curvax.exact.trace import equations, flattened, in_slots
 
 # Linear in all operands together, and in one of them.
 LINEAR = frozenset(
@@ -40,15 +40,11 @@ def _is_linear(eqn: JaxprEqn) -> bool:
         return False
 
     def pull(cotangents, values):
-        def function(*varying):
-            merged = dict(enumerate(values)) | dict(zip(slots, varying, strict=True))
-            return apply(eqn, *(merged[i] for i in range(len(values))))
-
-        return jax.vjp(function, *(values[i] for i in slots))[1](cotangents)
+        return jax.vjp(in_slots(eqn, slots, values), *(values[i] for i in slots))[1](cotangents)
 
     try:
         closed = jax.make_jaxpr(pull)(results, operands)
-        flat = jax.make_jaxpr(lambda *inputs: inline(closed, *inputs))(*closed.in_avals).jaxpr
+        flat = flattened(closed).jaxpr
     except Exception:  # A rule that cannot be traced by itself is not proved to be linear.
         return False
     return _linear_in(flat, flat.invars[: len(results)])

@@ -16,7 +16,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from curvax.exact.indices import Counted, counted_dimensions
 from curvax.exact.primitives import BILINEAR, Axis, differentiable, is_complex, piecewise_linear, pull_axis
-from curvax.exact.trace import Program, apply, derivative, inline, read
+from curvax.exact.trace import Program, apply, derivative, flattened, read
 
 # None is the axis of a variable of which one entry may reach several examples, as a parameter's does.
 Axes = Mapping[Var, Axis | None]
@@ -184,7 +184,7 @@ def rule_jaxpr(eqn: JaxprEqn, slots: Sequence[int], *, linear_only: bool) -> tup
     # Abstract values rather than shapes: they know over which axes of a `shard_map` they vary.
     operands = [atom.aval for atom in eqn.invars]
     closed = jax.make_jaxpr(rule)(operands, [operands[slot] for slot in slots])
-    jaxpr = jax.make_jaxpr(lambda *inputs: inline(closed, *inputs))(*closed.in_avals).jaxpr
+    jaxpr = flattened(closed).jaxpr
     return jaxpr, [jaxpr.invars[slot] for slot in slots], jaxpr.invars[len(operands) :]
 
 

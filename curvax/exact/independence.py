@@ -23,7 +23,18 @@ from curvax.exact.backward_rules import nonlinear_backward
 from curvax.exact.dataflow import differentiable_slots, meet, operand_axes
 from curvax.exact.indices import FOLDS, Counted, counted_dimensions
 from curvax.exact.primitives import Axis
-from curvax.exact.trace import INLINED, apply, callee, derivative, equations, inline, is_inexact, leaf_paths, read
+from curvax.exact.trace import (
+    INLINED,
+    apply,
+    callee,
+    derivative,
+    equations,
+    flattened,
+    in_slots,
+    is_inexact,
+    leaf_paths,
+    read,
+)
 from curvax.objective import Objective
 
 CALLS = ("custom_jvp_call", "custom_vjp_call")
@@ -96,7 +107,7 @@ def _with_rules(closed: ClosedJaxpr) -> ClosedJaxpr:
     """A flat program that reads all that the losses and their derivatives read: it is not one to be run."""
     _check_backward(closed)
     read_too = jax.make_jaxpr(lambda *inputs: _read_rules(closed, inputs, ORDER))(*closed.in_avals)
-    return jax.make_jaxpr(lambda *inputs: inline(read_too, *inputs))(*closed.in_avals)
+    return flattened(read_too)
 
 
 def _check_backward(closed: ClosedJaxpr) -> None:
@@ -127,11 +138,7 @@ def _rule(eqn: JaxprEqn, slots: Sequence[int]) -> ClosedJaxpr:
     """What a call's own rule makes of its operands and the tangents of some: the results, and their tangents."""
 
     def pushed(operands, tangents):
-        def function(*varying):
-            merged = dict(enumerate(operands)) | dict(zip(slots, varying, strict=True))
-            return apply(eqn, *(merged[slot] for slot in range(len(operands))))
-
-        results, pull = jax.vjp(function, *(operands[slot] for slot in slots))
+        results, pull = jax.vjp(in_slots(eqn, slots, operands), *(operands[slot] for slot in slots))
         return results, *jax.linear_transpose(pull, results)(tuple(tangents))
 
     forward = eqn.primitive.name == "custom_jvp_call"

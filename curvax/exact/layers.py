@@ -21,7 +21,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 
 from curvax.exact.primitives import ELEMENTWISE, Axis, free_dims, is_complex, pull_axis
-from curvax.exact.trace import apply
+from curvax.exact.trace import in_slots
 from curvax.exact.windows import convolution_lines, offsets
 
 # One window: the positions of the operand, and those of the result, that meet through one matrix.
@@ -125,13 +125,10 @@ def _elementwise(eqn, slot, values, axis, num_examples) -> Layer:
     own = [d for i, d in enumerate(dims) if d != axis.dim and operand.shape[i] == out.shape[d]]
     positions = [d for d in range(out.ndim) if d != axis.dim and d not in own]
 
-    def result(operand):
-        return apply(eqn, *values[:slot], operand, *values[slot + 1 :])[0]
-
     def fold(cotangent):
         return examples_first(cotangent, axis, num_examples, positions, own, ())
 
-    _, factor = jax.jvp(result, (operand,), (jnp.ones_like(operand),))
+    _, (factor,) = jax.jvp(in_slots(eqn, [slot], values), (operand,), (jnp.ones_like(operand),))
     x = fold(factor)
     return Layer(x, [(np.arange(x.shape[1]),) * 2], fold, lambda matrix: matrix.reshape(operand.shape))
 

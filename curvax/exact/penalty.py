@@ -16,7 +16,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var
 from curvax.exact import units
 from curvax.exact.derivatives import hessian_product
 from curvax.exact.primitives import BILINEAR, ELEMENTWISE
-from curvax.exact.trace import inline
+from curvax.exact.trace import flattened
 from curvax.trees import at_least_float32
 
 # Every entry of the result is one entry of the operand, or a constant.
@@ -60,8 +60,7 @@ def penalty_diagonal(
 
 def mixed_arrays(penalty: Callable[[Any], jax.Array], params: Any) -> frozenset[int]:
     """The leaves of which the penalty is not proved to be a sum of functions of single entries."""
-    closed = jax.make_jaxpr(penalty)(params)
-    return _mixed(jax.make_jaxpr(lambda *leaves: inline(closed, *leaves))(*closed.in_avals).jaxpr)
+    return _mixed(flattened(jax.make_jaxpr(penalty)(params)).jaxpr)
 
 
 def _mixed(jaxpr: Jaxpr) -> frozenset[int]:

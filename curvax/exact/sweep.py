@@ -13,7 +13,7 @@ from jax.extend.core import JaxprEqn, Var
 
 from curvax.exact.dataflow import Flow
 from curvax.exact.pullbacks import special_pullback
-from curvax.exact.trace import apply, read
+from curvax.exact.trace import in_slots, read
 
 Step = tuple[JaxprEqn, Sequence[int], Sequence[Var]]
 
@@ -78,10 +78,7 @@ def _pull(eqn: JaxprEqn, slots, results, env) -> Callable[[list[jax.Array]], Seq
     wanted = [eqn.outvars.index(var) for var in results]
 
     def function(*varying):
-        operands = list(values)
-        for slot, value in zip(slots, varying, strict=True):
-            operands[slot] = value
-        out = apply(eqn, *operands)
+        out = in_slots(eqn, slots, values)(*varying)
         return [out[i] for i in wanted]
 
     return jax.vjp(function, *(values[slot] for slot in slots))[1]

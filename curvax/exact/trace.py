@@ -214,17 +214,28 @@ def read(env: dict[Var, jax.Array], atom: Var | Literal) -> Any:
     return atom.val if isinstance(atom, Literal) else env[atom]
 
 
+def in_slots(eqn: JaxprEqn, slots: Sequence[int], operands: Sequence[Any]) -> Callable[..., list[jax.Array]]:
+    """The results of one equation as a function of its operands in `slots`, the others as they are."""
+
+    def results(*varying):
+        values = list(operands)
+        for slot, value in zip(slots, varying, strict=True):
+            values[slot] = value
+        return apply(eqn, *values)
+
+    return results
+
+
+def flattened(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """The same program without the calls in `INLINED`."""
+    return jax.make_jaxpr(lambda *inputs: inline(closed, *inputs))(*closed.in_avals)
+
+
 def derivative(eqn: JaxprEqn, slots: Sequence[int]) -> Callable[..., tuple[list[jax.Array], list[jax.Array]]]:
     """The results of one equation and their tangents, from all its operands and the tangents of those in `slots`."""
 
     def function(operands, tangents):
-        def results(*varying):
-            values = list(operands)
-            for slot, value in zip(slots, varying, strict=True):
-                values[slot] = value
-            return apply(eqn, *values)
-
-        return jax.jvp(results, [operands[slot] for slot in slots], tangents)
+        return jax.jvp(in_slots(eqn, slots, operands), [operands[slot] for slot in slots], tangents)
 
     return function
 
