@@ -28,7 +28,7 @@ def gathers_by_data(b: Build):
         b.pick(
             f"h = jnp.take_along_axis(h, {index}, 1{mode})",
             f"h = jax.vmap(lambda row, i: row.at[i].get(mode='clip'))(h, {index})",
-            f"h = h[jnp.arange(len(h))[:, None], {index}]",
+            f"h = h[jnp.arange(len(h))[:, None], {index} % {n}]",
         )
     )
     b.became(b.batch, k)

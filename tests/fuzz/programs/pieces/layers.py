@@ -12,7 +12,10 @@ def scale_and_shift(b: Build):
 
 
 def embedding(b: Build):
-    """Rows looked up by data, in one of the modes of indexing, some of them out of bounds or negative."""
+    """Rows looked up by data, in one of the modes of indexing, some of them out of bounds or negative.
+
+    Not out of bounds without a mode: there JAX's forward derivatives take the last row, its backward ones none.
+    """
     rows, width = b.pick(2, 3, 4), b.shape[-1]
     table = b.param(rows, width, scale=0.7)
     high = b.pick(rows, rows, rows + 2)
@@ -28,6 +31,8 @@ def embedding(b: Build):
         '{0}.at[{1}].get(mode="fill", fill_value=1.0)',
         "jax.nn.one_hot({1}, " + str(rows) + ") @ {0}",
     )
+    if how == "{0}[{1}]":
+        index = f"({index} % {rows})"
     b.emit(f"h = h + {how.format(table, index)}")
 
 
