@@ -42,3 +42,10 @@ def strict_promotion(request):
         return
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def x64():
+    """Double precision, for what is compared to more digits than float32 has."""
+    with jax.enable_x64(True):
+        yield

@@ -443,12 +443,6 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def dense_references(objective, params):
     """Diagonals of the full Hessian and of the full Gauss-Newton matrix."""
     flat, unravel = ravel_pytree(params)

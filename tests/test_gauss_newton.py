@@ -31,12 +31,6 @@ def any_promotion():
         yield
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def batch(examples=EXAMPLES, seed=0):
     rng = np.random.default_rng(seed)
     return {

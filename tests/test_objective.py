@@ -5,6 +5,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import problems
 import pytest
 
@@ -131,3 +132,73 @@ def test_other_output_is_a_pair_and_no_array_of_two():
     objective = Objective(lambda p, d: p * d["x"], lambda z, d: z, {"x": jnp.ones((2, 3))}, has_aux=True)
     with pytest.raises(ValueError, match="predict returned no pair"):
         objective(jnp.ones(()))
+
+
+def weighted(**options):
+    """A small network on sequences: its losses `(4, 6)`, weights of which a third is padding."""
+    rng = np.random.default_rng(3)
+    data = {
+        "x": jnp.asarray(rng.normal(size=(4, 6, 3))),
+        "y": jnp.asarray(rng.integers(0, 5, (4, 6))),
+        "weight": jnp.asarray(rng.uniform(size=(4, 6)) * (np.arange(6) < 4)),
+    }
+    predict = lambda p, d: jnp.tanh(d["x"] @ p["in"]) @ p["out"]
+    loss = lambda z, d: optax.softmax_cross_entropy_with_integer_labels(z, d["y"])
+    params = {"in": jnp.asarray(rng.normal(size=(3, 4))), "out": jnp.asarray(rng.normal(size=(4, 5)))}
+    return Objective(predict, loss, data, **options), params
+
+
+MEANS = {
+    "tokens": ({"weights": lambda d: d["weight"]}, lambda x, d: (x * d["weight"]).sum() / d["weight"].sum()),
+    "examples": (
+        {"weights": lambda d: d["weight"][:, 0]},
+        lambda x, d: (x.mean(1) * d["weight"][:, 0]).sum() / d["weight"][:, 0].sum(),
+    ),
+    "sum": ({"reduction": "sum"}, lambda x, d: x.sum()),
+    "weighted sum": ({"weights": lambda d: d["weight"], "reduction": "sum"}, lambda x, d: (x * d["weight"]).sum()),
+}
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_weights_and_sums_are_those_of_the_formula(name, x64):
+    options, formula = MEANS[name]
+    objective, params = weighted(penalty=lambda p: jnp.sum(p["out"] ** 2), **options)
+
+    def expected(p):
+        return formula(objective.loss(objective.predict(p, objective.data), objective.data), objective.data) + jnp.sum(
+            p["out"] ** 2
+        )
+
+    flat, unflatten = jax.flatten_util.ravel_pytree(params)
+    dense = unflatten(jnp.diag(jax.hessian(lambda v: expected(unflatten(v)))(flat)))
+    found = curvax.value_grad_and_hessian_diag(objective, params, curvax.Exact(micro_batches=2))
+    np.testing.assert_allclose(found.value, expected(params), rtol=1e-12)
+    np.testing.assert_allclose(objective(params), expected(params), rtol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found.diag, dense)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), found.grad, jax.grad(expected)(params))
+
+
+def test_weighted_tokens_are_a_softmax_and_may_be_split(x64):
+    objective, params = weighted(weights=lambda d: d["weight"])
+    assert "a softmax" in str(curvax.explain(objective, params, None))
+    exact = curvax.hessian_diag(objective, params, "ggn")
+    method = curvax.GaussNewton(num_samples=400, micro_batches=2)
+    diag, error = curvax.hessian_diag(objective, params, method, key=0, standard_error=True)
+    for name in params:
+        assert np.all(np.abs(diag[name] - exact[name]) < 5.5 * error[name] + 1e-12)
+
+
+def test_other_output_comes_beside_a_weighted_mean():
+    objective, params = weighted(weights=lambda d: d["weight"])
+    pair = dataclasses.replace(objective, predict=lambda p, d: (objective.predict(p, d), d["y"]), has_aux=True)
+    value, aux = pair(params)
+    np.testing.assert_allclose(value, objective(params))
+    assert curvax.hessian_diag(pair, params, "basis")[1] is not None and aux.shape == (4, 6)
+
+
+def test_weights_that_do_not_fit_are_refused():
+    objective, params = weighted(weights=lambda d: d["weight"][:, :3])
+    with pytest.raises(ValueError, match=r"weights.* shape \(4, 3\) for losses of shape \(4, 6\)"):
+        objective(params)
+    with pytest.raises(ValueError, match="'mean' or 'sum'"):
+        weighted(reduction="none")

@@ -79,7 +79,7 @@ def _read(objective, params, data, where, has_aux) -> tuple[Hashable, Any, Calla
     def derivatives(params, data):
         this = dataclasses.replace(objective, data=data) if isinstance(objective, Objective) else objective
         alone, chosen = scalar_objective(this, params, where, has_aux)
-        outputs = alone.predict(chosen, data) if isinstance(alone, Objective) else ()
+        outputs = alone.predict(chosen, alone.data) if isinstance(alone, Objective) else ()
         return outputs, aux_of(this, params, has_aux), jax.jvp(jax.grad(alone), (chosen,), (chosen,))
 
     twice, out = jax.make_jaxpr(derivatives, return_shape=True)(params, data)

@@ -23,7 +23,7 @@ import jax
 from curvax.checks import check_number
 from curvax.curvature.estimate import Estimate
 from curvax.curvature.micro_batches import mean_over_micro_batches
-from curvax.curvature.scalar import aux_of, without_aux
+from curvax.curvature.scalar import aux_of, plain
 from curvax.exact import Explanation
 from curvax.keys import Key, as_key
 from curvax.objective import Objective
@@ -76,7 +76,7 @@ class Method(abc.ABC):
           ValueError: as `hessian_diag`.
         """
         check_real(params)
-        found = self._in_parts(without_aux(objective), params, as_key(key) if self.stochastic else None)
+        found = self._in_parts(plain(objective, params), params, as_key(key) if self.stochastic else None)
         return found._replace(aux=aux_of(objective, params, False))
 
     def explain(self, objective: Any, params: Any) -> Explanation:
@@ -92,7 +92,7 @@ class Method(abc.ABC):
         Raises:
           ValueError: as `explain`.
         """
-        return self._explain(without_aux(objective), params)
+        return self._explain(plain(objective, params), params)
 
     def _in_parts(self, objective: Any, params: Any, key: jax.Array | None) -> Estimate:
         """`estimate` by micro-batches."""

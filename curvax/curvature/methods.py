@@ -10,7 +10,7 @@ from curvax.curvature.estimate import Estimate
 from curvax.curvature.gauss_newton import explain_sampling, plan_sampling, sampled_gauss_newton
 from curvax.curvature.hutchinson import Hutchinson
 from curvax.curvature.method import Method
-from curvax.curvature.scalar import without_aux
+from curvax.curvature.scalar import plain
 from curvax.exact import BUDGET, exact_diag, explain, explain_ggn, explain_products, ggn_diag
 from curvax.exact.diagonals import check_objective
 from curvax.exact.units import function_diag
@@ -171,7 +171,7 @@ class Auto(Method):
 
     def choose(self, objective: Any, params: Any) -> Method:
         """The method that is taken for this objective."""
-        objective = without_aux(objective)
+        objective = plain(objective, params)
         options = {"chunk_size": self.chunk_size, "micro_batches": self.micro_batches}
         if isinstance(objective, Objective) and plan_sampling(objective, params).form in ("example", "batch"):
             return GaussNewton(self.num_samples, **options)

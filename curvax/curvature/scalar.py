@@ -29,6 +29,7 @@ def scalar_objective(objective: Any, params: Any, where: Any, has_aux: bool) -> 
     _check_data(objective.data)
     if returns_aux(objective, has_aux):
         objective = _without_aux(objective)
+    objective = _as_mean(objective, params)
     if objective.penalty is not None:
         objective = dataclasses.replace(objective, penalty=_scalar(objective.penalty, "penalty", False))
     return _restrict(objective, params, where)
@@ -39,9 +40,20 @@ def returns_aux(objective: Any, has_aux: bool) -> bool:
     return has_aux or (isinstance(objective, Objective) and objective.has_aux)
 
 
-def without_aux(objective: Any) -> Any:
-    """An `Objective` that has other output without it, and anything else as it is."""
-    return _without_aux(objective) if returns_aux(objective, False) else objective
+def plain(objective: Any, params: Any) -> Any:
+    """An `Objective` as a mean over examples without other output, and anything else as it is."""
+    if not isinstance(objective, Objective):
+        return objective
+    return _as_mean(_without_aux(objective) if objective.has_aux else objective, params)
+
+
+def _as_mean(objective: Objective, params: Any) -> Objective:
+    def losses(params, data):
+        return objective.losses(objective.predict(params, data), data)
+
+    if objective.is_mean:
+        return objective
+    return objective.as_mean(jax.eval_shape(losses, params, objective.data).shape)
 
 
 def aux_of(objective: Any, params: Any, has_aux: bool) -> Any:
