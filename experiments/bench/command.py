@@ -1,69 +1,82 @@
 """The command `bench`: measures a table, shows its lines as they come, and keeps them as JSON lines."""
 
-import contextlib
 import dataclasses
+import os
+import platform
 from collections.abc import Callable, Iterator
 
+import jax
 from rich.console import Group
 from rich.live import Live
 from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
 
 from experiments import data, records
-from experiments.bench import curvature, estimators, losses, measure, optimizers, table
-from experiments.bench.table import Row
+from experiments.bench import curvature, estimators, losses, optimizers
+from experiments.bench.measure import Row, without_compilation_cache
 from experiments.commands import BenchConfig
 from experiments.config import TrainConfig
 from experiments.console import console, say
 
-# Each makes the lines of one table: `rows(say, repeats, quick)`; that of estimators needs images, too.
+# Each makes the lines of one table; that of estimators needs images, too.
 TABLES: dict[str, Callable[..., Iterator[Row]]] = {
     "optimizers": optimizers.rows,
     "curvature": curvature.rows,
     "losses": losses.rows,
     "estimators": estimators.rows,
 }
+COLORS = {"met": "green", "first met": "yellow", "missed": "red"}
 
 
 def bench(config: BenchConfig):
-    """Measures and shows one table."""
-    # Where images and records lie on this machine is of no use on another.
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "data_dir")}
+    """Measures a table; on a terminal it grows, with what is measured now below it."""
     options = {"repeats": config.repeats, "quick": config.quick}
     if config.table == "estimators":
         estimators.check_installed()
-        images = TrainConfig(dataset=config.dataset or "digits", data_dir=config.data_dir, batch_size=128)
-        options["dataset"] = data.load(images)
+        options["dataset"] = data.load(TrainConfig(dataset=config.dataset, data_dir=config.data_dir, batch_size=128))
+    # Where images and records lie on this machine is of no use on another.
+    about = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "data_dir")}
+    about |= (here := machine())
+    caption = f"{here['device']}, {here['cores']} cores, jax {here['jax']}, Python {here['python']}"
+    means = "made small, the figures mean nothing" if config.quick else "medians of calls in turn"
+    table, spinner = Table(title=f"{config.table}: {means}", caption=caption), Spinner("dots")
+    for name in ("what", "reached", "bar", "", "detail"):
+        table.add_column(name, justify="right" if name in ("reached", "bar") else "left", no_wrap=name == "reached")
+
+    def tell(what: str):
+        spinner.update(text=f"measuring {what}")
+        if not console.is_terminal:
+            say(f"measuring {what}")
+
     points, path = [], records.new_folder(config.out, f"bench-{config.table}") / "table.jsonl"
-    records.write(path, records.line({"kind": "config", **fields, **table.machine()}))
-    with measure.without_compilation_cache(), live_table(title(config)) as (add, tell):
+    records.write(path, records.line({"kind": "config", **about}))
+    with without_compilation_cache(), Live(Group(table, spinner), console=console, refresh_per_second=4) as live:
         for row in TABLES[config.table](say=tell, **options):
-            records.append(path, row.record())
+            records.append(path, {"kind": "row", **row._asdict(), "data": dict(row.data), "verdict": row.verdict()})
             points.append(row.data)
-            add(row)
+            table.add_row(*cells(row))
+        live.update(table)
     if config.table == "estimators":
-        estimators.plot(points, config.dataset or "digits", path.with_suffix(".png"))
+        estimators.plot(points, config.dataset, path.with_suffix(".png"))
         say(f"plot: {path.with_suffix('.png')}")
     say(f"records: {path}")
 
 
-def title(config: BenchConfig) -> str:
-    """What stands over the table."""
-    return f"{config.table}: " + (
-        "made small, the figures mean nothing" if config.quick else "medians of calls in turn"
-    )
+def machine() -> dict[str, object]:
+    """What the figures depend on."""
+    device = jax.devices()[0]
+    return {
+        "device": f"{device.platform}, {device.device_kind}" if device.platform != "cpu" else "cpu",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
 
 
-@contextlib.contextmanager
-def live_table(title: str) -> Iterator[tuple[Callable[[Row], None], Callable[[str], None]]]:
-    """A table on the terminal that grows, and below it what is measured now; in a log, the finished table."""
-    shown = table.empty(title)
-    spinner = Spinner("dots")
-    with Live(Group(shown, spinner), console=console, refresh_per_second=4) as live:
-
-        def tell(what: str):
-            spinner.update(text=f"measuring {what}")
-            if not console.is_terminal:
-                say(f"measuring {what}")
-
-        yield (lambda row: shown.add_row(*table.cells(row))), tell
-        live.update(shown)
+def cells(row: Row) -> list[str | Text]:
+    """A line of the table as it is shown: three digits, and those before the point."""
+    number = lambda x: f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
+    bars = ", ".join(map(number, row.bars))
+    verdict = Text(row.verdict(), COLORS.get(row.verdict(), ""))
+    return [row.what, number(row.reached), bars and f"{'≥' if row.at_least else '≤'} {bars}", verdict, row.detail]

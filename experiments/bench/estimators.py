@@ -9,7 +9,7 @@ import importlib.util
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,9 @@ import numpy as np
 import optax
 
 import curvax
-from experiments import data, models, plots
-from experiments.bench.curvature import cross_entropy, relative_error
-from experiments.bench.measure import compiled, in_turns
-from experiments.bench.table import Row, Say
+from experiments import data, plots
+from experiments.bench.curvature import alexnet, gradient, relative_error
+from experiments.bench.measure import Row, Say, timed
 from experiments.config import TrainConfig
 from experiments.errors import UsageError
 
@@ -29,70 +28,64 @@ PROBES = (2, 5, 15)
 SEEDS = 3
 
 
-class Point(NamedTuple):
-    """One estimate: by which estimator, from how many samples, at how many gradients, and its relative L2 error."""
-
-    estimator: str
-    samples: int
-    gradients: float
-    error: float
-
-
 def rows(say: Say, repeats: int, quick: bool, dataset: data.Dataset) -> Iterator[Row]:
     """A line for every estimator and number of samples; of a narrow network, if it is to be quick."""
-    objective, params = alexnet_problem(dataset, quick)
-    say("the exact diagonal")
-    truth = jax.jit(functools.partial(curvax.hessian_diag, method="exact"))(objective, params)
-    say("the price of one sample of each")
-    prices = price(objective, params, repeats)
-    yield _row(Point("exact", 1, prices["exact"], 0.0))
+    config = TrainConfig(width=1 / 32 if quick else 1 / 8, hidden=32 if quick else 512, dropout=0.0)
+    images = data.normalise(jnp.asarray(dataset.train.images[:128]), *data.channel_statistics(dataset.train.images))
+    problem = alexnet(config, images, dataset.train.labels[:128], dataset.num_classes)
+    exact = lambda objective, params, key: curvax.hessian_diag(objective, params, method="exact")
+    say("the exact diagonal, and the price of one sample of each")
+    functions = {"gradient": gradient, "exact": exact, **one_sample()}
+    calls, times, _ = timed({name: (f, *problem, jax.random.key(0)) for name, f in functions.items()}, repeats)
+    truth, prices = calls["exact"](), {name: times[name] / times["gradient"] for name in times}
+    yield row("exact", 1, prices["exact"], 0.0)
     for name in one_sample():
         say(name)
-        for point in averages(name, objective, params, truth, prices[name], SAMPLES[: 2 if quick else None]):
-            yield _row(point)
-    for name in many_samples():
+        sample = lambda seed, name=name: calls[name].func(*problem, seed)
+        for samples, error in averages(sample, truth, SAMPLES[: 2 if quick else None]).items():
+            yield row(name, samples, samples * prices[name], error)
+    for name, estimator in many_samples().items():
         say(name)
         for probes in PROBES[: 1 if quick else None]:
+            estimate = jax.jit(estimator(probes))
+            found = [estimate(*problem, jax.random.key(seed)) for seed in range(SEEDS)]
             # Two products for each probe, and one product is what a sample of the same library's Hutchinson costs.
-            cost = 2 * probes * prices[name.replace("xdiag", "hutchinson")]
-            yield _row(Point(name, probes, cost, error_of(many_samples()[name](probes), objective, params, truth)))
+            price = 2 * probes * prices[name.replace("xdiag", "hutchinson")]
+            yield row(name, probes, price, statistics.median(relative_error(some, truth) for some in found))
 
 
-def _row(point: Point) -> Row:
-    what = f"relative error of {point.estimator}, samples: {point.samples}"
-    return Row(what, point.error, (), f"{point.gradients:.3g} gradients", data=point._asdict())
+def row(estimator: str, samples: int, gradients: float, error: float) -> Row:
+    """One estimate: by which estimator, from how many samples, at how many gradients, and its relative L2 error."""
+    point = {"estimator": estimator, "samples": samples, "gradients": gradients, "error": error}
+    what = f"relative error of {estimator}, samples: {samples}"
+    return Row(what, error, (), f"{gradients:.3g} gradients", data=point)
 
 
-def alexnet_problem(dataset: data.Dataset, quick: bool) -> tuple[curvax.Objective, Any]:
-    """AlexNet at an eighth of its width, with FC layers of 512, on one batch of 128 images."""
-    mean, std = data.channel_statistics(dataset.train.images)
-    config = TrainConfig(width=1 / 32 if quick else 1 / 8, hidden=32 if quick else 512, dropout=0.0)
-    definition, params, stats = models.build(config, dataset.num_classes, jax.random.key(0))
-
-    def predict(params, batch):
-        return models.apply(definition, params, stats, batch["image"])[0]
-
-    batch = {
-        "image": data.normalise(jnp.asarray(dataset.train.images[:128]), mean, std),
-        "label": jnp.asarray(dataset.train.labels[:128]),
-    }
-    return curvax.Objective(predict, cross_entropy, batch), params
+def averages(sample: Callable, truth: Any, numbers: tuple[int, ...]) -> dict[int, float]:
+    """The error of means over ever more samples, the median over seeds."""
+    errors = {number: [] for number in numbers}
+    for seed in range(SEEDS):
+        total = jax.tree.map(jnp.zeros_like, truth)
+        for number, key in enumerate(jax.random.split(jax.random.key(seed), numbers[-1]), 1):
+            total = optax.tree.add(total, sample(key))
+            if number in errors:
+                errors[number].append(relative_error(optax.tree.scale(1 / number, total), truth))
+    return {number: statistics.median(found) for number, found in errors.items()}
 
 
 def one_sample() -> dict[str, Callable]:
     """Estimators of which samples are averaged: `(objective, params, key) -> diagonal`."""
     methods = {"hutchinson": "hutchinson", "ggn_mc_of_batches": curvax.GaussNewton(1, "batch"), "ggn_mc": "ggn_mc"}
     ours = {name: functools.partial(_ours, method=method) for name, method in methods.items()}
-    matfree = _matfree()
-    sampled = {} if matfree is None else {"matfree hutchinson": _matfree_hutchinson}
-    return {**ours, "optax.contrib hutchinson": _optax_hutchinson, **sampled}
+    theirs = {"matfree hutchinson": functools.partial(_matfree_diagonal, 1, _hutchinson)} if _matfree() else {}
+    return {**ours, "optax.contrib hutchinson": _optax_hutchinson, **theirs}
 
 
 def many_samples() -> dict[str, Callable]:
     """Estimators that take all their probes at once, by name: from their number to such a function."""
     ours = {"xdiag": lambda probes: functools.partial(_ours, method="xdiag", num_samples=probes)}
-    theirs = {"matfree xdiag": lambda probes: functools.partial(_matfree_xdiag, probes=probes)}
-    return ours | (theirs if _matfree() is not None else {})
+    theirs = {"matfree xdiag": lambda probes: functools.partial(_matfree_diagonal, probes, _xdiag)}
+    return ours | (theirs if _matfree() else {})
 
 
 def _ours(objective, params, key, **options):
@@ -104,18 +97,17 @@ def _optax_hutchinson(objective, params, key):
     return estimator.update(params, estimator.init(params), params, obj_fn=objective)[0]
 
 
-def _matfree_hutchinson(objective, params, key):
-    stochtrace = _matfree()
-    sampler = stochtrace.sampler_signs(params, num=1)
-    estimate = stochtrace.estimator_monte_carlo(stochtrace.monte_carlo_diagonal(), sampler=sampler)
+def _matfree_diagonal(probes, estimator, objective, params, key):
+    estimate = estimator(_matfree(), _matfree().sampler_signs(params, num=probes))
     return estimate(functools.partial(curvax.hvp, objective, params), key)
 
 
-def _matfree_xdiag(objective, params, key, probes):
-    stochtrace = _matfree()
-    sampler = stochtrace.sampler_signs(params, num=probes)
-    estimate = stochtrace.estimator_leave_one_out(stochtrace.leave_one_out_xdiag(), sampler=sampler)
-    return estimate(functools.partial(curvax.hvp, objective, params), key)
+def _hutchinson(matfree, sampler):
+    return matfree.estimator_monte_carlo(matfree.monte_carlo_diagonal(), sampler=sampler)
+
+
+def _xdiag(matfree, sampler):
+    return matfree.estimator_leave_one_out(matfree.leave_one_out_xdiag(), sampler=sampler)
 
 
 def _matfree() -> Any:
@@ -123,40 +115,14 @@ def _matfree() -> Any:
     return importlib.import_module("matfree.stochtrace") if importlib.util.find_spec("matfree") else None
 
 
-def price(objective, params, repeats: int) -> dict[str, float]:
-    """What one sample of each estimator takes, in gradients."""
-    exact = lambda objective, params, key: curvax.hessian_diag(objective, params, method="exact")
-    programs = {"gradient": lambda objective, params, key: jax.grad(objective)(params), "exact": exact, **one_sample()}
-    arguments = objective, params, jax.random.key(0)
-    calls = {name: functools.partial(compiled(f, *arguments).call, *arguments) for name, f in programs.items()}
-    times = in_turns(calls, repeats)
-    return {name: times[name] / times["gradient"] for name in times}
+def check_installed():
+    """Raises a UsageError where matfree, part of the comparison, is missing."""
+    if not _matfree():
+        raise UsageError("bench estimators compares with matfree; pip install -e '.[bench]' brings it")
 
 
-def averages(name: str, objective, params, truth, price: float, numbers: tuple[int, ...]) -> Iterator[Point]:
-    """The error of means over ever more samples, the median over seeds."""
-    sample, errors = jax.jit(one_sample()[name]), {number: [] for number in numbers}
-    for seed in range(SEEDS):
-        total = jax.tree.map(jnp.zeros_like, truth)
-        for number, key in enumerate(jax.random.split(jax.random.key(seed), numbers[-1]), 1):
-            total = jax.tree.map(jnp.add, total, sample(objective, params, key))
-            if number in errors:
-                mean = jax.tree.map(lambda t, n=number: t / n, total)
-                errors[number].append(relative_error(mean, truth))
-    for number, found in errors.items():
-        yield Point(name, number, number * price, statistics.median(found))
-
-
-def error_of(estimate: Callable, objective, params, truth) -> float:
-    """The median over seeds."""
-    estimate = jax.jit(estimate)
-    return statistics.median(
-        relative_error(estimate(objective, params, jax.random.key(seed)), truth) for seed in range(SEEDS)
-    )
-
-
-def plot(points: list[Mapping], dataset: str, path: Path) -> None:
-    """Error against cost, both logarithmic, and the exact diagonal's cost as a line, from fields of `Point`s."""
+def plot(points: list[Mapping], dataset: str, path: Path):
+    """Error against cost, both logarithmic, and the exact diagonal's cost as a line, from the `data` of rows."""
 
     def draw(panels, points):
         [panel] = panels
@@ -178,9 +144,3 @@ def plot(points: list[Mapping], dataset: str, path: Path) -> None:
         " products for each probe."
     )
     plots.save(draw, 1, points, "The error of each estimate against its cost", caption, path, size=(7.5, 5))
-
-
-def check_installed() -> None:
-    """Raises a UsageError where matfree, part of the comparison, is missing."""
-    if _matfree() is None:
-        raise UsageError("bench estimators compares with matfree; pip install -e '.[bench]' brings it")

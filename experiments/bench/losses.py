@@ -7,6 +7,7 @@ turn; the error is that of one estimate, averaged over some keys, against the ex
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +15,11 @@ import numpy as np
 import optax
 
 import curvax
-from experiments.bench.measure import compiled, in_turns
-from experiments.bench.table import Row, Say
+from experiments.bench.curvature import gradient, relative_error
+from experiments.bench.measure import Row, Say, ratio, timed
+from experiments.step import cross_entropy
 
 KEYS = 5
-
-
-def cross_entropy(z, d):
-    return optax.softmax_cross_entropy_with_integer_labels(z, d["label"])
-
-
 LOSSES: dict[str, Callable] = {
     "softmax cross-entropy": cross_entropy,
     "smooth labels, temperature 2": lambda z, d: optax.softmax_cross_entropy(z / 2, d["share"]),
@@ -44,42 +40,25 @@ LOSSES: dict[str, Callable] = {
 
 
 def rows(say: Say, repeats: int, quick: bool) -> Iterator[Row]:
-    """The table.
-
-    Args:
-        say: is told what is measured next.
-        repeats: timed calls of each program, of which the median counts.
-        quick: 8 examples in place of 512.
-
-    Yields:
-        One row for each loss: the time of one estimate over that of the gradient, what is taken, and its error.
-    """
+    """One row for each loss: the time of one estimate over that of the gradient, what is taken, and its error."""
     data, params = problem(8 if quick else 512)
+    estimate = lambda objective, params, key: curvax.hessian_diag(objective, params, method=None, key=key)
     for name, loss in LOSSES.items():
         say(name)
-        yield row(name, curvax.Objective(network, loss, data), params, repeats)
-
-
-def row(name: str, objective: curvax.Objective, params, repeats: int) -> Row:
-    """The line of one loss."""
-    estimate = functools.partial(curvax.hessian_diag, method=None)
-    key = jax.random.key(0)
-    programs = {
-        "gradient": compiled(lambda o, p, key: jax.grad(o)(p), objective, params, key),
-        "estimate": compiled(lambda o, p, key: estimate(o, p, key=key), objective, params, key),
-    }
-    calls = {label: functools.partial(program.call, objective, params, key) for label, program in programs.items()}
-    times = in_turns(calls, repeats)
-    truth = jax.jit(functools.partial(curvax.hessian_diag, method="ggn"))(objective, params)
-    errors = [distance(programs["estimate"].call(objective, params, jax.random.key(i)), truth) for i in range(KEYS)]
-    explanation = curvax.explain(objective, params, None)
-    taken = explanation.method.partition(", chosen")[0]
-    detail = f"{taken}, error {np.mean(errors):.2g}: {explanation.rows[0].reason}"
-    return Row(name, times["estimate"] / times["gradient"], (), detail)
+        objective = curvax.Objective(network, loss, data)
+        arguments = objective, params, jax.random.key(0)
+        calls, times, _ = timed({"gradient": (gradient, *arguments), "estimate": (estimate, *arguments)}, repeats)
+        truth = jax.jit(functools.partial(curvax.hessian_diag, method="ggn"))(objective, params)
+        program = calls["estimate"].func
+        errors = [relative_error(program(objective, params, jax.random.key(i)), truth) for i in range(KEYS)]
+        explanation = curvax.explain(objective, params, None)
+        taken = explanation.method.partition(", chosen")[0]
+        detail = f"{taken}, error {np.mean(errors):.2g}: {explanation.rows[0].reason}"
+        yield ratio(name, times["estimate"], times["gradient"])._replace(detail=detail)
 
 
 def problem(examples: int) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Random images and labels, and a network of He's initialisation for them."""
+    """Random images and labels, and kernels of He's initialisation."""
     rng, classes, sizes = np.random.default_rng(0), 10, (196, 64, 64, 10)
     data = {
         "x": rng.normal(size=(examples, sizes[0])),
@@ -88,19 +67,12 @@ def problem(examples: int) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         "weight": rng.normal(size=examples),
     }
     data = {name: jnp.asarray(x, jnp.float32) for name, x in data.items()}
-    data |= {"label": jnp.asarray(rng.integers(0, classes, examples)), "kept": data["target"] > 0}
-    pairs = itertools.pairwise(sizes)
-    kernels = [jnp.asarray(rng.normal(size=(i, o)) * np.sqrt(2 / i), jnp.float32) for i, o in pairs]
-    return data, {f"kernel_{i}": kernel for i, kernel in enumerate(kernels)}
+    data |= {"labels": jnp.asarray(rng.integers(0, classes, examples)), "kept": data["target"] > 0}
+    kernels = [rng.normal(size=(i, o)) * np.sqrt(2 / i) for i, o in itertools.pairwise(sizes)]
+    return data, {f"kernel_{i}": jnp.asarray(kernel, jnp.float32) for i, kernel in enumerate(kernels)}
 
 
-def network(params, data):
+def network(params: Any, data: Any) -> jax.Array:
     """Three dense layers with ReLUs between them."""
     hidden = jax.nn.relu(data["x"] @ params["kernel_0"])
     return jax.nn.relu(hidden @ params["kernel_1"]) @ params["kernel_2"]
-
-
-def distance(found, truth) -> float:
-    """The relative L2 error of a tree."""
-    off = optax.tree.norm(jax.tree.map(jnp.subtract, found, truth))
-    return float(off / optax.tree.norm(truth))
