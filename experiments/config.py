@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.errors import UsageError
 from experiments.options import ABOVE_0, AT_LEAST_0, FRACTION, Options, Rule, option, up_to
@@ -42,14 +42,6 @@ ALEXNET = Rule("is for --model alexnet", lambda config: config.model == "alexnet
 CBLR = Rule("is for --optimizer cblr", lambda config: config.optimizer in CURVED)
 DISCARDING = Rule("is for a --discard above 0", lambda config: config.discard > 0)
 ONE_PHASE = Rule("is said by --phases", lambda config: not config.phases)
-
-
-class PhaseText(NamedTuple):
-    """EPOCHS:BATCH:RATE, read."""
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +156,6 @@ class TrainConfig(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        phases = self._phases()
         if not DATASET.fullmatch(self.dataset):
             raise UsageError(
                 f"--dataset takes digits, generated, or a name that TFDS lists, such as cifar10, not {self.dataset!r}"
@@ -173,14 +164,26 @@ class TrainConfig(Options):
             raise UsageError(f"--image-size must be at least 16 for alexnet, not {self.image_size}")
         if self.discard and self.optimizer in CURVED:
             raise UsageError(f"--discard does not reach the curvature of {self.optimizer}: choose another --optimizer")
-        if sum(phase.epochs for phase in phases) > MOST_EPOCHS:
+        if self.num_epochs > MOST_EPOCHS:
             raise UsageError(f"--phases take at most {MOST_EPOCHS} epochs in all")
         for batch_size in self.batch_sizes:
             self._check_batch(batch_size)
         self._check_processes()
 
-    def _phases(self) -> tuple[PhaseText, ...]:
-        return tuple(map(parse_phase, self.phases))
+    @functools.cached_property
+    def _phases(self) -> list[tuple[int, int, float | None]]:
+        """Epochs, batch size and, if it has its own, learning rate of each."""
+        phases = [] if self.phases else [(self.epochs, self.batch_size, None)]
+        for text in self.phases:
+            try:
+                epochs, batch_size, rate = text.split(":")
+                phases.append((int(epochs), int(batch_size), float(rate)))
+                valid = all(0 < number < math.inf for number in phases[-1])
+            except ValueError:
+                valid = False
+            if not valid:
+                raise UsageError(f"--phases takes EPOCHS:BATCH:RATE, numbers above 0 such as 1:512:0.005, not {text!r}")
+        return phases
 
     def _check_batch(self, batch_size: int):
         micro = self.micro_size(batch_size)
@@ -222,28 +225,23 @@ class TrainConfig(Options):
     @property
     def batch_sizes(self) -> list[int]:
         """All that occur, in order of size."""
-        return sorted({phase.batch_size for phase in self._phases()} or {self.batch_size})
+        return sorted({batch_size for _, batch_size, _ in self._phases})
 
     @property
     def num_epochs(self) -> int:
         """Passes over the training images."""
-        return sum(phase.epochs for phase in self._phases()) or self.epochs
+        return sum(epochs for epochs, _, _ in self._phases)
 
     def plan(self, learning_rate: float) -> "BatchSchedule":
         """What is trained when; `learning_rate` is the peak where the phases do not say their own."""
         from curvax.schedules import BatchSchedule, Phase
 
-        phases = self._phases() or ((self.epochs, self.batch_size, learning_rate),)
-        return BatchSchedule(tuple(Phase(*phase) for phase in phases), self.warmup_epochs, self.schedule)
+        phases = tuple(Phase(epochs, size, rate or learning_rate) for epochs, size, rate in self._phases)
+        return BatchSchedule(phases, self.warmup_epochs, self.schedule)
 
     @property
     def name(self) -> str:
-        """Names what determines the results: two configurations have one name if and only if theirs are the same.
-
-        Example:
-            >>> TrainConfig(width=0.5).name == TrainConfig(width=0.5, out=Path("elsewhere")).name
-            True
-        """
+        """Names what determines the results: two configurations have one name if and only if theirs are the same."""
         # Without the defaults, so that a new option leaves the names of old runs as they are.
         usual = TrainConfig().as_dict()
         fields = {k: v for k, v in self.as_dict().items() if k not in CONDUCT and v != usual[k]}
@@ -256,30 +254,8 @@ class TrainConfig(Options):
         return {name: as_json.get(type(v), lambda v: v)(v) for name, v in dataclasses.asdict(self).items()}
 
 
-def parse_phase(text: str) -> PhaseText:
-    """A phase from `EPOCHS:BATCH:RATE`.
-
-    Example:
-        >>> parse_phase("1:512:0.005")
-        PhaseText(epochs=1, batch_size=512, learning_rate=0.005)
-    """
-    try:
-        epochs, batch_size, learning_rate = text.split(":")
-        phase = PhaseText(int(epochs), int(batch_size), float(learning_rate))
-    except ValueError:
-        phase = (0,)
-    if not all(0 < number < math.inf for number in phase):
-        raise UsageError(f"--phases takes EPOCHS:BATCH:RATE, numbers above 0 such as 1:512:0.005, not {text!r}")
-    return phase
-
-
 def load_config(fields: Mapping[str, Any]) -> TrainConfig:
-    """A configuration from its JSON fields: the inverse of `TrainConfig.as_dict`.
-
-    Example:
-        >>> load_config(TrainConfig(width=0.5).as_dict()) == TrainConfig(width=0.5)
-        True
-    """
+    """A configuration from its JSON fields: the inverse of `TrainConfig.as_dict`."""
     fields = dict(fields, out=Path(fields["out"]), phases=tuple(fields["phases"]))
     fields["data_dir"] = Path(fields["data_dir"]) if fields["data_dir"] else None
     return TrainConfig(**fields)

@@ -22,12 +22,7 @@ def say(text: object):
 
 
 def fit(parts: Sequence[tuple[int, str]]) -> str:
-    """One line of several texts: those of the lowest ranks are left out until the others fit on the screen.
-
-    Example:
-        >>> fit([(3, "epoch 1"), (1, "much detail " * 20), (2, "loss 0.5")])
-        'epoch 1  loss 0.5'
-    """
+    """One line of several texts: those of the lowest ranks are left out until the others fit on the screen."""
     parts = list(parts)
     while len(parts) > 1 and len("  ".join(text for _, text in parts)) > console.width:
         parts.remove(min(parts))

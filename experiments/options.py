@@ -152,13 +152,7 @@ def words(value: Any) -> list[str]:
 
 
 def line(command: str, config: Any) -> str:
-    """The command that gives a configuration, as one would type it.
-
-    Example:
-        >>> from experiments.commands import ReportConfig
-        >>> line("report", ReportConfig(preset="cpu", out=Path("my runs")))
-        "python -m experiments report --preset cpu --out 'my runs'"
-    """
+    """The command that gives a configuration, as one would type it."""
     typed = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import curvax
 from experiments import plots, records
 from experiments.commands import RaceConfig, TuneConfig
-from experiments.compare import Outcome, outcome
 from experiments.console import TrainingBars, say, show_table
 from experiments.errors import UsageError
 from experiments.figures.first_step import first_step
 from experiments.options import line
 from experiments.problems import GRID_POINTS, PROBLEMS, Problem, tuned_learning_rate
 from experiments.runs import Runner
+from experiments.train import Outcome, outcome
 
 #: Examples of the report that comes before the race.
 REPORTED = 128

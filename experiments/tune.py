@@ -13,11 +13,11 @@ from pathlib import Path
 
 from experiments import problems, records
 from experiments.commands import TuneConfig
-from experiments.compare import Outcome, outcome
 from experiments.config import TrainConfig
 from experiments.console import TrainingBars, say, show_table
 from experiments.problems import GRID_FACTOR, GRID_POINTS, PROBLEMS, Problem
 from experiments.runs import Runner
+from experiments.train import Outcome, outcome
 
 
 def tune(config: TuneConfig):

@@ -79,12 +79,7 @@ def collectives(program: str) -> list[tuple[int, bool]]:
 
 
 def result_bytes(shape: str) -> int:
-    """The size of an HLO type, which may be a tuple.
-
-    Example:
-        >>> result_bytes("(f32[8,4]{1,0}, pred[])")
-        129
-    """
+    """The size of an HLO type, which may be a tuple."""
     parts = re.findall(r"[a-z]+(\d*)\[([\d,]*)\]", shape)
     # Only `pred` has no number: a byte each.
     return sum(math.prod(int(n) for n in dims.split(",") if n) * int(bits or 8) // 8 for bits, dims in parts)

@@ -41,12 +41,7 @@ class Row(NamedTuple):
     data: Mapping[str, Any] = MappingProxyType({})
 
     def verdict(self) -> str:
-        """How many of its bars the figure reaches, in a word.
-
-        Example:
-            >>> Row("speed", 30.0, (20.0, 50.0), "", at_least=True).verdict()
-            'first met'
-        """
+        """How many of its bars the figure reaches, in a word."""
         met = sum(self.reached >= bar if self.at_least else self.reached <= bar for bar in self.bars)
         return "" if not self.bars else "missed" if not met else "met" if met == len(self.bars) else "first met"
 

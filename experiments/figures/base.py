@@ -68,6 +68,10 @@ class Figure:
     panels = 1
     # What tells the runs apart, as columns of the rows.
     keys: tuple[str, ...] = ()
+    # The claims, and the plot, from the numbers alone; what was chosen where the paper leaves it open.
+    judge: Callable[[Sequence[Row]], list[Claim]]
+    draw: Callable[[Sequence[Axes], Sequence[Row]], None]
+    settings: Callable[[Place], str]
 
     def grid(self, place: Place) -> dict[tuple, TrainConfig]:
         """The runs, by the values of `keys`, as far as they are known beforehand."""
@@ -82,18 +86,6 @@ class Figure:
         """The numbers, from a place and a function that gives the records of a run."""
         for key, config in self.grid(place).items():
             yield from run_rows(trained(config), dict(zip(self.keys, key, strict=True)))
-
-    def judge(self, rows: Sequence[Row]) -> list[Claim]:
-        """The claims, from the numbers."""
-        raise NotImplementedError
-
-    def draw(self, axes: Sequence[Axes], rows: Sequence[Row]):
-        """The plot, from the numbers."""
-        raise NotImplementedError
-
-    def settings(self, place: Place) -> str:
-        """What was chosen where the paper leaves it open."""
-        raise NotImplementedError
 
     @property
     def name(self) -> str:
@@ -124,12 +116,7 @@ def last_epoch(records: Sequence[Row]) -> Row:
 
 
 def count(number: int, noun: str) -> str:
-    """A number of things.
-
-    Example:
-        >>> count(1, "seed"), count(5, "seed")
-        ('1 seed', '5 seeds')
-    """
+    """A number of things."""
     return f"{number} {noun}" + "s" * (number != 1)
 
 

@@ -95,9 +95,8 @@ class LayerRadii(Figure):
                 middle = np.median(values, axis=0)
                 reach = np.abs(np.array([values.min(0), values.max(0)]) - middle)
                 panel.bar(places + shift, middle, 0.4, yerr=reach, label=label, capsize=2, edgecolor="black", **look)
-            panel.set_title(title, fontsize=10)
             panel.set_yscale("log")
-            plots.name_axes(panel, "", "median radius (parameter units)")
+            plots.name_axes(panel, "", "median radius (parameter units)", title)
             panel.set_xticks(places, NAMES, rotation=45, fontsize=8)
 
     def settings(self, place):

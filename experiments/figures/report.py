@@ -74,12 +74,7 @@ def summary(verdicts: Sequence[tuple[Figure, Claim]]) -> str:
 
 
 def anchor(heading: str) -> str:
-    """The name under which GitHub, and this page, link to a heading.
-
-    Example:
-        >>> anchor("Figure 16. MCLR, LARS and SGD on ResNet18")
-        'figure-16-mclr-lars-and-sgd-on-resnet18'
-    """
+    """The name under which GitHub, and this page, link to a heading."""
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 

@@ -33,12 +33,7 @@ class Estimate(NamedTuple):
         return self.within(-np.inf, bound)
 
     def within(self, low: float, high: float) -> str:
-        """The verdict on the claim that the number lies between two bounds.
-
-        Example:
-            >>> Estimate(-0.4, -0.45, -0.35).within(-0.55, -0.45), Estimate(1.0, 0.5, 1.5).above(0)
-            ('did not hold', 'held')
-        """
+        """The verdict on the claim that the number lies between two bounds."""
         if not np.all(np.isfinite([self.low, self.high])):
             return UNDECIDED
         if low < self.low and self.high < high:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import __main__, compare, problems, records, runs, tune
+from experiments import __main__, problems, records, runs, train, tune
 from experiments.config import TrainConfig, load_config
 from experiments.errors import Diverged
 from experiments.problems import GRID_POINTS, PROBLEMS, RACERS
@@ -174,10 +174,10 @@ def test_outcomes_are_read_off_the_records():
         {"kind": "epoch", "step": 2, "loss": 2.0, "test_loss": 2.1, "test_accuracy": 0.4},
         {"kind": "epoch", "step": 4, "loss": 1.0, "test_loss": 1.1, "test_accuracy": 0.6},
     ]
-    outcome = compare.outcome(TrainConfig(), steps + epochs, target=0.5)
+    outcome = train.outcome(TrainConfig(), steps + epochs, target=0.5)
     assert (outcome.steps_to_target, outcome.loss, outcome.test_accuracy) == (4, 1.0, 0.6)
     np.testing.assert_allclose([outcome.step_seconds, outcome.compile_seconds], [0.1, 6.8])
-    outcome = compare.outcome(TrainConfig(), steps + epochs + steps, target=0.7)
+    outcome = train.outcome(TrainConfig(), steps + epochs + steps, target=0.7)
     assert outcome.steps_to_target is None and outcome.loss == float("inf") and outcome.test_accuracy == 0
 
 
