@@ -19,35 +19,37 @@ IMAGES = Rule("is for estimators, the one table of images", lambda config: confi
 
 
 @dataclasses.dataclass(frozen=True)
-class RaceConfig(Options):
+class Methods(Options):
+    """What `race` and `tune` are of."""
+
+    problem: Literal[tuple(PROBLEMS)] = option("digits", "digits needs no download; cifar10 takes far longer.")
+    methods: tuple[Literal[METHODS], ...] = option(RACERS, "Who takes part.")
+    data_dir: Path | None = option(None, DATA_DIR)
+    out: Path = option(RUNS, "Folder of the runs; of a race also for a new folder with its records and plot.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RaceConfig(Methods):
     """Race the methods against each other at a large batch, each at its tuned learning rate.
 
     The same command goes on where it was stopped.
     """
 
-    problem: Literal[tuple(PROBLEMS)] = option("digits", "digits needs no download; cifar10 takes far longer.")
-    methods: tuple[Literal[METHODS], ...] = option(RACERS, "Who takes part.")
-    epochs: int | None = option(None, "Passes over the training images, in place of the problem's.", up_to(MOST_EPOCHS))
+    epochs: int | None = option(None, "Passes over the images, in place of the problem's.", up_to(MOST_EPOCHS))
     seeds: int | None = option(None, "Runs per method, in place of the problem's number.", up_to(1000))
-    data_dir: Path | None = option(None, DATA_DIR)
-    out: Path = option(RUNS, "Folder of the runs, and of a new folder with their records and the plot.")
 
 
 @dataclasses.dataclass(frozen=True)
-class TuneConfig(Options):
+class TuneConfig(Methods):
     """Find the learning rate of each method on a grid of the same size for all; write it to experiments/tuned.json.
 
     The same command goes on where it was stopped.
     """
 
-    problem: Literal[tuple(PROBLEMS)] = option("digits", "What to tune on.")
-    methods: tuple[Literal[METHODS], ...] = option(RACERS, "Whom to tune.")
     again: bool = option(False, "Also count anew the trials that the file holds already.")
-    data_dir: Path | None = option(None, DATA_DIR)
     file: Path | None = option(
         None, "Where the results are read and written, after every trial; else experiments/tuned.json."
     )
-    out: Path = option(RUNS, "Folder of the runs.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,35 +72,35 @@ def find_builder(name: str, data_dir: Path | None):
         raise UsageError(f"--data-dir {data_dir} is not a folder")
     # Of a package that it misses it speaks in a banner, before it raises.
     quiet = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+    with reading(f"--dataset {name}"), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        try:
             return tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except tfds.core.registered.DatasetNotFoundError as error:
-        raise UsageError(
-            f"--dataset {name} is not known: digits, generated, or a name that TFDS lists, such as cifar10"
-        ) from error
-    except (ValueError, AssertionError, ImportError) as error:
-        raise UsageError(f"--dataset {name} cannot be used ({reason(error.__cause__ or error)})") from error
-    # Whatever the files that describe a prepared data set may hold.
-    except Exception as error:
-        raise RunError(f"--dataset {name} cannot be read ({reason(error.__cause__ or error)}): {CURE}") from error
+        except tfds.core.registered.DatasetNotFoundError as error:
+            raise UsageError(
+                f"--dataset {name} is not known: digits, generated, or a name that TFDS lists, such as cifar10"
+            ) from error
+        except (ValueError, AssertionError, ImportError) as error:
+            raise UsageError(f"--dataset {name} cannot be used ({reason(error)})") from error
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an error says."""
+    """The first line of what an error, or its cause, says."""
+    error = error.__cause__ or error
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @contextlib.contextmanager
-def reading(folder: object) -> Iterator[None]:
-    """Says which folder cannot be read, and what to do, whatever goes wrong."""
+def reading(what: object) -> Iterator[None]:
+    """Says what cannot be read, and what to do, whatever goes wrong."""
     try:
         yield
+    except UsageError:
+        raise
     except NotImplementedError as error:
-        raise RunError(f"{folder} was not prepared as array_record: {CURE}") from error
-    # ArrayRecord, Pillow, protocol buffers and the file system raise what they like.
+        raise RunError(f"{what} was not prepared as array_record: {CURE}") from error
+    # ArrayRecord, Pillow, protocol buffers, the file system and the files of a data set raise what they like.
     except Exception as error:
-        raise RunError(f"{folder} cannot be read ({reason(error)}): {CURE}") from error
+        raise RunError(f"{what} cannot be read ({reason(error)}): {CURE}") from error
 
 
 def prepare(builder):

@@ -1,4 +1,4 @@
-"""The command `bench`: measures a table, shows its lines as they come, and keeps them as JSON lines."""
+"""The command `bench`: measures a table, says its lines as they come, and keeps them as JSON lines."""
 
 import dataclasses
 import os
@@ -6,10 +6,6 @@ import platform
 from collections.abc import Callable, Iterator
 
 import jax
-from rich.console import Group
-from rich.live import Live
-from rich.spinner import Spinner
-from rich.table import Table
 from rich.text import Text
 
 from experiments import data, records
@@ -17,7 +13,7 @@ from experiments.bench import curvature, estimators, losses, optimizers
 from experiments.bench.measure import Row, without_compilation_cache
 from experiments.commands import BenchConfig
 from experiments.config import TrainConfig
-from experiments.console import console, say
+from experiments.console import TrainingBars, say, show_table
 
 # Each makes the lines of one table; that of estimators needs images, too.
 TABLES: dict[str, Callable[..., Iterator[Row]]] = {
@@ -30,35 +26,29 @@ COLORS = {"met": "green", "first met": "yellow", "missed": "red"}
 
 
 def bench(config: BenchConfig):
-    """Measures a table; on a terminal it grows, with what is measured now below it."""
+    """Measures a table, says what it measures and what came out, and shows all of it in the end."""
     options = {"repeats": config.repeats, "quick": config.quick}
     if config.table == "estimators":
         estimators.check_installed()
         options["dataset"] = data.load(TrainConfig(dataset=config.dataset, data_dir=config.data_dir, batch_size=128))
     # Where images and records lie on this machine is of no use on another.
     about = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "data_dir")}
-    about |= (here := machine())
-    caption = f"{here['device']}, {here['cores']} cores, jax {here['jax']}, Python {here['python']}"
-    means = "made small, the figures mean nothing" if config.quick else "medians of calls in turn"
-    table, spinner = Table(title=f"{config.table}: {means}", caption=caption), Spinner("dots")
-    for name in ("what", "reached", "bar", "", "detail"):
-        table.add_column(name, justify="right" if name in ("reached", "bar") else "left", no_wrap=name == "reached")
-
-    def tell(what: str):
-        spinner.update(text=f"measuring {what}")
-        if not console.is_terminal:
-            say(f"measuring {what}")
-
-    points, path = [], records.new_folder(config.out, f"bench-{config.table}") / "table.jsonl"
-    records.write(path, records.line({"kind": "config", **about}))
-    with without_compilation_cache(), Live(Group(table, spinner), console=console, refresh_per_second=4) as live:
+    rows, here, path = [], machine(), records.new_folder(config.out, f"bench-{config.table}") / "table.jsonl"
+    records.write(path, records.line({"kind": "config", **about, **here}))
+    with without_compilation_cache(), TrainingBars() as bars:
+        task = bars.begin("", None)
+        tell = lambda what: bars.update(task, description=f"measuring {what}")
         for row in TABLES[config.table](say=tell, **options):
             records.append(path, {"kind": "row", **row._asdict(), "data": dict(row.data), "verdict": row.verdict()})
-            points.append(row.data)
-            table.add_row(*cells(row))
-        live.update(table)
+            rows.append(row)
+            say(" ".join(filter(None, map(str, cells(row)))))
+        bars.remove_task(task)
+    title = "made small, the figures mean nothing" if config.quick else "medians of calls in turn"
+    caption = f"{here['device']}, {here['cores']} cores, jax {here['jax']}, Python {here['python']}"
+    columns = ("what", "reached", "bar", "", "detail")
+    show_table(columns, list(map(cells, rows)), text=(0, 3, 4), title=f"{config.table}: {title}", caption=caption)
     if config.table == "estimators":
-        estimators.plot(points, config.dataset, path.with_suffix(".png"))
+        estimators.plot([row.data for row in rows], config.dataset, path.with_suffix(".png"))
         say(f"plot: {path.with_suffix('.png')}")
     say(f"records: {path}")
 
