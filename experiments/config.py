@@ -242,11 +242,25 @@ class TrainConfig(Options):
     @property
     def name(self) -> str:
         """Names what determines the results: two configurations have one name if and only if theirs are the same."""
-        # Without the defaults, so that a new option leaves the names of old runs as they are.
-        usual = TrainConfig().as_dict()
-        fields = {k: v for k, v in self.as_dict().items() if k not in CONDUCT and v != usual[k]}
-        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:10]
+        digest = hashlib.sha256(json.dumps(self.changed, sort_keys=True).encode()).hexdigest()[:10]
         return f"{re.sub('[/:]', '-', self.dataset)}-{self.model}-{self.optimizer}-{digest}"
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """What is not as usual of what determines the results: new options leave the names of old runs as they are."""
+        usual = TrainConfig().as_dict()
+        return {name: x for name, x in self.as_dict().items() if name not in CONDUCT and x != usual[name]}
+
+    def describe(self, init: str | None = None) -> str:
+        """What matters to a plot, in words; `init` where it stands for more than one."""
+        images = f"the first {self.train_images:,}" if self.train_images else "all"
+        dropout = f" dropout {self.dropout:g}," if self.model == "alexnet" else ""
+        return (
+            f"{self.model} at width {self.width:g}, {init or self.init} initialisation, {images} training images of"
+            f" {self.dataset} at {self.image_size} pixels,{dropout}"
+            f" {'crops and flips' if self.augment else 'no augmentation'}, momentum {self.momentum:g}, weight decay"
+            f" {self.weight_decay:g}, {self.schedule} learning rate"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON values, in order."""

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,7 @@ class Split:
         return len(self.labels)
 
 
-@dataclasses.dataclass(frozen=True)
-class Dataset:
+class Dataset(NamedTuple):
     """Training and test images, and what has to be known to read them."""
 
     train: Split
@@ -66,7 +65,7 @@ def load(config) -> Dataset:
         split, number = getattr(dataset, name), getattr(config, f"{name}_images")
         if number is not None and number > len(split):
             raise UsageError(f"--{name}-images {number}: {config.dataset} has {len(split)}")
-        dataset = dataclasses.replace(dataset, **{name: Split(split.images[:number], split.labels[:number])})
+        dataset = dataset._replace(**{name: Split(split.images[:number], split.labels[:number])})
     largest = config.batch_sizes[-1]
     if largest > len(dataset.train):
         option = "--phases: batch size" if config.phases else "--batch-size"
@@ -111,13 +110,14 @@ def generated(size: int, num_train: int = 512, num_test: int = 128) -> Dataset:
 @functools.lru_cache(maxsize=1)
 def tfds(name: str, data_dir: Path | None, size: int) -> Dataset:
     """An image classification data set of TensorFlow Datasets, resized to the network's input."""
-    source = images_tfds.open_source(name, data_dir)
-    total = sum(map(len, source.splits))
+    splits, num_classes, folder = images_tfds.open_source(name, data_dir)
+    total = sum(map(len, splits))
     check_memory(total, size)
     with TrainingBars() as bars:
         task = bars.begin(f"decoding {name}", total)
-        train, test = (Split(*source.decode(split, size, lambda n: bars.advance(task, n))) for split in source.splits)
-    return Dataset(train, test, source.num_classes)
+        advance = lambda number: bars.advance(task, number)
+        train, test = (Split(*images_tfds.decode(split, size, folder, advance)) for split in splits)
+    return Dataset(train, test, num_classes)
 
 
 def cut(split: Split, num_test: int, num_classes: int, flips: bool = True) -> Dataset:

@@ -29,17 +29,17 @@ class Source(NamedTuple):
     num_classes: int
     folder: Any
 
-    def decode(self, split: Any, size: int, advance: Callable[[int], Any]) -> tuple[np.ndarray, np.ndarray]:
-        """All images of a split, `(N, size, size, 3)`, uint8, and labels `(N,)`, int32; `advance(n)` after each `n`."""
-        images = np.empty((len(split), size, size, 3), np.uint8)
-        labels = np.empty(len(split), np.int32)
+
+def decode(split: Any, size: int, folder: object, advance: Callable[[int], Any]) -> tuple[np.ndarray, np.ndarray]:
+    """All images of a split, `(N, size, size, 3)`, uint8, and labels `(N,)`, int32; `advance(n)` after each `n`."""
+    images, labels = np.empty((len(split), size, size, 3), np.uint8), np.empty(len(split), np.int32)
+    with reading(folder):
         for start in range(0, len(split), CHUNK):
-            with reading(self.folder):
-                records = split.__getitems__(list(range(start, min(start + CHUNK, len(split)))))
-                for i, record in enumerate(records, start):
-                    images[i], labels[i] = resize(record["image"], size), record["label"]
+            records = split.__getitems__(list(range(start, min(start + CHUNK, len(split)))))
+            for i, record in enumerate(records, start):
+                images[i], labels[i] = resize(record["image"], size), record["label"]
             advance(len(records))
-        return images, labels
+    return images, labels
 
 
 def open_source(name: str, data_dir: Path | None) -> Source:

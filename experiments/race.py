@@ -9,9 +9,10 @@ from experiments import plots, records
 from experiments.commands import RaceConfig, TuneConfig
 from experiments.console import TrainingBars, say, show_table
 from experiments.errors import UsageError
+from experiments.figures.base import count
 from experiments.figures.first_step import first_step
 from experiments.options import line
-from experiments.problems import GRID_POINTS, PROBLEMS, Problem, tuned_learning_rate
+from experiments.problems import GRID_POINTS, PROBLEMS, tuned_learning_rate
 from experiments.runs import Runner
 from experiments.train import Outcome, outcome
 
@@ -28,7 +29,11 @@ def race(config: RaceConfig):
     changes = {"epochs": config.epochs} if config.epochs else {}
     problem = PROBLEMS[config.problem].change(data_dir=config.data_dir, out=config.out, **changes)
     seeds = range(config.seeds or problem.race_seeds)
-    about = describe(problem, len(seeds))
+    about = (
+        f"{problem.config.describe()}; batch {problem.config.batch_size}, {problem.config.epochs} epochs, of which"
+        f" {problem.config.warmup_epochs:g} of warm-up; {count(len(seeds), 'seed')} (mean and range); every learning"
+        f" rate the best of {GRID_POINTS}."
+    )
     say(about)
     # The curvature of the network before it is trained, on a part of a batch.
     step = first_step(problem.config, REPORTED)
@@ -86,14 +91,3 @@ def spread(values: Sequence[float], form: str) -> str:
     """`mean ± half the range`, or the one value."""
     mean = format(statistics.fmean(values), form)
     return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:{form}}"
-
-
-def describe(problem: Problem, seeds: int) -> str:
-    """The claim's small print: what all methods share."""
-    c = problem.config
-    over = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
-    return (
-        f"{c.model} at width {c.width:g} on {c.dataset}, images of {c.image_size} pixels squared, batch {c.batch_size},"
-        f" {c.epochs} epochs, warm-up {c.warmup_epochs:g} epochs then {c.schedule}, momentum {c.momentum:g}, weight"
-        f" decay {c.weight_decay:g}, dropout {c.dropout:g}; {over}; every learning rate the best of {GRID_POINTS}."
-    )

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from experiments import problems, records
 from experiments.commands import TuneConfig
-from experiments.config import TrainConfig
 from experiments.console import TrainingBars, say, show_table
 from experiments.problems import GRID_FACTOR, GRID_POINTS, PROBLEMS, Problem
 from experiments.runs import Runner
@@ -54,12 +53,7 @@ def best(trials: Sequence[dict]) -> dict:
 
 def settings(problem: Problem) -> dict:
     """What a trial depends on, besides its method and learning rate: all that is not as usual."""
-    own = ("data_dir", "out")
-    usual = TrainConfig().as_dict()
-    fields = {
-        name: value for name, value in problem.config.as_dict().items() if value != usual[name] and name not in own
-    }
-    return {**fields, "seeds": problem.tune_seeds}
+    return {**problem.config.changed, "seeds": problem.tune_seeds}
 
 
 class Results:

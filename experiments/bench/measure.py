@@ -87,16 +87,10 @@ def timed(
 
 
 def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int, *, warm_up: bool = True) -> dict[str, float]:
-    """The median time of each call, all called in turn.
+    """The median seconds of each call, by name, all called in turn.
 
-    Args:
-        calls: what is timed, by name.
-        repeats: timed calls of each.
-        warm_up: whether an untimed call precedes every timed one: what the call before has left in the caches is not
-            its own doing. Once, before all, where calls are long.
-
-    Returns:
-        Seconds by name.
+    An untimed call is to `warm_up` before every timed one: what the call before has left in the caches is not its own
+    doing. Or once, before all, where calls are long.
 
     Example:
         >>> times = in_turns({"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.03)}, repeats=3)

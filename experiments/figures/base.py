@@ -118,15 +118,3 @@ def last_epoch(records: Sequence[Row]) -> Row:
 def count(number: int, noun: str) -> str:
     """A number of things."""
     return f"{number} {noun}" + "s" * (number != 1)
-
-
-def describe(config: TrainConfig, init: str | None = None) -> str:
-    """The settings of a run that matter to its figure, in words; `init` where it stands for more than one."""
-    images = f"the first {config.train_images:,}" if config.train_images else "all"
-    dropout = f" dropout {config.dropout:g}," if config.model == "alexnet" else ""
-    return (
-        f"{config.model} at width {config.width:g}, {init or config.init} initialisation, {images} training images"
-        f" of {config.dataset} at {config.image_size} pixels,{dropout}"
-        f" {'crops and flips' if config.augment else 'no augmentation'}, momentum {config.momentum:g}, weight decay"
-        f" {config.weight_decay:g}, {config.schedule} learning rate"
-    )

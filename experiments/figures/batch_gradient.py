@@ -15,7 +15,7 @@ from scipy import optimize
 
 from experiments import plots
 from experiments.figures import statistics
-from experiments.figures.base import Claim, Figure, Place, count, describe
+from experiments.figures.base import Claim, Figure, Place, count
 from experiments.figures.first_step import first_step, linear_kernel, mean_abs
 from experiments.records import column, distinct
 
@@ -117,7 +117,7 @@ class BatchGradient(Figure):
 
     def settings(self, place):
         return (
-            f"{describe(config(place, 0))}. Up to {REPEATS} disjoint batches of each size,"
+            f"{config(place, 0).describe()}. Up to {REPEATS} disjoint batches of each size,"
             f" {count(SEEDS[place.preset], 'seed')}; the largest batch is the data set."
         )
 

@@ -10,7 +10,7 @@ from matplotlib.ticker import LogFormatter
 
 from experiments import plots
 from experiments.figures import statistics
-from experiments.figures.base import TEST_LOSS, Claim, Figure, Place, count, describe
+from experiments.figures.base import TEST_LOSS, Claim, Figure, Place, count
 from experiments.records import column, distinct, where
 
 SIZES = {
@@ -46,7 +46,7 @@ class Sweep(Figure):
 
     def settings(self, place):
         return (
-            f"{describe(config(place, 32, 0))}, {RATE} at every batch size; {EPOCHS[place.preset]} epochs,"
+            f"{config(place, 32, 0).describe()}, {RATE} at every batch size; {EPOCHS[place.preset]} epochs,"
             f" {count(SEEDS[place.preset], 'seed')} (points, or line and range); strides are of the first fully"
             " connected layer."
         )

@@ -11,7 +11,7 @@ import numpy as np
 import curvax
 from experiments import plots
 from experiments.figures import statistics
-from experiments.figures.base import Claim, Figure, Place, count, describe
+from experiments.figures.base import Claim, Figure, Place, count
 from experiments.figures.first_step import first_step, linear_kernel, mean_abs
 from experiments.records import column
 
@@ -80,7 +80,7 @@ class DiscardRatio(Figure):
 
     def settings(self, place):
         seeds = count(SEEDS[place.preset], "seed")
-        return f"{describe(config(place, 0))}; batch {BATCH[place.preset]}, step 1, {seeds}."
+        return f"{config(place, 0).describe()}; batch {BATCH[place.preset]}, step 1, {seeds}."
 
     def measurement(self, place):
         gradients = SEEDS[place.preset] * (len(FRACTIONS) + len(CONTROLS))

@@ -6,7 +6,7 @@ control leaves out as many images at random. All three share their seeds, so tha
 
 from experiments import plots
 from experiments.figures import statistics
-from experiments.figures.base import TEST_ACCURACY, Claim, Figure, Place, count, describe
+from experiments.figures.base import TEST_ACCURACY, Claim, Figure, Place, count
 from experiments.records import column, distinct, where
 
 SIZES = {"smoke": (64, 256), "cpu": (512, 2048), "paper": (2000, 8000)}
@@ -56,7 +56,7 @@ class Discarding(Figure):
     def settings(self, place):
         example = config(place, "loss", SIZES[place.preset][0], 0)
         return (
-            f"{describe(example)}, 0.05; images are left out in the first {example.discard_epochs} of {example.epochs}"
+            f"{example.describe()}, 0.05; images are left out in the first {example.discard_epochs} of {example.epochs}"
             f" epochs; mean and range of {count(SEEDS[place.preset], 'seed')}."
         )
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments import plots
 from experiments.figures import batch_sweep, statistics
-from experiments.figures.base import Claim, Figure, Place, count, describe
+from experiments.figures.base import Claim, Figure, Place, count
 from experiments.records import distinct, where
 
 # As in Figure 3.
@@ -73,7 +73,7 @@ class FirstEpoch(Figure):
 
     def settings(self, place):
         return (
-            f"{describe(config(place, 'he', 32, 0), init='either')} {batch_sweep.RATE} at every batch size;"
+            f"{config(place, 'he', 32, 0).describe('either')} {batch_sweep.RATE} at every batch size;"
             f" {count(batch_sweep.SEEDS[place.preset], 'seed')}, a point each; strides are of the first fully connected"
             " layer."
         )

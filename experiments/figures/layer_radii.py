@@ -16,7 +16,7 @@ from scipy import stats
 import curvax
 from experiments import plots
 from experiments.figures import statistics
-from experiments.figures.base import Claim, Figure, Place, count, describe
+from experiments.figures.base import Claim, Figure, Place, count
 from experiments.figures.first_step import first_step
 from experiments.records import column
 
@@ -101,7 +101,7 @@ class LayerRadii(Figure):
 
     def settings(self, place):
         return (
-            f"{describe(config(place, 0))}; curvature and gradient of these images, median over each array's entries;"
+            f"{config(place, 0).describe()}; curvature and gradient of these images, median over each array's entries;"
             f" bars: median and range of {count(SEEDS[place.preset], 'seed')}."
         )
 

@@ -11,7 +11,7 @@ import itertools
 
 from experiments import plots
 from experiments.figures import statistics
-from experiments.figures.base import Claim, Figure, Place, describe, last_epoch, run_rows
+from experiments.figures.base import Claim, Figure, Place, last_epoch, run_rows
 from experiments.records import column, distinct, where
 
 BATCHES = {"smoke": (128, 256), "cpu": (1024, 2048), "paper": (1024, 2048, 4096, 8192, 16384)}
@@ -135,7 +135,7 @@ class MedianRate(Figure):
         tried = "; ".join(f"{method} {', '.join(map(str, grid(place, method)))}" for method in GRIDS)
         beyond = ", and on while the best was at an edge" if EXTENSIONS[place.preset] else ""
         return (
-            f"{describe(example)} after {example.warmup_epochs:g} epochs of warm-up; {example.epochs} epochs; tuned by"
+            f"{example.describe()} after {example.warmup_epochs:g} epochs of warm-up; {example.epochs} epochs; tuned by"
             f" one seed over {tried}{beyond}; raced by {SEEDS[place.preset]} others (mean and range)."
         )
 

@@ -8,7 +8,7 @@ batches, to keep about the paper's steps per epoch and its ratio of 16.
 
 from experiments import plots
 from experiments.figures import statistics
-from experiments.figures.base import TEST_ACCURACY, TEST_LOSS, Claim, Figure, Place, count, describe
+from experiments.figures.base import TEST_ACCURACY, TEST_LOSS, Claim, Figure, Place, count
 from experiments.records import column, distinct, where
 
 LARGE = {"smoke": 256, "cpu": 2048, "paper": 8192}
@@ -83,7 +83,7 @@ class SmallStart(Figure):
     def settings(self, place):
         large = LARGE[place.preset]
         return (
-            f"{describe(config(place, BASELINE, 0))}; batch {large} at 0.05, first epoch {large // RATIO} (or {large})"
+            f"{config(place, BASELINE, 0).describe()}; batch {large} at 0.05, first epoch {large // RATIO} (or {large})"
             f" at 0.005; {EPOCHS[place.preset]} epochs, {count(SEEDS[place.preset], 'seed')}."
         )
 

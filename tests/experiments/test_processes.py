@@ -57,8 +57,8 @@ def ends(running):
 
 
 @pytest.mark.slow
-def test_two_processes_of_which_one_dies_and_four_that_go_on_equal_one(tmp_path):
-    """The two under `pmap`, the four under `jit`: a run is the same in any number of processes and in either way."""
+def test_two_processes_of_which_one_dies_and_two_that_go_on_equal_one(tmp_path):
+    """The first two under `pmap`, the others under `jit`: a run is the same in several processes and in either way."""
     config = dataclasses.replace(CONFIG, out=tmp_path)
     folder = runs.folder_of(config)
     two = start(2, dataclasses.replace(config, parallel="pmap"), tmp_path / "cache")
@@ -69,8 +69,8 @@ def test_two_processes_of_which_one_dies_and_four_that_go_on_equal_one(tmp_path)
     assert processes.AGAIN in said[0].splitlines()[-1] and "free some space" not in said[0], said[0]
     assert "[Gloo]" not in "".join(said)
 
-    codes, said = ends(start(4, config, tmp_path / "cache"))
-    assert codes == [0, 0, 0, 0], said
+    codes, said = ends(start(2, config, tmp_path / "cache"))
+    assert codes == [0, 0], said
     assert "going on after step" in said[0] and f"records: {folder}" in said[0].replace("\n", "")
     assert not any("records:" in text or "epoch" in text for text in said[1:])
 

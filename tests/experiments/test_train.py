@@ -151,7 +151,7 @@ def test_an_epoch_trains_on_every_image_of_its_full_batches_once():
 
 def test_evaluation_counts_every_test_image_once():
     # 100 images do not divide by 8 devices: four are seen twice and may count only once.
-    part = dataclasses.replace(dataset(), test=data.Split(dataset().test.images[:100], dataset().test.labels[:100]))
+    part = dataset()._replace(test=data.Split(dataset().test.images[:100], dataset().test.labels[:100]))
     results = [judge.evaluate(judge.init(0)) for judge in (Stepper(change(devices=n), part) for n in (1, 8))]
     np.testing.assert_allclose(*results, rtol=1e-5)
 
