@@ -44,12 +44,12 @@ class Checkpoints:
 
     def save(self, arrays: Arrays, step: int):
         """Writes a state, or raises a RunError; once it is whole, removes all but the last two."""
-        content = io.BytesIO()
-        np.savez(content, **arrays)
+        file = io.BytesIO()
+        np.savez(file, **arrays)
+        content = file.getvalue()
         with records.explained(self.folder):
             self.folder.mkdir(exist_ok=True)
-        digest = hashlib.sha256(content.getbuffer()).hexdigest()
-        records.write(self.folder / f"step-{step}-{digest}.npz", content.getbuffer())
+        records.write(self.folder / f"step-{step}-{hashlib.sha256(content).hexdigest()}.npz", content)
         self.keep(sorted({step for step, _ in self._own()})[-KEPT:])
 
     def restore(self, at_most: int, like: Arrays) -> tuple[int, Arrays]:

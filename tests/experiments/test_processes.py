@@ -36,18 +36,21 @@ def start(number, config, cache):
     config = dataclasses.replace(
         config, devices=4 // number, coordinator=f"127.0.0.1:{free_port()}", num_processes=number, process_id=0
     )
-    return [
-        subprocess.Popen(
-            [sys.executable, *shlex.split(options.line("train", dataclasses.replace(config, process_id=i)))[1:]],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            # What runs in the background ignores Ctrl-C, these tests may, and it would be inherited.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        for i in range(number)
-    ]
+    # What runs in the background ignores Ctrl-C, these tests may, and it would be inherited.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return [
+            subprocess.Popen(
+                [sys.executable, *shlex.split(options.line("train", dataclasses.replace(config, process_id=i)))[1:]],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for i in range(number)
+        ]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def ends(running):
