@@ -47,9 +47,7 @@ class TuneConfig(Methods):
     """
 
     again: bool = option(False, "Also count anew the trials that the file holds already.")
-    file: Path | None = option(
-        None, "Where the results are read and written, after every trial; else experiments/tuned.json."
-    )
+    file: Path | None = option(None, "File of the results, written after every trial; else experiments/tuned.json.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +59,10 @@ class BenchConfig(Options):
         "optimizers: medians, updates, and what moves between devices. curvature: exact diagonals. losses: what is"
         " taken by default. estimators: error against cost, beside optax's and matfree's, with a plot.",
     )
-    repeats: int = option(
-        5, "Timed calls of each program, in turn; their median counts. Half as many compilations.", up_to(10_000)
-    )
-    quick: bool = option(
-        False, "Everything a hundred times smaller, to see the command work: its figures mean nothing."
-    )
-    dataset: str | None = option(None, "estimators: the images, as for `train`.", where=IMAGES, usual="digits")
-    data_dir: Path | None = option(None, f"estimators: {DATA_DIR.lower()}", where=IMAGES)
+    repeats: int = option(5, "Timed calls of each program, half as many compilations; medians count.", up_to(10_000))
+    quick: bool = option(False, "All a hundred times smaller, to see the command work: its figures mean nothing.")
+    dataset: str | None = option(None, "The images, as for `train`.", where=IMAGES, usual="digits")
+    data_dir: Path | None = option(None, DATA_DIR, where=IMAGES)
     out: Path = option(RUNS, "Folder in which a new folder with the records is made.")
 
     def __post_init__(self):
@@ -92,13 +86,9 @@ class FigureConfig(Options):
         " hour and a half on two cores. paper: full scale, for an accelerator.",
     )
     data_dir: Path | None = option(None, DATA_DIR)
-    out: Path = option(
-        RUNS, "Folder of the runs. Those that several figures need run once; those that were stopped go on."
-    )
+    out: Path = option(RUNS, "Folder of the runs. Those that several figures need run once.")
     results: Path | None = option(None, "Folder of the figures and their numbers; else OUT/figures-PRESET.")
-    dry_run: bool = option(
-        False, "Only compile and run one step of each kind of run, and estimate what all would cost on one accelerator."
-    )
+    dry_run: bool = option(False, "Only run a step of each kind of run, and estimate the cost on one accelerator.")
 
     def __post_init__(self):
         super().__post_init__()

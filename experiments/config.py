@@ -38,10 +38,11 @@ images, network, method, plan, special, where = (
         *("what is left out, what is recorded", "devices, processes and folders"),
     )
 )
+SEEDS = Rule("at least 0 and below 2^32", lambda x: 0 <= x < 2**32)
 ALEXNET = Rule("is for --model alexnet", lambda config: config.model == "alexnet")
 CBLR = Rule("is for --optimizer cblr", lambda config: config.optimizer in CURVED)
 DISCARDING = Rule("is for a --discard above 0", lambda config: config.discard > 0)
-ONE_PHASE = Rule("is said by --phases", lambda config: not config.phases)
+ONE_PHASE = Rule("is for runs without --phases", lambda config: not config.phases)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,20 +57,14 @@ class TrainConfig(Options):
     data_dir: Path | None = images(None, "Folder of TFDS's data sets; else TFDS_DATA_DIR, or ~/tensorflow_datasets.")
     image_size: int = images(32, "Side in pixels to which every image is resized.", up_to(MOST_PIXELS))
     augment: bool = images(True, "Pad by 4 pixels, crop and flip at random; digits are never flipped.")
-    holdout: float = images(
-        0.0, "Test on this fraction of the training images, as `tune` does, not on the test images.", FRACTION
-    )
+    holdout: float = images(0.0, "Test on this fraction of the training images, not on the test images.", FRACTION)
     train_images: int | None = images(None, "Train on this many images, the first ones; else on all.", ABOVE_0)
     test_images: int | None = images(None, "Test on this many images, the first ones; else on all.", ABOVE_0)
 
     model: Literal["alexnet", "resnet18"] = network("alexnet", "The network.")
     width: float = network(1.0, "Fraction of the published channels and features.", up_to(100))
-    hidden: int | None = network(
-        None, "AlexNet: features of the fully connected layers; else 4096 times the width.", ABOVE_0, where=ALEXNET
-    )
-    dropout: float | None = network(
-        None, "AlexNet: share dropped before two fully connected layers.", FRACTION, where=ALEXNET, usual=0.5
-    )
+    hidden: int | None = network(None, "Features of the dense layers; else 4096 times the width.", ABOVE_0, ALEXNET)
+    dropout: float | None = network(None, "Share dropped before two dense layers.", FRACTION, ALEXNET, usual=0.5)
     init: Literal["he", "pytorch"] = network(
         "he", "he: kernels from N(0, 2 / fan in), biases 0. pytorch: both uniform within 1 / sqrt(fan in)."
     )
@@ -83,23 +78,15 @@ class TrainConfig(Options):
     optimizer: Literal[METHODS] = method("mclr", "The method.")
     momentum: float = method(0.9, "Decay of the heavy-ball momentum (of Adam's first moment, for lamb).", FRACTION)
     weight_decay: float = method(0.0005, "Multiple of the parameters added to their update.", AT_LEAST_0)
-    damping: float | None = method(
-        None, "cblr: added to the curvature, times its mean over each layer.", AT_LEAST_0, where=CBLR, usual=0.1
-    )
-    curvature_every: int | None = method(
-        None, "cblr: steps from one curvature estimate to the next.", ABOVE_0, where=CBLR, usual=10
-    )
-    curvature_batch_size: int | None = method(
-        None, "cblr: images of each batch for an estimate; else a micro-batch.", ABOVE_0, where=CBLR
-    )
+    damping: float | None = method(None, "Added to the curvature, times a layer's mean.", AT_LEAST_0, CBLR, usual=0.1)
+    curvature_every: int | None = method(None, "Steps from one estimate to the next.", ABOVE_0, CBLR, usual=10)
+    curvature_batch_size: int | None = method(None, "Images for an estimate; else a micro-batch.", ABOVE_0, CBLR)
 
     learning_rate: float | None = plan(
-        None, "Peak; else the one that `tune` found (experiments/tuned.json).", ABOVE_0, where=ONE_PHASE
+        None, "Peak; else what `tune` found (experiments/tuned.json).", ABOVE_0, ONE_PHASE
     )
-    batch_size: int | None = plan(
-        None, "Images per step; an incomplete last batch is dropped.", ABOVE_0, where=ONE_PHASE, usual=1024
-    )
-    epochs: int | None = plan(None, "Passes over the training images.", up_to(MOST_EPOCHS), where=ONE_PHASE, usual=10)
+    batch_size: int | None = plan(None, "Images per step; the rest is dropped.", ABOVE_0, ONE_PHASE, usual=1024)
+    epochs: int | None = plan(None, "Passes over the training images.", up_to(MOST_EPOCHS), ONE_PHASE, usual=10)
     phases: tuple[str, ...] = plan(
         (),
         "As 1:512:0.005 79:8192:0.05, in place of --epochs, --batch-size and --learning-rate.",
@@ -115,23 +102,16 @@ class TrainConfig(Options):
         ABOVE_0,
     )
 
-    discard: float = special(
-        0.0, "Fraction of each batch left out of its gradient, which is the mean over the rest.", FRACTION
-    )
+    discard: float = special(0.0, "Fraction of a batch left out of its gradient, the mean over the rest.", FRACTION)
     discard_by: Literal["loss", "chance"] | None = special(
-        None, "Which images to leave out: those with the smallest loss, or any.", where=DISCARDING, usual="loss"
+        None, "Which are left out: those with the smallest loss, or any.", None, DISCARDING, usual="loss"
     )
-    discard_epochs: int | None = special(
-        None, "--discard: in the first so many epochs only; else in all.", ABOVE_0, where=DISCARDING
-    )
+    discard_epochs: int | None = special(None, "In the first so many epochs only; else in all.", ABOVE_0, DISCARDING)
     probes: bool = special(False, "Record every array's mean gradient, parameter stride and loss stride in every step.")
 
-    devices: int = where(
-        1, "Of each process; each batch is split over all; on a CPU they are simulated.", up_to(MOST_DEVICES)
-    )
+    devices: int = where(1, "Of each process, to divide batches over; a CPU simulates them.", up_to(MOST_DEVICES))
     parallel: Literal["jit", "pmap"] = where(
-        "jit",
-        "How a gradient is divided: by jit on a mesh, or by pmap, with the same results but for rounding.",
+        "jit", "How a gradient is divided: jit on a mesh, or pmap; to rounding alike."
     )
     coordinator: str | None = where(
         None,
@@ -139,18 +119,10 @@ class TrainConfig(Options):
         " jax.distributed does. Under SLURM, Open MPI and on TPU pods they do so without being told.",
     )
     num_processes: int | None = where(None, "Number of processes, with --coordinator HOST:PORT.", ABOVE_0)
-    process_id: int | None = where(
-        None, "Which of them this is, counted from 0, with --coordinator HOST:PORT.", AT_LEAST_0
-    )
-    seed: int = where(
-        0,
-        "Determines initial parameters, order of the images, augmentation, dropout and probes.",
-        Rule("at least 0 and below 2^32", lambda x: 0 <= x < 2**32),
-    )
+    process_id: int | None = where(None, "Which of them this is, from 0, with --coordinator HOST:PORT.", AT_LEAST_0)
+    seed: int = where(0, "Determines initial parameters, order, augmentation, dropout and probes.", SEEDS)
     checkpoint_seconds: float | None = where(
-        60.0,
-        "Seconds from one checkpoint to the next; one is at the end, too. 0: after every step. none: not at all.",
-        AT_LEAST_0,
+        60.0, "Seconds between checkpoints; one is at the end, too. 0: after every step. none: not at all.", AT_LEAST_0
     )
     out: Path = where(Path("runs"), "Folder for the run's own, which is named after what determines its results.")
 

@@ -33,19 +33,23 @@ def up_to(most: float) -> Rule:
     return Rule(f"above 0 and at most {most}", lambda x: 0 < x <= most)
 
 
-def option(default: Any, help: str, bounds: Rule | None = None, group: str = "options", **about: Any) -> Any:
+def option(
+    default: Any, help: str, bounds: Rule | None = None, where: Rule | None = None, group: str = "options", **about: Any
+) -> Any:
     """A field of a dataclass that `parse` offers as an option.
 
     Args:
         default: if it is not given; without one the field takes a place, not a name.
         help: one sentence or a few.
         bounds: of the numbers that are accepted.
+        where: with which other options it applies.
         group: heading in the help.
-        about: `metavar`, what stands for the value in the help; `where`, with which other options it applies, and
-            `usual`, what is then taken for None; whether one of several values `repeats`.
+        about: `usual`, what is taken for None where it applies; `metavar`, what stands for the value in the help;
+            whether one of several values `repeats`.
     """
-    about = {"metavar": None, "usual": None, "where": None, "repeats": False, **about}
-    return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds, "group": group, **about})
+    about = {"usual": None, "metavar": None, "repeats": False, **about}
+    about |= {"help": help, "bounds": bounds, "where": where, "group": group}
+    return dataclasses.field(default=default, metadata=about)
 
 
 class Options:
@@ -122,8 +126,10 @@ def add(parser: Any, field: dataclasses.Field, hint: Any):
     several = typing.get_origin(hint) is tuple
     hint = typing.get_args(hint)[0] if several else hint
     choices = typing.get_args(hint)
-    usual = " ".join(words(about["usual"] if default is None else default)) if not is_place(field) else ""
-    help = about["help"] + (f" (default: {usual})" if usual else "")
+    help, usual = about["help"], about["usual"] if default is None else default
+    help += f" It {about['where'].words}." if about["where"] else ""
+    help += f" One or more of {', '.join(choices)}." if several and choices else ""
+    help += "" if usual in (None, ()) or is_place(field) else f" (default: {' '.join(words(usual))})"
     settings = {"help": help.replace("%", "%%")} | ({} if is_place(field) else {"default": default})
     if hint is bool:
         parser.add_argument(flag(field), action=argparse.BooleanOptionalAction, **settings)
@@ -132,11 +138,9 @@ def add(parser: Any, field: dataclasses.Field, hint: Any):
     if optional and hint is float and default is not None:
         # What is None unless it is given can be left out; only other defaults need a word for it.
         settings["type"] = float_or_none
-    if several:
-        settings |= {"nargs": "+", "metavar": about["metavar"] or "NAME"}
-        settings["help"] += f" One or more of {', '.join(choices)}." if choices else ""
-    else:
-        settings["metavar"] = about["metavar"] or (f"{{{','.join(choices)}}}" if choices else METAVARS[hint])
+    one = f"{{{','.join(choices)}}}" if choices else METAVARS[hint]
+    settings["metavar"] = about["metavar"] or ("NAME" if several else one)
+    settings |= {"nargs": "+"} if several else {}
     name = field.name if is_place(field) else flag(field)
     parser.add_argument(name, choices=choices or None, **settings)
 

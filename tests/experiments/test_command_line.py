@@ -88,9 +88,9 @@ train --phases 1:512:inf | takes EPOCHS:BATCH:RATE
 train --phases 0:512:1 | takes EPOCHS:BATCH:RATE
 train --phases a:b:c | takes EPOCHS:BATCH:RATE
 train --phases 9999999999:512:0.1 | at most 100000 epochs
-train --phases 1:512:0.1 --epochs 3 | --epochs is said by --phases: leave it out
-train --phases 1:512:0.1 --batch-size 64 | --batch-size is said by --phases
-train --phases 1:512:0.1 --learning-rate 1 | --learning-rate is said by --phases
+train --phases 1:512:0.1 --epochs 3 | --epochs is for runs without --phases: leave it out
+train --phases 1:512:0.1 --batch-size 64 | --batch-size is for runs without --phases
+train --phases 1:512:0.1 --learning-rate 1 | --learning-rate is for runs without --phases
 train --warmup-epochs inf | at least 0
 train --warmup-epochs -1 | at least 0
 train --micro-batch-size 48 | must divide the batch size 1024, and 48 does not
