@@ -16,17 +16,17 @@ from curvax.curvature.refresh import HessianDiagState, with_hessian_diag
 from curvax.curvature.xdiag import XDiag
 from curvax.large_batch import discard_random_losses, discard_small_losses
 from curvax.metrics import metrics
+from curvax.noise_scale import (
+    NoiseScale,
+    NoiseScaleState,
+    noise_scale_from_batches,
+    noise_scale_over_devices,
+    with_noise_scale,
+)
 from curvax.objective import Objective
 from curvax.optimizers import cblr, lamb, lars, mclr, percent_delta
 from curvax.order_statistics import median, quantile
-from curvax.probes import (
-    NoiseScale,
-    ProbeState,
-    held_out_stride,
-    noise_scale_from_batches,
-    noise_scale_over_devices,
-    with_probes,
-)
+from curvax.probes import ProbeState, held_out_stride, with_probes
 from curvax.reports.report import Report, report
 from curvax.schedules import BatchSchedule, Phase, growing_batches, legw, small_batch_start
 from curvax.transforms import (
@@ -50,6 +50,7 @@ __all__ = [
     "HessianDiagState",
     "Hutchinson",
     "NoiseScale",
+    "NoiseScaleState",
     "Objective",
     "Phase",
     "ProbeState",
@@ -83,5 +84,6 @@ __all__ = [
     "small_batch_start",
     "value_grad_and_hessian_diag",
     "with_hessian_diag",
+    "with_noise_scale",
     "with_probes",
 ]

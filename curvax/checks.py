@@ -33,7 +33,9 @@ def check_number(name: str, value: Any, interval: str, *, whole: bool = False) -
     if isinstance(number, bool) or not isinstance(number, numbers.Integral if whole else numbers.Real):
         raise ValueError(f"{name}={value!r} is no {'whole ' * whole}number; {wanted}")
     low, high = (float(end) for end in interval[1:-1].split(","))
-    above = number >= low if interval[0] == "[" else number > low
-    below = number <= high if interval[-1] == "]" else number < high
+    # What float32, in which it is computed, cannot tell from an open end is not inside.
+    rounded = float(np.float32(float(number))) if not whole and abs(number) < 1e30 else number
+    above = number >= low if interval[0] == "[" else rounded > low
+    below = number <= high if interval[-1] == "]" else rounded < high
     if not (above and below):
         raise ValueError(f"{name}={value} is out of range; {wanted}")

@@ -6,6 +6,8 @@ multiplied by one, and the mean is taken as ever, so a selection needs no ragged
 loop.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -31,8 +33,8 @@ def discard_small_losses(losses: jax.Array, fraction: jax.typing.ArrayLike, *, a
         those of each device. Under `jit` a sharded vector needs none.
 
     Returns:
-      Weights `(B,)` of the dtype of `losses`, through which no gradient flows. Where a loss is NaN all of them are 0,
-      and the weighted mean is NaN.
+      Weights `(B,)` of the dtype of `losses`, float32 for integers, through which no gradient flows. Where a loss is
+      NaN all of them are 0, and the weighted mean is NaN.
 
     Raises:
       ValueError: if `losses` is no vector, or `fraction` a number outside [0, 1).
@@ -58,7 +60,7 @@ def discard_small_losses(losses: jax.Array, fraction: jax.typing.ArrayLike, *, a
         ranks = jax.lax.dynamic_slice_in_dim(ranks, first, losses.size)
     ranks = jax.sharding.reshard(ranks, own) if own.mesh.explicit_axes else ranks
     kept = (ranks >= discarded) & ~jnp.any(jnp.isnan(everything))
-    return jnp.where(kept, size / (size - discarded), 0).astype(losses.dtype)
+    return jnp.where(kept, size / (size - discarded), 0).astype(_weights_dtype(losses))
 
 
 def discard_random_losses(
@@ -94,10 +96,19 @@ def discard_random_losses(
     if axis_name is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
     weights = discard_small_losses(jax.random.uniform(key, losses.shape), fraction, axis_name=axis_name)
-    return weights.astype(losses.dtype)
+    return weights.astype(_weights_dtype(losses))
+
+
+def _weights_dtype(losses: jax.Array) -> Any:
+    """That of the losses; integers have none for weights."""
+    return losses.dtype if jnp.issubdtype(losses.dtype, jnp.floating) else jnp.float32
 
 
 def _check(losses: jax.Array, fraction: jax.typing.ArrayLike) -> None:
-    if losses.ndim != 1:
-        raise ValueError(f"losses have the shape {losses.shape}; pass one loss per example, a vector (B,).")
+    if getattr(losses, "ndim", None) != 1:
+        said = f"have the shape {losses.shape}" if hasattr(losses, "shape") else f"are a {type(losses).__name__}"
+        raise ValueError(f"losses {said}; pass one loss per example, an array (B,).")
+    real = jnp.issubdtype(losses.dtype, jnp.floating) or jnp.issubdtype(losses.dtype, jnp.integer)
+    if not real:
+        raise ValueError(f"losses are {losses.dtype}, which have no order; pass real numbers.")
     check_number("fraction", fraction, "[0, 1)")

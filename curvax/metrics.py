@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from curvax.curvature.refresh import HessianDiagState
 from curvax.layers import names_of
+from curvax.noise_scale import NoiseScaleState
 from curvax.probes import ProbeState
 
-KINDS = HessianDiagState | ProbeState
+KINDS = HessianDiagState | NoiseScaleState | ProbeState
 
 
 def metrics(state: Any) -> dict[str, float]:
@@ -18,9 +19,10 @@ def metrics(state: Any) -> dict[str, float]:
 
     Formula:
       Of `with_probes` and its layers `probes/loss_stride/<layer>` and so on, `probes/radius_quantiles/<layer>/<i>` for
-      the i-th quantile; of `with_hessian_diag`, which is in `cblr`, `curvature/mean_abs/<array>`, the mean of |h| over
-      an array, `curvature/num_refreshes` and `curvature/num_skipped`. Where a state has several of a kind, those after
-      the first are `probes_1`, `probes_2` and so on.
+      the i-th quantile; of `with_noise_scale` the critical batch sizes `noise_scale` of all and `noise_scale/<layer>`;
+      of `with_hessian_diag`, which is in `cblr`, `curvature/mean_abs/<array>`, the mean of |h| over an array,
+      `curvature/num_refreshes` and `curvature/num_skipped`. Where a state has several of a kind, those after the first
+      are `probes_1`, `probes_2` and so on.
 
     Args:
       state: of any optimizer that has such transformations in it. Its arrays are copied to the host at once.
@@ -40,13 +42,12 @@ def metrics(state: Any) -> dict[str, float]:
       True
     """
     found: dict[str, jax.Array] = {}
-    seen = {"probes": 0, "curvature": 0}
+    seen: dict[str, int] = {}
     for part in _parts(state):
-        kind = "probes" if isinstance(part, ProbeState) else "curvature"
-        prefix = f"{kind}_{seen[kind]}" if seen[kind] else kind
-        seen[kind] += 1
-        named = _of_probes(part) if isinstance(part, ProbeState) else _of_curvature(part)
-        found |= {f"{prefix}/{name}": value for name, value in named}
+        kind, named = _READERS[type(part)]
+        number = seen[kind] = seen.get(kind, -1) + 1
+        prefix = f"{kind}_{number}" if number else kind
+        found |= {f"{prefix}/{name}" if name else prefix: value for name, value in named(part)}
     return {name: float(value) for name, value in jax.device_get(found).items()}
 
 
@@ -66,6 +67,12 @@ def _of_probes(state: ProbeState) -> Iterator[tuple[str, jax.Array]]:
             yield f"radius_quantiles/{layer}/{i}", values[i]
 
 
+def _of_noise(state: NoiseScaleState) -> Iterator[tuple[str, jax.Array]]:
+    yield "", state.whole.critical_batch_size
+    for layer, scale in state.layers.items():
+        yield layer, scale.critical_batch_size
+
+
 def _of_curvature(state: HessianDiagState) -> Iterator[tuple[str, jax.Array]]:
     yield "num_refreshes", state.num_refreshes
     yield "num_skipped", state.num_skipped
@@ -73,3 +80,11 @@ def _of_curvature(state: HessianDiagState) -> Iterator[tuple[str, jax.Array]]:
     for name, (_, h) in zip(names_of([path for path, _ in leaves]), leaves, strict=True):
         if h.size:
             yield f"mean_abs/{name}", jnp.mean(jnp.abs(h))
+
+
+#: What a kind is called, and what reads it.
+_READERS = {
+    HessianDiagState: ("curvature", _of_curvature),
+    NoiseScaleState: ("noise_scale", _of_noise),
+    ProbeState: ("probes", _of_probes),
+}

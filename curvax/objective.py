@@ -5,6 +5,7 @@ each example's loss, need to see where the network ends, where the loss begins, 
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +13,19 @@ import jax
 import jax.numpy as jnp
 
 from curvax.trees import statistics_dtype
+
+
+def _check_arguments(name: str, function: Callable, wanted: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # Not every function of another language says what it takes.
+    try:
+        signature.bind(*wanted.split(", "))
+    except TypeError as error:
+        raise ValueError(
+            f"{name} takes {signature}, and is called as {name}({wanted}); close over the rest."
+        ) from error
 
 
 def pair(name: str, value: Any) -> tuple[Any, Any]:
@@ -83,6 +97,14 @@ class Objective:
     def __post_init__(self):
         if self.reduction not in ("mean", "sum"):
             raise ValueError(f"reduction={self.reduction!r} is unknown; pass 'mean' or 'sum'.")
+        arguments = {"predict": "params, data", "loss": "outputs, data", "penalty": "params", "weights": "data"}
+        for name, wanted in arguments.items():
+            function = getattr(self, name)
+            if function is None and name in ("penalty", "weights"):
+                continue
+            if not callable(function):
+                raise ValueError(f"{name}={function!r} is no function; pass {name}({wanted}).")
+            _check_arguments(name, function, wanted)
 
     def __call__(self, params: Any) -> Any:
         outputs = self.predict(params, self.data)

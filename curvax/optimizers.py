@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from curvax.checks import check_number
@@ -341,6 +342,13 @@ def lamb(
       [-0.3536  0.3536]
     """
     _check_rate(learning_rate)
+    for name, value, interval in (
+        ("b1", b1, "[0, 1)"),
+        ("b2", b2, "[0, 1)"),
+        ("eps", eps, "[0, inf)"),
+        ("eps_root", eps_root, "[0, inf)"),
+    ):
+        check_number(name, value, interval)
     return _in_float32(
         optax.chain(
             optax.scale_by_adam(b1, b2, eps, eps_root),
@@ -379,4 +387,6 @@ def _rate_and_trace(learning_rate, momentum, nesterov):
     """The order of `optax.lars`: momentum averages updates, not gradients."""
     _check_rate(learning_rate)
     check_number("momentum", momentum, "[0, 1)")
+    if not isinstance(nesterov, bool | np.bool_):
+        raise ValueError(f"nesterov={nesterov!r} is neither True nor False; pass one of them.")
     return optax.scale_by_learning_rate(learning_rate), optax.trace(momentum, nesterov)

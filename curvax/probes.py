@@ -3,8 +3,7 @@
 A large batch is said to fail because its gradients, and with them its steps in the parameters and in the loss, are
 small (Gao & Zhong, section 2). Each of these is a mean over a layer of what one optimizer step sees anyway: the
 gradient g that comes in, the update u that goes out, the parameters w. So one wrapper around an optimizer measures them
-all, and changes nothing. What takes a second loss or a second gradient, the decrease of a held-out loss and the scale
-of the gradient's noise, is a function.
+all, and changes nothing. What takes a second loss, the decrease of a held-out one, is a function.
 
 Under `jit` on a mesh nothing needs a name. Under `shard_map` or `pmap` give the wrapper gradients that are already
 means over the batch, as any optimizer wants them, and name the axes that split *parameters*, if any do.
@@ -20,11 +19,12 @@ import optax
 
 from curvax import order_statistics
 from curvax.checks import check_number
+from curvax.curvature.scalar import scalar_objective
 from curvax.layers import Layer, Layers, group
-from curvax.sums import falls_and_rises, magnitudes, squares, totals
+from curvax.sums import falls_and_rises, magnitudes, totals
 from curvax.trees import leaves_like, statistics_dtype
 from curvax.varying import AxisName
-from curvax.wide import Wide, cast, normal, plus, times, to_float, wide
+from curvax.wide import Wide, to_float
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 PerLayer = dict[str, jax.Array]
@@ -96,7 +96,11 @@ def with_probes(
       >>> {name: float(optax.tree.get(state, name)["kernel"]) for name in ("mean_abs_gradient", "loss_stride")}
       {'mean_abs_gradient': 1.5, 'loss_stride': 1.25}
     """
+    if not hasattr(inner, "update"):
+        raise ValueError(f"inner={inner!r} is no optax transformation; call its factory, as in optax.sgd(0.1).")
     inner = optax.with_extra_args_support(inner)
+    if not isinstance(quantiles, Sequence | np.ndarray) or isinstance(quantiles, str):
+        raise ValueError(f"quantiles={quantiles!r} are no sequence; pass several, as in quantiles=(0.5,).")
     quantiles = tuple(quantiles)
     if layers == "kernel" and param_axis_name is not None:
         raise ValueError(
@@ -121,9 +125,13 @@ def with_probes(
     def update_fn(updates, state, params=None, **extra_args):
         gradients = jax.tree_util.tree_leaves_with_path(updates)
         g = [x for _, x in gradients]
-        w = [jnp.full_like(x, jnp.nan) for x in g] if params is None else leaves_like("params", params, updates)
+        w = (
+            [jnp.full_like(x, jnp.nan) for x in g]
+            if params is None
+            else leaves_like("params", params, updates, "gradient")
+        )
         stepped, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        u = leaves_like("the update", stepped, updates)
+        u = leaves_like("the update", stepped, updates, "gradient")
         values = {}
         for layer in group(gradients, layers):
             # A state keeps its types, whatever those of the gradients are.
@@ -151,127 +159,18 @@ def held_out_stride(value_fn: Callable[[Any], jax.Array], params: Any, updates: 
     Returns:
       A scalar, above 0 where the loss falls.
 
+    Raises:
+      ValueError: if `value_fn` returns no scalar, or the update is no tree like the parameters.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from curvax import held_out_stride
       >>> float(held_out_stride(lambda w: jnp.sum(w**2), jnp.array([2.0]), jnp.array([-1.0])))
       3.0
     """
-    return value_fn(params) - value_fn(optax.apply_updates(params, updates))
-
-
-class NoiseScale(NamedTuple):
-    """Estimates from one step, unbiased both; their ratio is not. Average them over steps, then take the ratio.
-
-    Attributes:
-      squared_gradient: `|G|^2` of the gradient G of an infinite batch; it may come out negative.
-      noise: `tr(Sigma)`, the variance of one example's gradient, summed over parameters.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from curvax import NoiseScale
-      >>> float(NoiseScale(squared_gradient=jnp.array(0.5), noise=jnp.array(600.0)).critical_batch_size)
-      1200.0
-    """
-
-    squared_gradient: jax.Array
-    noise: jax.Array
-
-    @property
-    def critical_batch_size(self) -> jax.Array:
-        """`B_simple = tr(Sigma) / |G|^2`: beyond it a larger batch saves few steps; infinite where `|G|^2 <= 0`."""
-        return jnp.where(self.squared_gradient > 0, self.noise / self.squared_gradient, jnp.inf)
-
-
-def noise_scale_from_batches(
-    small: Any, large: Any, small_batch_size: jax.typing.ArrayLike, large_batch_size: jax.typing.ArrayLike
-) -> NoiseScale:
-    """The gradient noise scale from gradients at two batch sizes.
-
-    Formula:
-      `E|G_B|^2 = |G|^2 + tr(Sigma) / B` for the mean gradient of B independent examples, solved for the two unknowns;
-      McCandlish et al. 2018, "An empirical model of large-batch training", appendix A.1.
-
-    Args:
-      small: gradient of a batch of `small_batch_size` examples, a pytree.
-      large: gradient of a batch of `large_batch_size` examples. The small batch may be a part of it.
-      small_batch_size: its number of examples.
-      large_batch_size: its number of examples, another one.
-
-    Returns:
-      The estimates, float32 scalars.
-
-    Raises:
-      ValueError: if both batch sizes are equal.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from curvax import noise_scale_from_batches
-      >>> print(noise_scale_from_batches(jnp.array([3.0]), jnp.array([2.0]), 1, 4).critical_batch_size.round(4))
-      2.8571
-    """
-    norms = squared_norm(small), squared_norm(large)
-    return NoiseScale(*map(to_float, noise_scale(*norms, small_batch_size, large_batch_size)))
-
-
-def noise_scale_over_devices(
-    grads: Any, batch_size: jax.typing.ArrayLike, axis_name: str | tuple[str, ...]
-) -> NoiseScale:
-    """The gradient noise scale from the gradients that data-parallel devices have before they are averaged.
-
-    Formula:
-      That of `noise_scale_from_batches` with each device's share as the small batch, its squared norm averaged over the
-      devices, and all shares together as the large one.
-
-    Args:
-      grads: this device's gradient, the mean over its own examples, a pytree. Under `shard_map` with `check_vma`, the
-        gradient of replicated parameters is summed already: mark them with `jax.lax.pcast` first.
-      batch_size: examples per device.
-      axis_name: mesh axes (of `shard_map` or `pmap`) that split the examples, over two devices at least.
-
-    Returns:
-      The estimates, the same on all devices.
-
-    Raises:
-      ValueError: if there is only one device.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from curvax import noise_scale_over_devices
-      >>> scale = jax.vmap(lambda g: noise_scale_over_devices(g, 1, "x"), axis_name="x")(jnp.array([1.0, 3.0]))
-      >>> float(scale.squared_gradient[0]), float(scale.noise[0])
-      (3.0, 2.0)
-    """
-    check_number("batch_size", batch_size, "[1, inf)", whole=True)
-    devices = jax.lax.axis_size(axis_name)
-    small = squared_norm(grads, axis_name)
-    # In halves the sum over devices would overflow first.
-    wide_grads = jax.tree.map(lambda x: x.astype(statistics_dtype(x.dtype)), grads)
-    large = squared_norm(jax.lax.pmean(wide_grads, axis_name))
-    batch_size = batch_size if isinstance(batch_size, jax.core.Tracer) else int(batch_size)
-    return NoiseScale(*map(to_float, noise_scale(times(1 / devices, small), large, batch_size, batch_size * devices)))
-
-
-def noise_scale(small: Wide, large: Wide, small_batch_size, large_batch_size) -> tuple[Wide, Wide]:
-    """The numbers of a `NoiseScale`, of squared norms or of arrays of them."""
-    sizes = {"small_batch_size": small_batch_size, "large_batch_size": large_batch_size}
-    for name, size in sizes.items():
-        check_number(name, size, "[1, inf)", whole=True)
-    if not any(isinstance(size, jax.core.Tracer) for size in sizes.values()) and small_batch_size == large_batch_size:
-        raise ValueError(f"two batches of {small_batch_size} examples cannot tell noise from gradient; vary the size.")
-    b, B = (jnp.asarray(size, small.value.dtype) for size in sizes.values())
-    large = cast(large, small.value.dtype)
-    difference = plus(normal(small), normal(times(-1, large)))
-    squared_gradient = plus(normal(times(B / (B - b), large)), normal(times(-b / (B - b), small)))
-    return squared_gradient, times(b * (B / (B - b)), difference)
-
-
-def squared_norm(grads: Any, axis_name: AxisName = None) -> Wide:
-    """The squared norm, or the sum of those of all devices."""
-    leaves = jax.tree.leaves(grads)
-    dtype = _dtype(leaves)
-    columns = [(jnp.abs(x).astype(dtype),) for x in leaves]
-    return totals(squares, columns, axis_name)[0] if columns else wide(jnp.zeros((), dtype))
+    function, params = scalar_objective(value_fn, params, None, False)
+    leaves_like("updates", updates, params)
+    return function(params) - function(optax.apply_updates(params, updates))
 
 
 def _arrays(layer: Layer, *columns: Sequence[jax.Array]) -> list[list[jax.Array]]:

@@ -10,6 +10,7 @@ Statistics are float32 (float64 for float64 parameters) whatever the dtype of th
 """
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -324,6 +325,13 @@ class SplitState(NamedTuple):
     inner_state: optax.OptState
 
 
+def _teach_flax() -> None:
+    """Lets `flax.serialization`, where it is used, save a state with layers: they are made anew by `init`."""
+    flax = sys.modules.get("flax.serialization")
+    if flax is not None:
+        flax.register_serialization_state(WholeLayers, lambda layers: {}, lambda layers, saved: layers, override=True)
+
+
 def _is_bound(axis_name: AxisName) -> bool:
     """Whether this runs inside of the `shard_map` or `pmap` that has these axes."""
     try:
@@ -349,6 +357,7 @@ def _scale_by_radius(
         inner = optax.EmptyState() if decay is None else decay.init(params)
         if not by_whole_shapes or _is_bound(param_axis_name):
             return inner
+        _teach_flax()
         return SplitState(WholeLayers.of(jax.tree_util.tree_leaves_with_path(params)), inner)
 
     def layers_of(leaves, state):
@@ -376,11 +385,11 @@ def _scale_by_radius(
             updates, inner = decay.update(updates, inner, params)
         leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
         g = [leaf for _, leaf in leaves]
-        w = leaves_like("params", params, updates) if needs_params else g
+        w = leaves_like("params", params, updates, "gradient") if needs_params else g
         h = ()
         if needs_curvature:
             _check_real(leaves)
-            h = leaves_like("hessian_diag", hessian_diag, updates)
+            h = leaves_like("hessian_diag", hessian_diag, updates, "gradient")
 
         def measured(indices):
             masks = [moving[i] for i in indices]

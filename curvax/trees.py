@@ -26,18 +26,24 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(diag_dtype(x.dtype))
 
 
+def like_diag(diag: Any, params: Any) -> Any:
+    """The same in the dtypes of a diagonal of `params`: data may be of wider ones."""
+    return jax.tree.map(lambda h, x: h.astype(diag_dtype(x.dtype)), diag, params)
+
+
 def is_hole(node: Any) -> bool:
     """Whether a place of a tree holds no array: it was masked, or never had one."""
     return node is None or isinstance(node, optax.MaskedNode)
 
 
-def leaves_like(name: str, tree: Any, params: Any) -> list[jax.Array]:
+def leaves_like(name: str, tree: Any, params: Any, like: str = "parameter") -> list[jax.Array]:
     """The leaves of `tree` at those of `params`, of the same shapes.
 
     Args:
       name: of the tree, for the message.
       tree: a pytree of arrays.
       params: a pytree of arrays, which may have holes in place of what `tree` has: inside of `masked` and `partition`.
+      like: what its leaves are, for the message.
 
     Returns:
       The leaves, in order.
@@ -50,14 +56,14 @@ def leaves_like(name: str, tree: Any, params: Any) -> list[jax.Array]:
     try:
         nodes = wanted.flatten_up_to(tree)
     except ValueError as error:
-        message = f"{name} is {given}, where the parameters are {wanted}; make it a tree like params."
+        message = f"{name} is {given}, where the {like}s are {wanted}; make it a tree like params."
         raise ValueError(message) from error
     pairs = [(path, leaf, node) for (path, leaf), node in zip(leaves, nodes, strict=True) if not is_hole(leaf)]
     for path, leaf, node in pairs:
         shape = getattr(node, "shape", node)
         if shape != leaf.shape:
             raise ValueError(
-                f"{name} has {shape} at '{path_name(path)}', where the parameter has the shape {leaf.shape}; make it a"
+                f"{name} has {shape} at '{path_name(path)}', where the {like} has the shape {leaf.shape}; make it a"
                 " tree like params."
             )
     return [node for _, _, node in pairs]

@@ -28,6 +28,7 @@ NOT_STRICT = {
     "experiments",
     "fuzz",
     "test_devices.py",
+    "test_noise_scale.py",
     "test_optimizers.py",
     "test_refresh.py",
     "test_with_hessian_diag.py",

@@ -18,7 +18,7 @@ def test_numbers_of_an_interval_pass(value):
 
 
 @pytest.mark.parametrize(
-    "value", [1, -0.1, float("nan"), np.float32(1), np.inf, jnp.array(jnp.nan), jnp.bfloat16(1), 10**400]
+    "value", [1, -0.1, float("nan"), np.float32(1), 1 - 1e-9, np.inf, jnp.array(jnp.nan), jnp.bfloat16(1), 10**400]
 )
 def test_numbers_outside_are_refused(value):
     with pytest.raises(ValueError, match=r"^share=.* is out of range; pass a number in \[0, 1\)\.$"):

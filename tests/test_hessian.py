@@ -445,3 +445,81 @@ def test_leaves_that_are_no_numbers_are_named(odd):
 def test_numbers_of_python_are_parameters():
     assert float(curvax.hvp(lambda w: w**3, 2.0, 1.0)) == 12.0
     assert float(curvax.hessian_diag(lambda w: w**3, 2.0)) == 12.0
+
+
+def test_wider_data_leave_the_diagonal_its_dtype(x64):
+    """NumPy's data are float64; what is kept of float32 parameters is float32, in a loop too."""
+    rng = np.random.default_rng(0)
+    data = {"x": rng.normal(size=(8, 4)), "y": np.arange(8) % 3}
+    params = {
+        "a": jnp.asarray(rng.normal(size=(4, 5)), jnp.float32),
+        "b": jnp.asarray(rng.normal(size=(5, 3)), "bfloat16"),
+    }
+
+    def predict(p, d):
+        with jax.numpy_dtype_promotion("standard"):
+            return jnp.tanh(d["x"] @ p["a"]) @ p["b"]
+
+    def loss(z, d):
+        return optax.softmax_cross_entropy_with_integer_labels(z, d["y"])
+
+    objective = curvax.Objective(predict, loss, data)
+    for method in ("exact", "ggn", curvax.GaussNewton(num_samples=9), curvax.GaussNewton(2, "batch"), "hutchinson"):
+        found = curvax.hessian_diag(objective, params, method, key=0)
+        assert {h.dtype for h in jax.tree.leaves(found)} == {np.dtype("float32")}, method
+    tx = curvax.cblr(0.1, every=2)
+    step = lambda state, _: (tx.update(jax.grad(objective)(params), state, params, obj_fn=objective)[1], None)
+    with jax.numpy_dtype_promotion("standard"):
+        state, _ = jax.lax.scan(step, tx.init(params), None, 3)
+    assert {h.dtype for h in jax.tree.leaves(state.hessian_diag)} == {np.dtype("float32")}
+
+
+def test_a_diagonal_has_its_derivative_or_says_that_it_has_none():
+    data = {"x": jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32), "y": jnp.arange(6) % 3}
+    loss = lambda z, d: optax.softmax_cross_entropy_with_integer_labels(z, d["y"])
+    objective = curvax.Objective(lambda w, d: d["x"] @ w, loss, data)
+    w = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3)), jnp.float32)
+    total = lambda method: lambda w: jnp.sum(curvax.hessian_diag(objective, w, method, key=0))
+    third = jax.grad(lambda w: jnp.trace(jax.hessian(lambda v: objective(v.reshape(4, 3)))(w.ravel())))(w)
+    np.testing.assert_allclose(jax.grad(total("basis"))(w), third, rtol=1e-3, atol=1e-6)
+    for method in ("exact", "ggn_mc"):
+        with pytest.raises(ValueError, match=r"not known; choose curvax.Basis\(\) or curvax.Hutchinson\(\)"):
+            jax.grad(total(method))(w)
+        constant = jax.grad(lambda w, method=method: total(method)(jax.lax.stop_gradient(w)) + jnp.sum(w))(w)
+        np.testing.assert_array_equal(constant, 1)
+
+
+def test_a_gradient_through_the_rate_of_cblr_needs_none_of_the_diagonal():
+    loss, w = lambda w: jnp.sum(jnp.cosh(w)), jnp.array([[0.5, -1.0]])
+    tx = lambda rate: curvax.cblr(rate, momentum=0.0, method="exact")
+    step = lambda rate: tx(rate).update(jax.grad(loss)(w), tx(rate).init(w), w, obj_fn=loss)[0]
+    moved = lambda rate: loss(optax.apply_updates(w, step(rate)))
+    slope = -np.sum(np.sinh(w + step(0.1)) * -np.asarray(step(1.0), np.float64))
+    np.testing.assert_allclose(jax.grad(moved)(0.1), slope, rtol=1e-3)
+
+
+@pytest.mark.parametrize("exponent", [-80, -70, 70, 80])
+@pytest.mark.parametrize(
+    "method", [curvax.XDiag(4), curvax.Hutchinson(4), curvax.GaussNewton(4, micro_batches=2)], ids=repr
+)
+def test_scaling_a_loss_by_a_power_of_two_scales_estimate_and_error(method, exponent):
+    """Where squares of either are no floats."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5)), jnp.float32)
+    w = jnp.asarray(np.random.default_rng(1).normal(size=5), jnp.float32)
+
+    def found(scale):
+        predict = lambda w, x: jnp.tanh(x * w[None]) @ jnp.eye(5)[:, :2]
+        objective = curvax.Objective(predict, lambda z, x: jnp.sum(scale * z**2, 1), x)
+        return curvax.hessian_diag(objective, w, method, key=3, standard_error=True)
+
+    for one, scaled in zip(found(1.0), found(2.0**exponent), strict=True):
+        np.testing.assert_allclose(np.asarray(scaled, np.float64) / 2.0**exponent, one, rtol=1e-4, atol=1e-5)
+
+
+def test_a_method_of_the_callers_own_returns_real_numbers():
+    class Own:
+        def estimate(self, objective, params, key):
+            return curvax.Estimate(0.0, params, params.astype(jnp.complex64))
+
+    with pytest.raises(ValueError, match="complex64 at ''; return real"):
+        curvax.hessian_diag(lambda w: jnp.sum(w), jnp.ones(2), Own())

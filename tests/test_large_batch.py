@@ -114,3 +114,19 @@ def test_fractions_that_are_none_are_refused(fraction):
     for discard in (discard_small_losses, functools.partial(discard_random_losses, jax.random.key(0))):
         with pytest.raises(ValueError, match=r"fraction=.*\[0, 1\)"):
             discard(jnp.ones(3), fraction)
+
+
+def test_integers_are_ranked_and_weighted_by_fractions():
+    weights = discard_small_losses(jnp.arange(8), 0.25)
+    np.testing.assert_allclose(weights, [0, 0] + [8 / 6] * 6, rtol=1e-6)
+    assert discard_random_losses(0, jnp.arange(8), 0.25).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [(jnp.array([True, False]), "bool, which have no order"), (jnp.ones(2) * 1j, "complex64"), (8, "int")],
+)
+def test_what_has_no_order_is_refused(losses, said):
+    for discard in (discard_small_losses, functools.partial(discard_random_losses, 0)):
+        with pytest.raises(ValueError, match=f"losses are .*{said}"):
+            discard(losses, 0.5)

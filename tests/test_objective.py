@@ -202,3 +202,16 @@ def test_weights_that_do_not_fit_are_refused():
         objective(params)
     with pytest.raises(ValueError, match="'mean' or 'sum'"):
         weighted(reduction="none")
+
+
+def test_what_cannot_be_called_so_is_refused_where_it_is_given():
+    predict, loss = lambda p, d: p, lambda z, d: z
+    for name, bad, said in [
+        ("predict", lambda p: p, r"predict takes \(p\), and is called as predict\(params, data\)"),
+        ("loss", lambda z: z, r"loss takes .* loss\(outputs, data\)"),
+        ("loss", None, "loss=None is no function"),
+        ("penalty", 0.1, "penalty=0.1 is no function"),
+        ("weights", lambda a, b: a, r"weights takes .* weights\(data\)"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            Objective(**{"predict": predict, "loss": loss, "data": (), name: bad})

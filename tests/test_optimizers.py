@@ -1,6 +1,7 @@
 import functools
 
 import chex
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,3 +189,18 @@ def test_lamb_of_halves_keeps_its_averages_in_float32(dtype):
     chex.assert_trees_all_close(
         jax.tree.map(lambda x: x.astype(jnp.float32), updates), expected, rtol=4 * float(jnp.finfo(dtype).eps)
     )
+
+
+def test_layers_of_split_parameters_cross_flax_serialization():
+    params = {"dense": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}}
+    tx = curvax.mclr(0.1, param_axis_name="x")
+    state = tx.init(params)
+    restored = flax.serialization.from_bytes(tx.init(params), flax.serialization.to_bytes(state))
+    chex.assert_trees_all_equal(restored, state)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("bad", [{"b1": 1.0}, {"b2": -0.1}, {"eps": -1.0}, {"eps_root": jnp.nan}])
+def test_lamb_checks_its_numbers(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))}=.*out of range"):
+        curvax.lamb(0.1, **bad)

@@ -306,3 +306,19 @@ def test_quantiles_that_do_not_exist_are_refused(q):
         curvax.with_probes(optax.identity(), quantiles=(0.5, q))
     with pytest.raises(ValueError, match=r"q=.*\[0, 1\]"):
         curvax.quantile(jnp.ones(3), q)
+
+
+def test_what_measures_refuses_what_it_cannot_take():
+    for call, said in [
+        (lambda: curvax.with_probes(optax.sgd), "no optax transformation"),
+        (lambda: curvax.with_probes(optax.sgd(0.1), quantiles=0.5), "quantiles=0.5 are no sequence"),
+        (lambda: curvax.held_out_stride(lambda w: (w, 1), W, W), "returned a tuple"),
+        (
+            lambda: curvax.held_out_stride(lambda w: jnp.zeros(()), {"a": jnp.ones(2)}, {"a": jnp.ones(3)}),
+            "updates has",
+        ),
+        (lambda: curvax.held_out_stride(lambda w: None, W, W), "returned a NoneType"),
+        (lambda: curvax.noise_scale_from_batches({"a": jnp.ones(2)}, {"a": jnp.ones(3)}, 1, 2), "small has"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            call()

@@ -181,7 +181,8 @@ def finite(**changes):
     """A report in which nothing stands out, but for what is changed in its first layer, or in it."""
     layer = {
         "layer": "a", "is_kernel": True, "units": 8, "dead": 0.0, "non_finite": 0.0, "non_finite_gradient": 0.0,
-        "weight_norm": 1.0, "radius_lars": 1.0, "negative": 0.0, "curvature": 1.0, "curvature_error": 0.0,
+        "weight_norm": 1.0, "gradient_norm": 1.0, "radius_lars": 1.0, "negative": 0.0, "curvature": 1.0,
+        "curvature_error": 0.0,
     }  # fmt: skip
     own = {name: changes.pop(name) for name in list(changes) if name in layer}
     fields = {
@@ -275,3 +276,9 @@ def test_errors_say_what_to_pass(change, message):
     arguments = {"objective": lambda w: jnp.sum(w**2), "params": jnp.ones(2), "method": "hutchinson"} | change
     with pytest.raises(ValueError, match=message):
         curvax.report(**arguments)
+
+
+@pytest.mark.parametrize(("scale", "said"), [(np.nan, "not finite"), (0.0, "The gradient is zero")])
+def test_a_gradient_without_information_is_not_called_noise(scale, said):
+    found = curvax.report(curvax.Objective(lambda p, d: scale * predict(p, d), loss, DATA), PARAMS)
+    assert said in found.findings[0] + found.findings[-1] and not any("all is noise" in x for x in found.findings)

@@ -208,3 +208,19 @@ def test_all_devices_discard_a_refresh_that_one_finds_bad():
     assert diag.tolist() == [0, 0, 0, 0] and int(skipped) == 1
     diag, skipped = split(jnp.ones(4), jnp.array([1.0, 2.0, 3.0, 4.0]))
     assert diag.tolist() == [1, 2, 3, 4] and int(skipped) == 0
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_an_axis_that_is_forgotten_or_made_up_is_named(shared):
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+    w, data = jnp.ones(3), jnp.ones((4, 3))
+    objective = lambda x: curvax.Objective(lambda p, d: d @ p, lambda z, d: z**2, x)
+    tx = curvax.cblr(0.1, axis_name=None if shared else "y")
+
+    def step(w, state, x):
+        grads = jax.lax.pmean(jax.grad(objective(x))(jax.lax.pcast(w, "x", to="varying")), "x")
+        return tx.update(grads, state, w, obj_fn=objective(x))[0]
+
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P("x")), out_specs=P())
+    with pytest.raises(ValueError, match="pass axis_name='x'" if shared else "axis_name='y' names no mesh axis"):
+        jax.jit(sharded)(w, tx.init(w), data)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from curvax.trees import at_least_float32
 
@@ -38,7 +39,10 @@ class Estimate(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """The samples seen so far, by Welford's recurrence: their number, mean, and squared deviations from it."""
+    """The samples seen so far, by Welford's recurrence: their number, mean, and the norm of deviations from it.
+
+    The squares of these need not be floats.
+    """
 
     count: int
     mean: Any
@@ -48,7 +52,7 @@ class Moments(NamedTuple):
         """Of the mean; None for fewer than two samples."""
         if self.count < 2:
             return None
-        return jax.tree.map(lambda d: jnp.sqrt(d / ((self.count - 1) * self.count)), self.deviations)
+        return jax.tree.map(lambda d: d / np.sqrt((self.count - 1) * self.count).astype(d.dtype), self.deviations)
 
 
 def no_samples(params: Any) -> Moments:
@@ -67,8 +71,8 @@ def add_samples(
         mean, deviations = carry
         off = jax.tree.map(jnp.subtract, drawn, mean)
         new_mean = jax.tree.map(lambda m, d: m + d / number.astype(d.dtype), mean, off)
-        share = (number - 1) / number
-        return (new_mean, jax.tree.map(lambda v, d: v + share.astype(d.dtype) * d * d, deviations, off)), None
+        share = jnp.sqrt((number - 1) / number)
+        return (new_mean, jax.tree.map(lambda v, d: jnp.hypot(v, share.astype(d.dtype) * d), deviations, off)), None
 
     def add_chunk(carry, step):
         some, numbers = step

@@ -32,7 +32,7 @@ from curvax.exact.atoms import Separate, Softmax, Structure, find_atoms
 from curvax.exact.backprop import diagonals
 from curvax.exact.columns import Columns, RandomColumns, Source, evaluate_atoms, origin
 from curvax.exact.dataflow import Flow, analyse, between
-from curvax.exact.derivatives import hessian_product
+from curvax.exact.derivatives import hessian_product, without_derivative
 from curvax.exact.diagonals import backward_reason, check_backward, zeros
 from curvax.exact.explanation import Explanation, Row
 from curvax.exact.primitives import is_complex
@@ -40,7 +40,7 @@ from curvax.exact.routes import Route, plan_gauss_newton
 from curvax.exact.sweep import sweep
 from curvax.exact.trace import is_inexact, trace, trace_loss
 from curvax.objective import Objective
-from curvax.trees import at_least_float32
+from curvax.trees import at_least_float32, like_diag
 
 Squares = Literal["example", "batch"]
 
@@ -179,8 +179,11 @@ def sampled_gauss_newton(
 
     def estimate(part: Objective, key: jax.Array) -> Estimate:
         value, grad, sample = sampler(part, params)
-        moments = add_samples(sample, jax.random.split(key, num_samples), no_samples(params), chunk_size)
-        return Estimate(value, grad, moments.mean, moments.standard_error())
+        sampled = lambda key: like_diag(sample(key), params)
+        moments = add_samples(sampled, jax.random.split(key, num_samples), no_samples(params), chunk_size)
+        # The chances by which columns are drawn depend on the parameters, and have derivatives that no draw shows.
+        kept = (lambda x: x) if form == "product" else without_derivative
+        return Estimate(value, grad, *kept((moments.mean, moments.standard_error())))
 
     parts = micro_batches or (MICRO_BATCHES if form == "batch" or _entries(flow) > LARGE_OUTPUTS else 1)
     penalty_key, key = jax.random.split(key)

@@ -21,7 +21,7 @@ from curvax.keys import Key, as_key, check_key
 from curvax.layers import path_name
 from curvax.meshes import on_auto_axes
 from curvax.objective import Objective
-from curvax.trees import at_least_float32, check_real, leaves_like
+from curvax.trees import at_least_float32, check_real, leaves_like, like_diag
 
 
 def hvp(objective: Callable[[Any], jax.Array], params: Any, v: Any) -> Any:
@@ -259,4 +259,10 @@ def _checked(method: Any, objective: Any, params: Any, key: jax.Array | None) ->
             f"the estimate of {method!r} is a {type(found).__name__}; return curvax.Estimate(value, grad, diag)."
         )
     leaves_like(f"the diag of {method!r}", found.diag, params)
-    return found
+    for path, h in jax.tree_util.tree_leaves_with_path(found.diag):
+        if not jnp.issubdtype(jnp.result_type(h), jnp.floating):
+            raise ValueError(
+                f"the diag of {method!r} is {jnp.result_type(h)} at '{path_name(path)}'; return real floating-point"
+                " numbers."
+            )
+    return found._replace(diag=like_diag(jax.tree.map(jnp.asarray, found.diag), params))

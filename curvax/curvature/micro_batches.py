@@ -102,16 +102,15 @@ def _convolves(objective: Objective, params: Any) -> bool:
 
 
 def _mean(part: Callable[[jax.typing.ArrayLike], Estimate], parts: int, unroll: int) -> Estimate:
-    def squared(index) -> Estimate:
-        estimate = part(index)
-        return estimate._replace(standard_error=jax.tree.map(jnp.square, estimate.standard_error))
-
     def add(total, index):
-        return jax.tree.map(jnp.add, total, squared(index)), None
+        found = part(index)
+        error = jax.tree.map(jnp.hypot, total.standard_error, found.standard_error)
+        summed = jax.tree.map(jnp.add, total._replace(standard_error=None), found._replace(standard_error=None))
+        return summed._replace(standard_error=error), None
 
-    like = jax.eval_shape(squared, jnp.zeros((), jnp.int32))
+    like = jax.eval_shape(part, jnp.zeros((), jnp.int32))
     nothing = jax.tree.map(lambda x: varying_like(jnp.zeros(x.shape, x.dtype), x), like)
     total, _ = jax.lax.scan(add, nothing, jnp.arange(parts), unroll=unroll)
     value, grad, diag = jax.tree.map(lambda x: x / parts, (total.value, total.grad, total.diag))
-    error = jax.tree.map(lambda square: jnp.sqrt(square) / parts, total.standard_error)
+    error = jax.tree.map(lambda x: x / parts, total.standard_error)
     return Estimate(value, grad, diag, error)

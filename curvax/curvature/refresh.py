@@ -148,7 +148,9 @@ def with_hessian_diag(
 
     def compute(objective, params, key):
         if axis_name is None:
-            return once(_fresh, method, where, has_aux, objective, params, key)
+            found = once(_fresh, method, where, has_aux, objective, params, key)
+            _check_alike(found[0], params)
+            return found
         # A gradient of replicated parameters is summed over the mesh by `shard_map` itself. Parameters that are marked
         # as different on each device keep every device's curvature apart until the mean.
         params = jax.tree.map(lambda x: varying_over(x, axis_name), params)
@@ -183,6 +185,8 @@ def with_hessian_diag(
     def update_fn(updates, state, params=None, *, hessian_diag=None, obj_fn=None, value_fn=None, **extra_args):
         if params is None:
             raise ValueError("curvature depends on the parameters; call update(updates, state, params, obj_fn=...).")
+        if axis_name is not None:
+            _check_bound(axis_name)
         own, inner_state = state._replace(inner_state=()), state.inner_state
         usable, stored = _all_finite(updates, axis_name, param_axis_name), True
         objective = obj_fn if obj_fn is not None else value_fn
@@ -250,6 +254,29 @@ def _all_finite(tree: Any, *axis_names: AxisName) -> jax.Array:
         if name is not None:
             finite = jax.lax.pmin(finite.astype(jnp.int32), name) > 0
     return finite
+
+
+def _check_bound(axis_name: AxisName) -> None:
+    try:
+        jax.lax.axis_size(axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"axis_name={axis_name!r} names no mesh axis here; call update inside of the shard_map or pmap that splits"
+            " the examples along it, or leave axis_name out: under jit nothing needs a name."
+        ) from error
+
+
+def _check_alike(diag: Any, params: Any) -> None:
+    """Raises a ValueError if devices are seen to have curvatures of their own for parameters that they share."""
+    shared = set().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(params)))
+    for path, h in jax.tree_util.tree_leaves_with_path(diag):
+        own = tuple(sorted(jax.typeof(h).manual_axis_type.varying - shared))
+        if own:
+            raise ValueError(
+                f"the curvature of '{path_name(path)}' differs between the devices along {own}, as if these split the"
+                f" examples; pass axis_name={(own[0] if len(own) == 1 else own)!r} to cblr or with_hessian_diag, which"
+                " then takes the mean."
+            )
 
 
 def _stored(state: HessianDiagState) -> jax.Array | bool:

@@ -120,6 +120,8 @@ def _scalar(function: Callable[[Any], Any], name: str, has_aux: bool) -> Callabl
                 f"{name} returned a tuple of {len(value)}; if it is (loss, other output), pass has_aux=True, or the"
                 " loss alone to what has no such argument."
             )
+        if not isinstance(value, jax.Array | np.ndarray | np.generic | numbers.Number):
+            raise ValueError(f"{name} returned a {type(value).__name__}, in place of a real scalar; return the loss.")
         if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
             raise ValueError(
                 f"{name} returned {jnp.result_type(value)} of shape {jnp.shape(value)}, in place of a real scalar; take"

@@ -19,6 +19,7 @@ from curvax.curvature.method import Method
 from curvax.curvature.products import product_matrix, same_diagonal
 from curvax.exact import explain_products
 from curvax.trees import at_least_float32
+from curvax.wide import power_of_two, wide
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -65,7 +66,10 @@ class XDiag(Method):
         signs = jax.random.rademacher(key, (flat.size, self.num_samples), flat.dtype)
         estimates = _leave_one_out(signs, products)
         mean = jnp.mean(estimates, 1)
-        moments = Moments(self.num_samples, mean, jnp.sum((estimates - mean[:, None]) ** 2, 1))
+        off = estimates - mean[:, None]
+        largest = jnp.max(jnp.abs(off), 1)
+        relative = off / jnp.where(largest > 0, largest, 1)[:, None]
+        moments = Moments(self.num_samples, mean, largest * jnp.linalg.norm(relative, axis=1))
         error = moments.standard_error()
         return Estimate(value, grad, unflatten(mean), None if error is None else unflatten(error))
 
@@ -77,14 +81,18 @@ class XDiag(Method):
 def _leave_one_out(signs: jax.Array, products: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """For each probe (column) the diagonal known by the basis of the others, and its own estimate of the rest."""
     images = products(signs)
+    # By a power of two, which rounds nothing: squares of what is left are floats.
+    largest = jnp.max(jnp.abs(images))
+    scale = power_of_two(-wide(jnp.where(jnp.isfinite(largest), largest, 1)).exponent, images.dtype)
+    images = images * scale
     basis, outside = _basis(images)
-    of_basis = products(basis)
+    of_basis = products(basis) * scale
     # Column i: the one direction of the basis that is only there because of probe i.
     lost, lost_image = basis @ outside, of_basis @ outside
     known = jnp.sum(basis * of_basis, 1)[:, None] - lost * lost_image
     coordinates = of_basis.T @ signs
     coordinates -= outside * jnp.sum(outside * coordinates, 0, keepdims=True)
-    return known + signs * (images - basis @ coordinates)
+    return (known + signs * (images - basis @ coordinates)) / scale
 
 
 def _basis(images: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -29,6 +29,25 @@ def hessian_product(function: Callable[[Any], jax.Array], x: Any) -> tuple[jax.A
     return value, grad, lambda vector: tangents(vector)[1]
 
 
+@jax.custom_jvp
+def without_derivative(x: Any) -> Any:
+    """`x`, of which no derivative is taken: it may be found by roots of zero, or at random by changing chances.
+
+    Raises:
+        ValueError: if it is differentiated.
+    """
+    return x
+
+
+@without_derivative.defjvp
+def _(primals, tangents):
+    raise ValueError(
+        "the derivative of a diagonal by columns of the loss's Hessian is not known; choose curvax.Basis() or"
+        " curvax.Hutchinson(), which have one (method=... of cblr and with_hessian_diag), or pass"
+        " jax.lax.stop_gradient(params) to what computes the diagonal, if it is meant to be a constant."
+    )
+
+
 def _reverse_over_reverse(function, x, refusal: Exception) -> tuple[jax.Array, Any, Product]:
     # Raises what JAX says of the first derivative, if there is none either.
     value, grad = jax.value_and_grad(function)(x)

@@ -13,13 +13,13 @@ from curvax.exact import columns, factor, units
 from curvax.exact.backprop import diagonals
 from curvax.exact.columns import Source, evaluate_atoms
 from curvax.exact.dataflow import Flow, analyse, between, total_loss
-from curvax.exact.derivatives import hessian_product, jacobian_products
+from curvax.exact.derivatives import hessian_product, jacobian_products, without_derivative
 from curvax.exact.explanation import Explanation, explain_products, explain_routes
 from curvax.exact.penalty import mixed_arrays, penalty_diagonal
 from curvax.exact.routes import Route, plan, plan_gauss_newton, variable
 from curvax.exact.trace import trace
 from curvax.objective import Objective
-from curvax.trees import at_least_float32, check_real, diag_dtype
+from curvax.trees import at_least_float32, check_real, diag_dtype, like_diag
 
 # In backward passes and Hessian-vector products together.
 BUDGET = 10_000
@@ -121,6 +121,7 @@ def _by_routes(objective, params, flow: Flow, routes: Sequence[Route], unit_vect
         sharing = [route for route in routes if source.variables[0] in map(variable, route.origins)]
         found = diagonals(flow, env, sharing, source, chunk_size)
         for route, diagonal in zip(sharing, found, strict=True):
+            diagonal = without_derivative(diagonal)
             total[route.bit] = total[route.bit] + diagonal if route.bit in total else diagonal
     return value, grad, assemble(objective, params, flow, total, mixed, chunk_size)
 
@@ -148,7 +149,7 @@ def assemble(objective, params, flow: Flow, total: dict[int, jax.Array], mixed, 
     if objective.penalty is not None:
         extra = penalty_diagonal(objective.penalty, params, mixed, chunk_size)
         leaves = [leaf + more for leaf, more in zip(leaves, extra, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+    return like_diag(jax.tree.unflatten(jax.tree.structure(params), leaves), params)
 
 
 def _mixed(objective: Objective, params: Any) -> frozenset[int]:

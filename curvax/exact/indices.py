@@ -136,6 +136,7 @@ FOLDS: dict[str, Callable[..., np.ndarray]] = {
     "not": _elementwise(np.invert),
     "select_n": _elementwise(lambda which, *cases: np.choose(which.astype(int), cases)),
     **dict.fromkeys(SAME, _elementwise(np.asarray)),
+    "convert_element_type": lambda eqn, value: value.astype(eqn.params["new_dtype"]),
     "iota": _count,
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,

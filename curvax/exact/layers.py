@@ -197,7 +197,7 @@ def _lookup(eqn, slot, values, axis, num_examples) -> Lookup:
     num_rows = table.shape[row_dim]
     index_axis = pull_axis(eqn, 1, 0, axis, num_examples)
     index_positions = [d for d in range(indices.ndim) if d != index_axis.dim]
-    rows = examples_first(indices, index_axis, num_examples, index_positions)
+    rows = examples_first(_int32(indices), index_axis, num_examples, index_positions)
     if eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP:
         rows = jnp.clip(rows, 0, num_rows - 1)
 
@@ -210,6 +210,13 @@ def _lookup(eqn, slot, values, axis, num_examples) -> Lookup:
         return jnp.moveaxis(matrix.reshape(num_rows, *kept), 0, row_dim)
 
     return Lookup(rows, fold, unfold, num_rows)
+
+
+def _int32(indices: jax.Array) -> jax.Array:
+    """Indices of a type that holds as many as a table has rows, which bytes need not."""
+    own, wanted = np.iinfo(indices.dtype), np.iinfo(np.int32)
+    least, most = (np.asarray(x, own.dtype) for x in (max(own.min, wanted.min), min(own.max, wanted.max)))
+    return jnp.clip(indices, least, most).astype(jnp.int32)
 
 
 def examples_first(array: jax.Array, axis: Axis, num_examples: int, *groups: Sequence[int]) -> jax.Array:

@@ -71,7 +71,11 @@ def _batch(report):
         yield f"The gradient's noise is not known: {report.noise_reason}."
         return
     batch, scale = report.num_examples, report.critical_batch_size
-    if not np.isfinite(scale):
+    if any(layer["non_finite_gradient"] for layer in report.layers):
+        return  # That is said above.
+    if not any(layer["gradient_norm"] for layer in report.layers):
+        yield "The gradient is zero: these are parameters of a stationary point, or the loss does not depend on them."
+    elif not np.isfinite(scale):
         yield f"Of the gradient of these {batch:,} examples all is noise, as far as can be told: take more of them."
     elif batch > LARGE_BATCH * scale:
         yield (

@@ -22,8 +22,9 @@ from curvax.curvature.hessian import value_grad_and_hessian_diag
 from curvax.curvature.micro_batches import micro_batch, num_examples, number_of_parts
 from curvax.exact.independence import example_axes
 from curvax.layers import Layer, Layers
+from curvax.noise_scale import NoiseScale, noise_scale, squared_norm
 from curvax.objective import Objective
-from curvax.probes import QUANTILES, NoiseScale, approximate_radii, lower_quantiles, noise_scale, squared_norm
+from curvax.probes import QUANTILES, approximate_radii, lower_quantiles
 from curvax.transforms import scale_by_curvature_radius
 from curvax.trees import statistics_dtype
 from curvax.wide import Wide, normal, plus, times, to_float

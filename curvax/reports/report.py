@@ -21,8 +21,8 @@ from curvax.curvature.scalar import scalar_objective
 from curvax.curvature.short_forms import as_method, needs_key
 from curvax.keys import Key, as_key
 from curvax.layers import Layers, group, path_name
+from curvax.noise_scale import NoiseScale
 from curvax.objective import Objective
-from curvax.probes import NoiseScale
 from curvax.reports import advice, measure, plot, table
 
 #: Passes and products up to which curvature is computed exactly: an estimate in four draws takes eight.

@@ -1,0 +1,257 @@
+"""How noisy the gradient is, and so beyond which batch size more examples are of little use.
+
+The squared norm of a mean over B examples is that of the true gradient and, on average, 1 / B of the variance of one
+example. Seen at two batch sizes, it tells both (McCandlish et al. 2018). Who accumulates micro-batches, or averages
+over devices, has gradients of two sizes in every step: `with_noise_scale` compares them, at the price of their norms.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvax.checks import check_number
+from curvax.layers import Layers, group
+from curvax.sums import squares, totals
+from curvax.trees import leaves_like, statistics_dtype
+from curvax.varying import AxisName
+from curvax.wide import Wide, cast, normal, plus, times, to_float, wide
+
+
+class NoiseScale(NamedTuple):
+    """Estimates from one step, unbiased both; their ratio is not. Average them over steps, then take the ratio.
+
+    Attributes:
+      squared_gradient: `|G|^2` of the gradient G of an infinite batch; it may come out negative.
+      noise: `tr(Sigma)`, the variance of one example's gradient, summed over parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from curvax import NoiseScale
+      >>> float(NoiseScale(squared_gradient=jnp.array(0.5), noise=jnp.array(600.0)).critical_batch_size)
+      1200.0
+    """
+
+    squared_gradient: jax.Array
+    noise: jax.Array
+
+    @property
+    def critical_batch_size(self) -> jax.Array:
+        """`B_simple = tr(Sigma) / |G|^2`: beyond it a larger batch saves few steps; infinite where `|G|^2 <= 0`."""
+        return jnp.where(self.squared_gradient > 0, self.noise / self.squared_gradient, jnp.inf)
+
+
+def noise_scale_from_batches(
+    small: Any, large: Any, small_batch_size: jax.typing.ArrayLike, large_batch_size: jax.typing.ArrayLike
+) -> NoiseScale:
+    """The gradient noise scale from gradients at two batch sizes.
+
+    Formula:
+      `E|G_B|^2 = |G|^2 + tr(Sigma) / B` for the mean gradient of B independent examples, solved for the two unknowns;
+      McCandlish et al. 2018, "An empirical model of large-batch training", appendix A.1.
+
+    Args:
+      small: gradient of a batch of `small_batch_size` examples, a pytree.
+      large: gradient of a batch of `large_batch_size` examples. The small batch may be a part of it.
+      small_batch_size: its number of examples.
+      large_batch_size: its number of examples, another one.
+
+    Returns:
+      The estimates, float32 scalars.
+
+    Raises:
+      ValueError: if both batch sizes are equal, or the trees differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from curvax import noise_scale_from_batches
+      >>> print(noise_scale_from_batches(jnp.array([3.0]), jnp.array([2.0]), 1, 4).critical_batch_size.round(4))
+      2.8571
+    """
+    norms = squared_norm(leaves_like("small", small, large)), squared_norm(large)
+    return NoiseScale(*map(to_float, noise_scale(*norms, small_batch_size, large_batch_size)))
+
+
+def noise_scale_over_devices(
+    grads: Any, batch_size: jax.typing.ArrayLike, axis_name: str | tuple[str, ...]
+) -> NoiseScale:
+    """The gradient noise scale from the gradients that data-parallel devices have before they are averaged.
+
+    Formula:
+      That of `noise_scale_from_batches` with each device's share as the small batch, its squared norm averaged over the
+      devices, and all shares together as the large one.
+
+    Args:
+      grads: this device's gradient, the mean over its own examples, a pytree. Under `shard_map` with `check_vma`, the
+        gradient of replicated parameters is summed already: mark them with `jax.lax.pcast` first.
+      batch_size: examples per device.
+      axis_name: mesh axes (of `shard_map` or `pmap`) that split the examples, over two devices at least.
+
+    Returns:
+      The estimates, the same on all devices.
+
+    Raises:
+      ValueError: if there is only one device.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from curvax import noise_scale_over_devices
+      >>> scale = jax.vmap(lambda g: noise_scale_over_devices(g, 1, "x"), axis_name="x")(jnp.array([1.0, 3.0]))
+      >>> float(scale.squared_gradient[0]), float(scale.noise[0])
+      (3.0, 2.0)
+    """
+    check_number("batch_size", batch_size, "[1, inf)", whole=True)
+    devices = jax.lax.axis_size(axis_name)
+    small = squared_norm(grads, axis_name)
+    # In halves the sum over devices would overflow first.
+    wide_grads = jax.tree.map(lambda x: x.astype(statistics_dtype(x.dtype)), grads)
+    large = squared_norm(jax.lax.pmean(wide_grads, axis_name))
+    batch_size = batch_size if isinstance(batch_size, jax.core.Tracer) else int(batch_size)
+    return NoiseScale(*map(to_float, noise_scale(times(1 / devices, small), large, batch_size, batch_size * devices)))
+
+
+class NoiseScaleState(NamedTuple):
+    """State of `with_noise_scale`.
+
+    Attributes:
+      layers: the `NoiseScale` of each layer, averaged over the steps so far; zeros before the first.
+      num_estimates: how many steps that were, int32.
+      small: the sum of squared norms over the micro-batches of this step so far, for each layer.
+      inner_state: that of the wrapped transformation, or of the `optax.MultiSteps` that accumulates for it.
+    """
+
+    layers: dict[str, NoiseScale]
+    num_estimates: jax.Array
+    small: dict[str, jax.Array]
+    inner_state: optax.OptState
+
+    @property
+    def whole(self) -> NoiseScale:
+        """That of the whole gradient."""
+        return NoiseScale(*(sum(column) for column in zip(*self.layers.values(), strict=True)))
+
+
+def with_noise_scale(
+    inner: optax.GradientTransformation,
+    batch_size: int,
+    *,
+    accumulate: int = 1,
+    axis_name: AxisName = None,
+    decay: jax.typing.ArrayLike = 0.9,
+    layers: Layers = "array",
+) -> optax.GradientTransformationExtraArgs:
+    """Keep the noise scale of the gradients that are averaged before `inner` sees them.
+
+    Formula:
+      In each step an estimate as in `noise_scale_from_batches`, of the norms of the gradients that come in, each of
+      `batch_size` examples, and that of their mean, which `inner` is given; kept as the average `a_n = a_(n-1) + (x_n -
+      a_(n-1)) (1 - decay) / (1 - decay^n)`, whose bias is corrected. The critical batch size is the ratio of two such
+      averages, since a ratio of single estimates is biased.
+
+    Args:
+      inner: the optimizer.
+      batch_size: examples in a gradient that comes in.
+      accumulate: how many micro-batches are a step: then `inner` is in `optax.MultiSteps`.
+      axis_name: mesh axes (of `shard_map` or `pmap`) that split the examples: what comes in is the mean gradient of a
+        device's own, over which `inner` is given the mean.
+      decay: decay rate of the average, in [0, 1).
+      layers: the groups of arrays that have a noise scale of their own, see `layers.group`.
+
+    Returns:
+      A transformation; `curvax.metrics(state)` has its `noise_scale/<layer>` and `noise_scale`, critical batch sizes in
+      examples. A step whose gradient is not finite is left out. With one micro-batch on one device there is nothing to
+      compare, and no estimate.
+
+    Raises:
+      ValueError: if an argument is out of range, or neither `accumulate` nor `axis_name` is given.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, curvax
+      >>> tx = curvax.with_noise_scale(optax.sgd(0.1), 8, accumulate=2)
+      >>> w = {"w": jnp.zeros(2)}
+      >>> state = tx.init(w)
+      >>> for g in ([1.0, 3.0], [3.0, 3.0]):
+      ...   updates, state = tx.update({"w": jnp.array(g)}, state, w)
+      >>> print(updates["w"], round(curvax.metrics(state)["noise_scale"], 4))
+      [-0.2 -0.3] 1.3333
+    """
+    check_number("batch_size", batch_size, "[1, inf)", whole=True)
+    check_number("accumulate", accumulate, "[1, inf)", whole=True)
+    check_number("decay", decay, "[0, 1)")
+    if accumulate == 1 and axis_name is None:
+        raise ValueError(
+            "the noise scale is told from gradients of several batches; pass accumulate=... for the number of"
+            " micro-batches in a step, or axis_name=... where devices have gradients of their own."
+        )
+    steps = optax.with_extra_args_support(inner) if accumulate == 1 else optax.MultiSteps(inner, int(accumulate))
+
+    def init_fn(params):
+        names = [layer.name for layer in group(jax.tree_util.tree_leaves_with_path(params), layers)]
+        norms = _norms(jax.tree.map(jnp.zeros_like, params), layers)
+        zeros = {name: jnp.zeros((), norms[name].value.dtype) for name in names}
+        scales = {name: NoiseScale(zero, zero) for name, zero in zeros.items()}
+        return NoiseScaleState(scales, jnp.zeros((), jnp.int32), zeros, steps.init(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+        norms = {name: to_float(times(1 / devices, x)) for name, x in _norms(updates, layers, axis_name).items()}
+        small = {name: state.small[name] + x.astype(state.small[name].dtype) for name, x in norms.items()}
+        updates = updates if axis_name is None else jax.lax.pmean(updates, axis_name)
+        number, is_last, mean = 1, True, updates
+        if accumulate > 1:
+            number = state.inner_state.mini_step + 1
+            is_last = number == accumulate
+            share = (1 / number).astype(jnp.float32)
+            mean = jax.tree.map(lambda m, g: m + (g - m) * share.astype(m.dtype), state.inner_state.acc_grads, updates)
+        stepped, inner_state = steps.update(updates, state.inner_state, params, **extra_args)
+        state = state._replace(small=small, inner_state=inner_state)
+        if devices * accumulate == 1:
+            return stepped, state._replace(small=jax.tree.map(jnp.zeros_like, small))
+        sizes = int(batch_size), int(batch_size) * devices * int(accumulate)
+        large = _norms(mean, layers)
+        found = {
+            name: NoiseScale(*map(to_float, noise_scale(wide(x / accumulate), large[name], *sizes)))
+            for name, x in small.items()
+        }
+        finite = jnp.all(jnp.stack([jnp.isfinite(x) for x in jax.tree.leaves(found)]))
+        return stepped, _averaged(state, found, is_last, is_last & finite, decay)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _averaged(state: NoiseScaleState, found, is_last, is_good, decay) -> NoiseScaleState:
+    count = state.num_estimates + 1
+    weight = (1 - decay) / (1 - decay ** count.astype(jnp.float32))
+    follow = lambda old, new: jnp.where(is_good, old + (new - old) * weight.astype(old.dtype), old)
+    small = jax.tree.map(lambda x: jnp.where(is_last, jnp.zeros_like(x), x), state.small)
+    number = jnp.where(is_good, count, state.num_estimates)
+    return state._replace(layers=jax.tree.map(follow, state.layers, found), num_estimates=number, small=small)
+
+
+def _norms(grads: Any, layers: Layers, axis_name: AxisName = None) -> dict[str, Wide]:
+    """The squared norm of each layer, or the sum of those of all devices."""
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    return {x.name: squared_norm([leaves[i][1] for i in x.scaled], axis_name) for x in group(leaves, layers)}
+
+
+def noise_scale(small: Wide, large: Wide, small_batch_size, large_batch_size) -> tuple[Wide, Wide]:
+    """The numbers of a `NoiseScale`, of squared norms or of arrays of them."""
+    sizes = {"small_batch_size": small_batch_size, "large_batch_size": large_batch_size}
+    for name, size in sizes.items():
+        check_number(name, size, "[1, inf)", whole=True)
+    if not any(isinstance(size, jax.core.Tracer) for size in sizes.values()) and small_batch_size == large_batch_size:
+        raise ValueError(f"two batches of {small_batch_size} examples cannot tell noise from gradient; vary the size.")
+    b, B = (jnp.asarray(size, small.value.dtype) for size in sizes.values())
+    large = cast(large, small.value.dtype)
+    difference = plus(normal(small), normal(times(-1, large)))
+    squared_gradient = plus(normal(times(B / (B - b), large)), normal(times(-b / (B - b), small)))
+    return squared_gradient, times(b * (B / (B - b)), difference)
+
+
+def squared_norm(grads: Any, axis_name: AxisName = None) -> Wide:
+    """The squared norm, or the sum of those of all devices."""
+    leaves = jax.tree.leaves(grads)
+    dtype = jnp.finfo(statistics_dtype(*[x.dtype for x in leaves])).dtype
+    columns = [(jnp.abs(x).astype(dtype),) for x in leaves]
+    return totals(squares, columns, axis_name)[0] if columns else wide(jnp.zeros((), dtype))
