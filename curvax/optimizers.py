@@ -49,6 +49,7 @@ def cblr(
     method: Any = None,
     every: jax.typing.ArrayLike = 10,
     hessian_decay: jax.typing.ArrayLike = 0.5,
+    hessian_dtype: Any = None,
     key: Key = 0,
     where: Any = None,
     has_aux: bool = False,
@@ -82,6 +83,7 @@ def cblr(
         `curvax.Hutchinson(num_samples=4)`; `None` for the estimate that the objective allows (`curvax.Auto`).
       every: number of steps between two computations of the curvature.
       hessian_decay: decay rate of the average of curvature over its refreshes.
+      hessian_dtype: in which that is stored, as in `with_hessian_diag`.
       key: a seed or a `jax.random.key` for the stochastic methods.
       where: the parameters whose curvature is computed, as in `hessian_diag`; the others have radius 1 before the norm
         ratio, and so the step of LARS.
@@ -124,6 +126,7 @@ def cblr(
         method=method,
         every=every,
         decay=hessian_decay,
+        hessian_dtype=hessian_dtype,
         key=key,
         where=where,
         has_aux=has_aux,

@@ -401,3 +401,20 @@ def test_the_state_names_the_method_that_was_taken():
 def test_state_is_readable_by_name():
     _, state = run(curvax.cblr(0.1, method="basis", every=1, hessian_decay=0.0), [3.0])
     np.testing.assert_allclose(optax.tree.get(state, "hessian_diag"), 3.0)
+
+
+def test_the_average_is_stored_as_asked():
+    """In bfloat16 it is what is kept in float32, rounded in each refresh."""
+    loss = lambda w: jnp.sum(jnp.cosh(w))
+    w = jnp.linspace(-2.0, 2.0, 7)
+    steps = {}
+    for dtype in (None, jnp.bfloat16):
+        tx = curvax.with_hessian_diag(optax.identity(), "basis", decay=0.5, hessian_dtype=dtype)
+        state = tx.init(w)
+        for shift in (0.0, 0.3, 0.6):
+            _, state = tx.update(jax.grad(loss)(w + shift), state, w + shift, obj_fn=loss)
+        steps[dtype] = state.hessian_diag
+    assert steps[jnp.bfloat16].dtype == jnp.bfloat16
+    np.testing.assert_allclose(steps[jnp.bfloat16].astype(np.float32), steps[None], rtol=3 * 2.0**-9)
+    with pytest.raises(ValueError, match="has not the range of curvature"):
+        curvax.with_hessian_diag(optax.identity(), "basis", hessian_dtype=jnp.float16)

@@ -78,6 +78,7 @@ def with_hessian_diag(
     has_aux: bool = False,
     axis_name: AxisName = None,
     param_axis_name: AxisName = None,
+    hessian_dtype: Any = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Give a transformation the diagonal of the Hessian as the extra argument `hessian_diag`.
@@ -105,6 +106,8 @@ def with_hessian_diag(
       axis_name: mesh axes (of `shard_map` or `pmap`) that split examples: the curvature is their mean, and each device
         draws numbers of its own.
       param_axis_name: mesh axes that split parameters; all devices decide as one whether a refresh is good.
+      hessian_dtype: in which the average is stored, such as `jnp.bfloat16` for half the memory; `None` for float32, or
+        float64 for float64 parameters.
       **options: of the method that a string or `None` stands for, such as `num_samples=4`.
 
     Returns:
@@ -133,6 +136,7 @@ def with_hessian_diag(
     check_method_key(method, key)
     check_number("every", every, "[1, inf)", whole=True)
     check_number("decay", decay, "[0, 1)")
+    _check_dtype(hessian_dtype)
     every = every if isinstance(every, jax.core.Tracer) else int(every)
     # `MultiSteps.gradient_transformation()` drops the extra arguments; the `update` of both is that of one object.
     if not hasattr(inner, "update"):
@@ -143,7 +147,8 @@ def with_hessian_diag(
 
     def init_fn(params):
         zeros = (jnp.zeros([], jnp.int32) for _ in range(5))
-        average = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=diag_dtype(jnp.result_type(x))), select(params, where))
+        dtype = lambda x: diag_dtype(jnp.result_type(x)) if hessian_dtype is None else hessian_dtype
+        average = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=dtype(x)), select(params, where))
         return HessianDiagState(*zeros, average, inner.init(params))
 
     def compute(objective, params, key):
@@ -236,10 +241,10 @@ def _averaged(average: Any, fresh: Any, number: jax.Array, decay: jax.Array, goo
     share = jnp.where(number == 1, 1, (1 - decay) / (1 - decay ** number.astype(jnp.float32)))
 
     def mean(old, new):
-        part = share.astype(old.dtype)
+        part = share.astype(new.dtype)
         # At share 1 the new one to the bit, however far it is from the old one.
-        mixed = jnp.where(part == 1, new, (1 - part) * old + part * new)
-        return jnp.where(good, mixed, old)
+        mixed = jnp.where(part == 1, new, (1 - part) * old.astype(new.dtype) + part * new)
+        return jnp.where(good, mixed.astype(old.dtype), old)
 
     return jax.tree.map(mean, average, fresh)
 
@@ -254,6 +259,13 @@ def _all_finite(tree: Any, *axis_names: AxisName) -> jax.Array:
         if name is not None:
             finite = jax.lax.pmin(finite.astype(jnp.int32), name) > 0
     return finite
+
+
+def _check_dtype(dtype: Any) -> None:
+    if dtype is not None and jnp.dtype(dtype) not in map(jnp.dtype, ("bfloat16", "float32", "float64")):
+        raise ValueError(
+            f"hessian_dtype={dtype!r} has not the range of curvature; pass jnp.bfloat16, jnp.float32 or jnp.float64."
+        )
 
 
 def _check_bound(axis_name: AxisName) -> None:
