@@ -252,12 +252,11 @@ class Stepper:
 
     def logits(self, state, params, batch, place, size, share=None, network=None) -> tuple[jax.Array, Any]:
         """Those of training, and the statistics of batch norm after them."""
-        key = jax.random.fold_in(state.step_key("dropout"), place)
 
         def drop(layer, x):
             if not self.config.dropout:
                 return x
-            kept = 1 - self.config.dropout
+            key, kept = jax.random.fold_in(state.step_key("dropout"), place), 1 - self.config.dropout
             # Drawn for the whole batch, of which this may be a share: the same features of an image in either case.
             mask = jax.random.bernoulli(jax.random.fold_in(key, layer), kept, (size, *x.shape[1:]))
             return jnp.where((share or self.devices.split)(mask), x / kept, 0)
