@@ -36,7 +36,10 @@ def test_bytes_of_collectives_are_read_from_a_program():
     assert collectives.collectives(program) == [(67, True), (10, False)]
 
 
-@pytest.mark.parametrize("part", [optimizers.medians, optimizers.small_layers, optimizers.train_step])
+@pytest.mark.parametrize(
+    "part",
+    [optimizers.medians, optimizers.small_layers, pytest.param(optimizers.train_step, marks=pytest.mark.slow)],
+)
 def test_every_part_of_the_table_yields_its_figures(part):
     said = []
     rows = list(part(said.append, repeats=1, quick=True))
