@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -224,3 +225,13 @@ def test_an_axis_that_is_forgotten_or_made_up_is_named(shared):
     sharded = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P("x")), out_specs=P())
     with pytest.raises(ValueError, match="pass axis_name='x'" if shared else "axis_name='y' names no mesh axis"):
         jax.jit(sharded)(w, tx.init(w), data)
+
+
+def test_a_loss_of_an_nnx_model_is_told_what_it_gets():
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    loss = lambda model: jnp.sum(model(jnp.ones((1, 2))) ** 2)
+    optimizer = nnx.Optimizer(model, curvax.cblr(0.1), wrt=nnx.Param)
+    grads = nnx.grad(loss)(model)
+    with pytest.raises(ValueError, match=r"pass lambda params: loss\(nnx.merge\(nnx.graphdef\(model\), params\)\)"):
+        optimizer.update(model, grads, obj_fn=loss)
+    optimizer.update(model, grads, obj_fn=lambda params: loss(nnx.merge(nnx.graphdef(model), params)))

@@ -113,7 +113,15 @@ def _scalar(function: Callable[[Any], Any], name: str, has_aux: bool) -> Callabl
     """The function, which refuses to return anything but a real scalar."""
 
     def scalar(params):
-        value = function(params)
+        try:
+            value = function(params)
+        except (AttributeError, TypeError) as error:
+            if not type(params).__module__.startswith("flax.nnx"):
+                raise
+            raise ValueError(
+                f"{name} was called with the parameters, a flax.nnx State, and failed ({error}); if it takes a model,"
+                " pass lambda params: loss(nnx.merge(nnx.graphdef(model), params)) in its place."
+            ) from error
         value = pair(name, value)[0] if has_aux else value
         if isinstance(value, tuple):
             raise ValueError(

@@ -121,7 +121,8 @@ def _uncertain(report):
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    text = f"{100 * share:.0f} %"
+    return "over 99 %" if text == "100 %" and share < 1 else text
 
 
 def _list(names) -> str:
