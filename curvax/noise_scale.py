@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from curvax.checks import check_number
-from curvax.layers import Layers, group
+from curvax.layers import Layers, group, path_name
 from curvax.sums import squares, totals
 from curvax.trees import leaves_like, statistics_dtype
 from curvax.varying import AxisName
@@ -92,7 +92,7 @@ def noise_scale_over_devices(
       The estimates, the same on all devices.
 
     Raises:
-      ValueError: if there is only one device.
+      ValueError: if there is only one device, or the gradients are known to be the same on all.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -102,6 +102,7 @@ def noise_scale_over_devices(
       (3.0, 2.0)
     """
     check_number("batch_size", batch_size, "[1, inf)", whole=True)
+    _check_own(grads, axis_name)
     devices = jax.lax.axis_size(axis_name)
     small = squared_norm(grads, axis_name)
     # In halves the sum over devices would overflow first.
@@ -194,6 +195,8 @@ def with_noise_scale(
         return NoiseScaleState(scales, jnp.zeros((), jnp.int32), zeros, steps.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
+        if axis_name is not None:
+            _check_own(updates, axis_name)
         devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
         norms = {name: to_float(times(1 / devices, x)) for name, x in _norms(updates, layers, axis_name).items()}
         small = {name: state.small[name] + x.astype(state.small[name].dtype) for name, x in norms.items()}
@@ -218,6 +221,20 @@ def with_noise_scale(
         return stepped, _averaged(state, found, is_last, is_last & finite, decay)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_own(grads: Any, axis_name: AxisName) -> None:
+    """Raises a ValueError where `shard_map` knows that the gradients are the same on all devices."""
+    varies = lambda x: jax.typeof(x).manual_axis_type.varying
+    # Without `check_vma` nothing is known to vary.
+    wanted = varies(jax.lax.axis_index(axis_name))
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        if wanted - varies(g):
+            raise ValueError(
+                f"the gradient of '{path_name(path)}' is the same on all devices along {axis_name!r}: shard_map has"
+                " summed it. Differentiate parameters that are marked as each device's own,"
+                f" jax.lax.pcast(params, {axis_name!r}, to='varying'), and pass that gradient before it is averaged."
+            )
 
 
 def _averaged(state: NoiseScaleState, found, is_last, is_good, decay) -> NoiseScaleState:

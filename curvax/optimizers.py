@@ -201,11 +201,13 @@ def lars(
     layers: Layers = "array",
     param_axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Layer-wise adaptive rate scaling; equal to `optax.lars` to float32 rounding.
+    """Layer-wise adaptive rate scaling; `optax.lars` to float32 rounding where no gradient is exactly zero.
 
     Formula:
       `w <- w - trace(learning_rate * R * (g + weight_decay * w))` with
       `R = trust_coefficient * norm2(w) / (norm2(g + weight_decay * w) + eps)`; Gao & Zhong, eq. 23; You et al. 2017.
+      Entries without a gradient, such as the weights of pixels that are always dark, count in neither norm: where they
+      are many the radius is smaller than optax's, and wants a larger learning rate.
 
     Args:
       learning_rate: a number or a schedule. gamma of eq. 23 is `learning_rate * trust_coefficient`.
@@ -315,7 +317,7 @@ def lamb(
     layers: Layers = "array",
     param_axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """LAMB: LARS's radius after Adam; equal to `optax.lamb` to float32 rounding.
+    """LAMB: LARS's radius after Adam; `optax.lamb` to float32 rounding where no step is exactly zero.
 
     Formula:
       `u = adam(g) + weight_decay * w`, `w <- w - learning_rate * u * norm2(w) / norm2(u)`; You et al. 2019.

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import curvax
 
@@ -110,3 +112,17 @@ def test_with_nothing_to_compare_there_is_no_estimate():
     tx = curvax.with_noise_scale(optax.sgd(1.0), BATCH, axis_name="x")
     alone = jax.vmap(lambda g: tx.update(g, tx.init(g), g)[1].num_estimates, axis_name="x")
     assert alone(jnp.ones((1, 3))).tolist() == [0]
+
+
+def test_gradients_that_shard_map_has_summed_are_refused():
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+
+    def local(w, x, own):
+        w = jax.lax.pcast(w, "x", to="varying") if own else w
+        return curvax.noise_scale_over_devices(jax.grad(lambda w: jnp.mean((x @ w) ** 2))(w), 4, "x").noise
+
+    x = jax.random.normal(jax.random.key(0), (8, 3))
+    run = lambda own: jax.shard_map(functools.partial(local, own=own), mesh=mesh, in_specs=(P(), P("x")), out_specs=P())
+    with pytest.raises(ValueError, match=r"shard_map has summed it.*pcast\(params, 'x'"):
+        jax.jit(run(False))(jnp.ones(3), x)
+    assert jax.jit(run(True))(jnp.ones(3), x) > 0

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import curvax
 from curvax import scale_by_curvature_radius, with_hessian_diag
+from curvax.curvature import refresh
 
 
 def seen_curvature():
@@ -418,3 +419,16 @@ def test_the_average_is_stored_as_asked():
     np.testing.assert_allclose(steps[jnp.bfloat16].astype(np.float32), steps[None], rtol=3 * 2.0**-9)
     with pytest.raises(ValueError, match="has not the range of curvature"):
         curvax.with_hessian_diag(optax.identity(), "basis", hessian_dtype=jnp.float16)
+
+
+def test_the_warning_computes_nothing_on_the_device():
+    """Which may be busy with the program that waits for it."""
+
+    class Number:
+        __eq__ = __hash__ = None
+
+        def __array__(self, *_, **__):
+            return np.zeros((), np.int32)
+
+    with pytest.warns(RuntimeWarning, match="The updates are NaN"):
+        refresh._warn(Number())

@@ -38,6 +38,11 @@ def exact():
     return curvax.report(OBJECTIVE, PARAMS, method="exact")
 
 
+def shuffled(x):
+    """The examples in the order in which a report divides them."""
+    return x[np.asarray(jax.random.permutation(jax.random.key(0), len(x)))]
+
+
 def rows(report):
     return {row["layer"]: row for row in report.layers}
 
@@ -54,7 +59,7 @@ def test_norms_medians_and_radii_are_those_of_numpy(exact):
             "radius_lars": np.linalg.norm(w) / np.linalg.norm(g),
             "radius_mclr": np.median(np.abs(w)) / np.median(np.abs(g)),
             "radius_percent_delta": w.size / np.sum(np.abs(g / w)),
-            "approximate_50": np.sort(np.abs(w / g).ravel())[(w.size - 1) // 2],
+            "approximate_radius_50": np.sort(np.abs(w / g).ravel())[(w.size - 1) // 2],
         }
         for name, value in expected.items():
             np.testing.assert_allclose(row[name], value, rtol=1e-4, err_msg=name)
@@ -70,7 +75,7 @@ def test_curvature_is_that_of_the_dense_hessian(exact):
         np.testing.assert_allclose(row["curvature"], h.mean(), rtol=1e-4)
         assert row["curvature_error"] == 0 and row["negative"] == pytest.approx(np.mean(h < 0))
         radius = 1 / (np.abs(h) + 0.1 * np.abs(h).mean())
-        np.testing.assert_allclose(row["curvature_95"], np.sort(radius.ravel())[int(0.95 * (h.size - 1))], rtol=1e-3)
+        np.testing.assert_allclose(row["radius_95"], np.sort(radius.ravel())[int(0.95 * (h.size - 1))], rtol=1e-3)
         # Newton's direction at the length of LARS.
         w = PARAMS[module]["kernel"]
         np.testing.assert_allclose(row["radius_cblr"], np.linalg.norm(w) / np.linalg.norm(g), rtol=1e-3)
@@ -109,7 +114,8 @@ def test_the_noise_scale_counts_biases_and_has_no_range():
     found = report(1.0)
     gradient = lambda x: jax.grad(lambda p: predict(p, {"x": x}).sum(1).mean())(PARAMS)
     flat = lambda x: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient(x))]).astype(np.float64)
-    small, large = np.mean([flat(X[i::8]) @ flat(X[i::8]) for i in range(8)]), flat(X) @ flat(X)
+    parts = [flat(shuffled(X)[i::8]) for i in range(8)]
+    small, large = np.mean([part @ part for part in parts]), flat(X) @ flat(X)
     expected = (small - large) / (1 / 4 - 1 / 32) / ((32 * large - 4 * small) / 28)
     np.testing.assert_allclose(found.critical_batch_size, expected, rtol=1e-3)
     np.testing.assert_allclose(report(1e30).critical_batch_size, expected, rtol=1e-3)
@@ -137,7 +143,7 @@ def test_the_noise_scale_is_that_of_gaussian_gradients():
     found = curvax.report(objective, {"w": jnp.zeros((1, 1))})
     # Eight parts know a variance to a relative sqrt(2 / 7).
     assert found.critical_batch_size == pytest.approx(9 / 4, rel=5 * np.sqrt(2 / 7))
-    parts = x.reshape(-1, 8).mean(0)
+    parts = shuffled(x).reshape(-1, 8).mean(0)
     noise = parts.var(ddof=1) * 5000
     np.testing.assert_allclose(found.critical_batch_size, noise / (x.mean() ** 2 - noise / 40_000), rtol=1e-3)
 
@@ -247,7 +253,7 @@ def test_the_plot_has_a_bar_for_each_layer_and_source(exact):
     (axes,) = exact.plot().axes
     assert axes.get_yscale() == "log" and len(axes.patches) == 2 * len(exact.layers)
     medians = sorted(patch.get_height() for patch in axes.patches[: len(exact.layers)])
-    np.testing.assert_allclose(medians, sorted(row["curvature_50"] for row in exact.layers))
+    np.testing.assert_allclose(medians, sorted(row["radius_50"] for row in exact.layers))
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(exact, monkeypatch):
@@ -282,3 +288,25 @@ def test_errors_say_what_to_pass(change, message):
 def test_a_gradient_without_information_is_not_called_noise(scale, said):
     found = curvax.report(curvax.Objective(lambda p, d: scale * predict(p, d), loss, DATA), PARAMS)
     assert said in found.findings[0] + found.findings[-1] and not any("all is noise" in x for x in found.findings)
+
+
+def test_metrics_of_the_batch_beside_the_outputs_leave_the_noise_known():
+    """Other output that reads all examples is no part of the loss."""
+    pair = curvax.Objective(lambda p, d: (predict(p, d), jnp.mean(predict(p, d))), loss, DATA, has_aux=True)
+    found, alone = curvax.report(pair, PARAMS), curvax.report(OBJECTIVE, PARAMS)
+    np.testing.assert_allclose(found.critical_batch_size, alone.critical_batch_size, rtol=1e-4)
+
+
+def test_the_order_of_examples_does_not_matter():
+    """Examples with a period of eight, of which every eighth would see one class alone."""
+    x = np.where(np.arange(4096) % 8 == 0, 8.0, 0.0)[:, None] + np.random.default_rng(2).normal(size=(4096, 1))
+    objective = curvax.Objective(lambda w, x: w["w"] - x, lambda z, x: z[:, 0] ** 2 / 2, jnp.asarray(x, jnp.float32))
+    found = curvax.report(objective, {"w": jnp.zeros((1, 1))})
+    assert found.critical_batch_size == pytest.approx(x.var() / x.mean() ** 2, rel=5 * np.sqrt(2 / 7))
+
+
+def test_the_matrix_and_a_scalar_at_the_top_are_named():
+    scaled = curvax.Objective(lambda p, d: predict(p, d) * jnp.exp(p["temp"]), loss, DATA)
+    found = curvax.report(scaled, {**PARAMS, "temp": jnp.zeros(())}, method=curvax.GaussNewton(1), num_samples=2)
+    assert "temp" in rows(found) and "the Gauss-Newton matrix's diagonal" in str(found)
+    assert "the Hessian's diagonal" in str(curvax.report(OBJECTIVE, PARAMS))

@@ -98,7 +98,12 @@ def explain_sampling(objective: Objective, params: Any, num_samples: int, square
             row = ("random column", f"{proved}; squares of each example's gradient", count, 0)
         else:
             why = f" ({route.reason})" if route.name == "unit vectors" else ""
-            row = ("random column", f"{proved}; squares of the gradients of micro-batches{why}", count, 0)
+            row = (
+                "random column",
+                f"{proved}; squares over the batch, or parts of it where examples are independent{why}",
+                count,
+                0,
+            )
         rows.append(Row(route.path, jnp.shape(x), *row))
     if objective.penalty is not None:
         rows.append(Row("penalty", (), "signs, products", "its own Hessian", 0, num_samples))

@@ -85,6 +85,22 @@ def _losses(objective: Objective) -> Callable[[Any], jax.Array]:
     return lambda params: objective.example_losses(objective.predict(params, objective.data), objective.data)
 
 
+def shuffled(data: Any, axes: list[Axis | None], key: jax.Array) -> Any:
+    """The examples in a random order, the same in all arrays: parts of them are then alike, whatever order they had."""
+
+    def shuffle(x, axis):
+        if axis is None:
+            return x
+        before, after = x.shape[: axis.dim], x.shape[axis.dim + 1 :]
+        size = x.shape[axis.dim] // (axis.outer * axis.inner)
+        split = jnp.reshape(x, (*before, axis.outer, size, axis.inner, *after))
+        order = jax.random.permutation(key, size)
+        return jnp.take(split, order, axis.dim + 1, mode="clip").reshape(x.shape)
+
+    leaves, treedef = jax.tree.flatten(data)
+    return treedef.unflatten([shuffle(x, axis) for x, axis in zip(leaves, axes, strict=True)])
+
+
 def num_examples(objective: Objective, params: Any) -> int:
     """How many examples the batch has."""
     return jax.eval_shape(_losses(objective), params).shape[0]

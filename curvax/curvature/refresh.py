@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from curvax.checks import check_number
@@ -305,7 +306,8 @@ def _stored(state: HessianDiagState) -> jax.Array | bool:
 def _warn(tried: Any) -> None:
     # Under `vmap` both branches of a `cond` run, so that this is called without need. So is the whole step where a
     # caller chooses between steps with and without the loss: an exception would end a program that is right.
-    if tried == 0:
+    # By NumPy: the device may be busy with the program that waits for this.
+    if np.asarray(tried) == 0:
         warnings.warn(f"{NOTHING_STORED} The updates are NaN.", RuntimeWarning, stacklevel=1)
 
 

@@ -33,6 +33,7 @@ from curvax.exact.trace import (
     in_slots,
     is_inexact,
     leaf_paths,
+    live,
     read,
 )
 from curvax.objective import Objective
@@ -107,7 +108,7 @@ def _with_rules(closed: ClosedJaxpr) -> ClosedJaxpr:
     """A flat program that reads all that the losses and their derivatives read: it is not one to be run."""
     _check_backward(closed)
     read_too = jax.make_jaxpr(lambda *inputs: _read_rules(closed, inputs, ORDER))(*closed.in_avals)
-    return flattened(read_too)
+    return live(flattened(read_too))
 
 
 def _check_backward(closed: ClosedJaxpr) -> None:

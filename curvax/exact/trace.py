@@ -231,6 +231,16 @@ def flattened(closed: ClosedJaxpr) -> ClosedJaxpr:
     return jax.make_jaxpr(lambda *inputs: inline(closed, *inputs))(*closed.in_avals)
 
 
+def live(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """The same program without what its results do not need."""
+    needed, kept = {var for var in closed.jaxpr.outvars if isinstance(var, Var)}, []
+    for eqn in reversed(closed.jaxpr.eqns):
+        if needed.intersection(eqn.outvars) or eqn.effects:
+            kept.append(eqn)
+            needed.update(atom for atom in eqn.invars if isinstance(atom, Var))
+    return ClosedJaxpr(closed.jaxpr.replace(eqns=kept[::-1]), closed.consts)
+
+
 def derivative(eqn: JaxprEqn, slots: Sequence[int]) -> Callable[..., tuple[list[jax.Array], list[jax.Array]]]:
     """The results of one equation and their tangents, from all its operands and the tangents of those in `slots`."""
 

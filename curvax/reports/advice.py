@@ -3,6 +3,7 @@
 Each threshold is a named constant with its reason; below it nothing is said.
 """
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,6 +22,8 @@ UNCERTAIN = 0.5
 
 def findings(report) -> Iterator[str]:
     """The sentences, the gravest first."""
+    named = [{**row, "layer": row["layer"] or "(all)"} for row in report.layers]
+    report = dataclasses.replace(report, layers=named)
     yield from _broken(report)
     yield from _unreached(report)
     yield from _spread(report)

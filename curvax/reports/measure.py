@@ -1,8 +1,9 @@
-"""What a report measures of each layer, in the dtype of statistics.
+"""What a report measures of each layer.
 
-Everything that is large stays on the device, and goes when its statistics are known: a gradient, and one sample of the
-curvature at a time. Estimated curvature is drawn several times, and what follows from it is averaged over the draws, so
-that every number has a standard error and no tree of parameters has to be kept for it.
+Gradients, steps and curvature are computed on the device, where whole trees of them stay; their statistics are NumPy's,
+of one layer after the other on the host, since a program for each would take longer to compile than to count. Estimated
+curvature is drawn several times, and what follows from it is averaged over the draws, so that every number has a
+standard error and one sample of the curvature is held at a time.
 """
 
 import dataclasses
@@ -16,18 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from curvax import optimizers, order_statistics, radii
-from curvax.curvature.estimate import Estimate
+from curvax import optimizers, order_statistics
 from curvax.curvature.hessian import value_grad_and_hessian_diag
-from curvax.curvature.micro_batches import micro_batch, num_examples, number_of_parts
+from curvax.curvature.micro_batches import micro_batch, num_examples, number_of_parts, shuffled
 from curvax.exact.independence import example_axes
 from curvax.layers import Layer, Layers
 from curvax.noise_scale import NoiseScale, noise_scale, squared_norm
 from curvax.objective import Objective
-from curvax.probes import QUANTILES, approximate_radii, lower_quantiles
+from curvax.probes import QUANTILES
 from curvax.transforms import scale_by_curvature_radius
 from curvax.trees import statistics_dtype
-from curvax.wide import Wide, normal, plus, times, to_float
+from curvax.wide import Wide, normal, plus, stack, times
 
 #: Parts of a batch between whose gradients the noise is seen; the estimate's own error is about 1 / sqrt(8) of it.
 PARTS = 8
@@ -42,7 +42,7 @@ FIRST_ORDER = {
 CBLR = functools.partial(optimizers.cblr, 1.0, damping=DAMPING, momentum=0.0)
 RULES = (*FIRST_ORDER, "cblr")
 
-Statistics = dict[str, jax.Array]
+Statistics = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +62,15 @@ class Parts:
         return cls([layer.measured or layer.scaled for layer in layers], [layer.scaled for layer in layers])
 
 
-def each(groups: Sequence[tuple[int, ...]], function: Callable[..., Any], *trees: Any) -> Any:
-    """What `function` says of the arrays of each group, one below the other."""
+def each(groups: Sequence[tuple[int, ...]], function: Callable[..., dict[str, Any]], *trees: Any) -> Statistics:
+    """What `function` says of the arrays of each group, on the host, one below the other."""
     columns = [jax.tree.leaves(tree) for tree in trees]
-    rows = []
-    for group in groups:
-        arrays = [[column[i] for i in group] for column in columns]
-        dtype = jnp.finfo(statistics_dtype(*[x.dtype for column in arrays for x in column])).dtype
-        rows.append(function(*([x.astype(dtype) for x in column] for column in arrays)))
-    return jax.tree.map(lambda *column: jnp.stack(column), *rows)
+    rows = [function(*([_host(column[i]) for i in group] for column in columns)) for group in groups]
+    return {name: np.array([row[name] for row in rows], np.float64) for name in rows[0]}
+
+
+def _host(x: jax.Array) -> np.ndarray:
+    return np.asarray(x).astype(statistics_dtype(x.dtype), copy=False).ravel()
 
 
 def gradient(objective: Any, params: Any, parts: Parts, stage: Callable) -> tuple[Any, Any, NoiseScale | str]:
@@ -85,21 +85,27 @@ def gradient(objective: Any, params: Any, parts: Parts, stage: Callable) -> tupl
     def of_part(params, data, index):
         part = dataclasses.replace(objective, data=micro_batch(data, axes, number, index))
         value, grad = jax.value_and_grad(part)(params)
-        squares = each(parts.scaled, squared_norm, grad)
-        return jax.tree.map(lambda x: x / number, (value, grad)), times(1 / number, squares)
+        return jax.tree.map(lambda x: x / number, (value, grad)), times(1 / number, _squares(parts, grad))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(sums, found):
         return jax.tree.map(jnp.add, sums[0], found[0]), normal(plus(sums[1], found[1]))
 
+    data = jax.jit(lambda data: shuffled(data, axes, jax.random.key(0)))(objective.data)
     sums = None
     for i in range(number):
         with stage(f"gradient of part {i + 1} of {number}"):
-            found = of_part(params, objective.data, i)
+            found = of_part(params, data, i)
             sums = jax.block_until_ready(found if sums is None else add(sums, found))
     (value, grad), small = sums
-    large = jax.jit(lambda grad: each(parts.scaled, squared_norm, grad))(grad)
+    large = jax.jit(functools.partial(_squares, parts))(grad)
     return value, grad, NoiseScale(*map(_float64, noise_scale(small, large, size // number, size)))
+
+
+def _squares(parts: Parts, grad: Any) -> Wide:
+    """The squared norm of each layer, whatever it is measured on."""
+    leaves = jax.tree.leaves(grad)
+    return stack([squared_norm([leaves[i] for i in group]) for group in parts.scaled])
 
 
 def _float64(x: Wide) -> np.ndarray:
@@ -127,46 +133,56 @@ def _axes(objective: Any, params: Any) -> Any:
 def first_order(parts: Parts, layers: Layers, params: Any, grad: Any) -> Statistics:
     """What follows from parameters and gradient alone."""
 
-    def of_layer(w, g, *steps):
-        dead = [jnp.sum(jnp.all(x == 0, tuple(range(x.ndim - 1)))) for x in g if x.ndim > 1]
+    def of_layer(w, g):
         return {
             "weight_norm": _norm(w),
-            "weight_median": order_statistics.median(w),
+            "weight_median": _median(w),
             "gradient_norm": _norm(g),
-            "gradient_median": order_statistics.median(g),
-            "dead_units": sum(dead, jnp.zeros((), jnp.int32)).astype(w[0].dtype),
-            **{f"radius_{name}": _ratio(u, g) for name, u in zip(FIRST_ORDER, steps, strict=True)},
-            **_quantiles("approximate", approximate_radii(w, g)),
+            "gradient_median": _median(g),
+            **_quantiles("approximate_radius", [_over(abs(x), abs(y)) for x, y in zip(w, g, strict=True)]),
         }
 
-    steps = [_step(optimizer(layers=layers), params, grad) for optimizer in FIRST_ORDER.values()]
-    broken = each(parts.scaled, lambda g: _share([~jnp.isfinite(x) for x in g]), grad)
-    return {"non_finite_gradient": broken, **each(parts.measured, of_layer, params, grad, *steps)}
+    found = {"non_finite_gradient": each(parts.scaled, _share_of(lambda x: ~np.isfinite(x)), grad)["share"]}
+    found |= each(parts.measured, of_layer, params, grad)
+    for name, optimizer in FIRST_ORDER.items():
+        found[f"radius_{name}"] = _lengths(parts, _step(optimizer(layers=layers), params, grad), found["gradient_norm"])
+    return found
+
+
+def dead_units(parts: Parts, grad: Any) -> list[int]:
+    """How many columns of each layer's arrays have no gradient at all."""
+    leaves = jax.tree.leaves(grad)
+    columns = [jnp.all(x == 0, tuple(range(x.ndim - 1))) if x.ndim > 1 else jnp.zeros(0, bool) for x in leaves]
+    return [sum(int(np.sum(columns[i])) for i in group) for group in parts.measured]
 
 
 def second_order(parts: Parts, layers: Layers, params: Any, grad: Any, diag: Any) -> Statistics:
     """What follows from the curvature."""
-
-    def of_layer(g, h, step, radius):
-        return {
-            "curvature": sum(jnp.sum(x) for x in h) / max(sum(x.size for x in h), 1),
-            "negative": _share([x < 0 for x in h]),
-            "zero": _share([x == 0 for x in h]),
-            "non_finite": _share([~jnp.isfinite(x) for x in h]),
-            "radius_cblr": _ratio(step, g),
-            **_quantiles("curvature", radius, order_statistics.zeros(radius)),
-        }
-
-    step = _step(CBLR(layers=layers), params, grad, hessian_diag=diag)
     # Without the slope term a radius does not depend on the gradient, but for what has none, and is not measured.
     moving = jax.tree.map(lambda g: (g != 0).astype(statistics_dtype(g.dtype)), grad)
     radius = scale_by_curvature_radius(DAMPING, slope_term=False, layers=layers)
-    radii = _step(radius, params, moving, hessian_diag=diag)
-    return each(parts.measured, of_layer, grad, diag, step, radii)
+    found = each(
+        parts.measured, lambda r: _quantiles("radius", [x[x != 0] for x in r]), _step(radius, params, moving, diag)
+    )
+    found |= each(parts.measured, lambda h: {"curvature": np.mean(np.concatenate(h))}, diag)
+    kinds = {"negative": lambda h: h < 0, "zero": lambda h: h == 0, "non_finite": lambda h: ~np.isfinite(h)}
+    for name, kind in kinds.items():
+        found[name] = each(parts.measured, _share_of(kind), diag)["share"]
+    lengths = each(parts.measured, lambda g: {"": _norm(g)}, grad)[""]
+    return {**found, "radius_cblr": _lengths(parts, _step(CBLR(layers=layers), params, grad, diag), lengths)}
 
 
-def _step(tx: optax.GradientTransformationExtraArgs, params: Any, grad: Any, **extra: Any) -> Any:
-    return tx.update(grad, tx.init(params), params, **extra)[0]
+def _step(tx: optax.GradientTransformationExtraArgs, params: Any, grad: Any, diag: Any = None) -> Any:
+    extra = {} if diag is None else {"hessian_diag": diag}
+    return jax.jit(lambda params, grad, extra: tx.update(grad, tx.init(params), params, **extra)[0])(
+        params, grad, extra
+    )
+
+
+def _lengths(parts: Parts, step: Any, gradient_norms: np.ndarray) -> np.ndarray:
+    """How much longer a step is than the gradient; without one every radius is 1."""
+    norms = each(parts.measured, lambda u: {"": _norm(u)}, step)[""]
+    return np.where(gradient_norms == 0, 1, norms / np.where(gradient_norms == 0, 1, gradient_norms))
 
 
 def curvature(
@@ -178,15 +194,14 @@ def curvature(
     """
 
     @jax.jit
-    def draw(params, data, grad, key):
+    def draw(params, data, key):
         whole = dataclasses.replace(objective, data=data) if isinstance(objective, Objective) else objective
-        estimate: Estimate = value_grad_and_hessian_diag(whole, params, method, key=key)
-        return measure(params, grad, estimate.diag)
+        return value_grad_and_hessian_diag(whole, params, method, key=key).diag
 
     data, draws = objective.data if isinstance(objective, Objective) else None, []
     for i, key in enumerate(keys or (None,)):
         with stage(f"curvature, draw {i + 1} of {len(keys)}" if keys else "curvature"):
-            draws.append({name: np.asarray(x, np.float64) for name, x in draw(params, data, grad, key).items()})
+            draws.append(measure(params, grad, draw(params, data, key)))
     columns = {name: np.stack([found[name] for found in draws]) for name in draws[0]}
     means = {name: column.mean(0) for name, column in columns.items()}
     if not keys:
@@ -206,21 +221,32 @@ def unreached(objective: Any, params: Any, grad: Any) -> list[int]:
     return [i for i, g in enumerate(jax.tree.leaves(grad)) if constant[i] and not jnp.any(g)]
 
 
-def _norm(x: Sequence[jax.Array]) -> jax.Array:
-    return to_float(radii.root_mean_square(x, None)) * np.sqrt(sum(leaf.size for leaf in x))
+def _norm(x: Sequence[np.ndarray]) -> float:
+    largest = max((float(np.max(np.abs(a), initial=0)) for a in x), default=0.0)
+    if not 0 < largest < np.inf:
+        return largest
+    return largest * float(np.sqrt(sum(np.sum(np.square(a / largest), dtype=np.float64) for a in x)))
 
 
-def _ratio(u: Sequence[jax.Array], g: Sequence[jax.Array]) -> jax.Array:
-    """How much longer a step is than the gradient; without one every radius is 1."""
-    length = _norm(g)
-    return jnp.where(length == 0, 1, _norm(u) / jnp.where(length == 0, 1, length))
+def _median(x: Sequence[np.ndarray]) -> float:
+    return float(np.median(np.abs(np.concatenate(x))))
 
 
-def _share(masks: Sequence[jax.Array]) -> jax.Array:
-    number = sum(mask.size for mask in masks)
-    return sum(jnp.sum(mask, dtype=jnp.float32) for mask in masks) / max(number, 1)
+def _over(w: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """Eq. 17, infinite where g is zero and w is not."""
+    with np.errstate(divide="ignore", over="ignore"):
+        return np.divide(w, g, out=np.zeros_like(w), where=w != 0)
 
 
-def _quantiles(name: str, x: Sequence[jax.Array], without: jax.Array | None = None) -> Statistics:
-    values = lower_quantiles(x, QUANTILES, None, without)
-    return {f"{name}_{round(100 * q)}": value for q, value in zip(QUANTILES, values, strict=True)}
+def _share_of(kind: Callable[[np.ndarray], np.ndarray]) -> Callable[[Sequence[np.ndarray]], dict[str, float]]:
+    return lambda x: {"share": float(np.mean(kind(np.concatenate(x))))}
+
+
+def _quantiles(name: str, x: Sequence[np.ndarray]) -> dict[str, float]:
+    """Not interpolated: between a finite and an infinite radius there is nothing. Of no number there is none."""
+    values = np.concatenate(x)
+    if not values.size or np.isnan(values).any():
+        return {f"{name}_{round(100 * q)}": np.nan for q in QUANTILES}
+    ranks = [int(order_statistics.count_of(q, values.size - 1)) for q in QUANTILES]
+    found = np.partition(values, ranks)[ranks]
+    return {f"{name}_{round(100 * q)}": value for q, value in zip(QUANTILES, found, strict=True)}

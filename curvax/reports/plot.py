@@ -15,8 +15,8 @@ def radii(report: Any) -> Any:
     figure = Figure(figsize=(min(4 + 0.3 * len(rows), 16), 4.5), layout="constrained")
     axes = figure.subplots()
     for shift, source, label, color in (
-        (-0.2, "curvature", f"curvature, by {report.method}", "#56b4e9"),
-        (0.2, "approximate", "|w / g|, eq. 17", "#e69f00"),
+        (-0.2, "radius", f"curvature, by {report.method}", "#56b4e9"),
+        (0.2, "approximate_radius", "|w / g|, eq. 17", "#e69f00"),
     ):
         low, middle, high = (np.array([row[f"{source}_{q}"] for row in rows], float) for q in (25, 50, 75))
         shown = np.isfinite(middle) & (middle > 0)

@@ -20,7 +20,7 @@ from curvax.curvature.micro_batches import num_examples
 from curvax.curvature.scalar import scalar_objective
 from curvax.curvature.short_forms import as_method, needs_key
 from curvax.keys import Key, as_key
-from curvax.layers import Layers, group, path_name
+from curvax.layers import Layer, Layers, group, path_name
 from curvax.noise_scale import NoiseScale
 from curvax.objective import Objective
 from curvax.reports import advice, measure, plot, table
@@ -152,11 +152,12 @@ def report(
     loss, grad, noise = measure.gradient(scalar, params, parts, clock.stage)
     with clock.stage("norms and medians"):
         dark = measure.unreached(scalar, params, grad)
-        first = jax.tree.map(np.asarray, jax.jit(functools.partial(measure.first_order, parts, layers))(params, grad))
+        first = measure.first_order(parts, layers, params, grad)
+        dead = measure.dead_units(parts, grad)
     of_curvature = functools.partial(measure.second_order, parts, layers)
     second, errors = measure.curvature(scalar, params, grad, of_curvature, method, keys, clock.stage)
     whole = None if isinstance(noise, str) else NoiseScale(*(np.sum(x) for x in noise))
-    rows = _rows(groups, leaves, first, second, errors, noise)
+    rows = _rows(groups, leaves, first | second, dead, errors, noise)
     gradients = 1 + max(len(keys), 1)
     times = f"{len(keys)} x " if keys else ""
     curvature = f"{times}{passes} backward passes and {times}{products} Hessian-vector products"
@@ -187,23 +188,23 @@ def _method(objective: Any, params: Any, method: Any) -> tuple[Any, int, int]:
     return method, said.passes, said.products
 
 
-def _rows(groups, leaves, first, second, errors, noise) -> list[dict[str, Any]]:
-    radii = {name: (first | second)[f"radius_{name}"].astype(np.float64) for name in measure.RULES}
-    squares = first["gradient_norm"].astype(np.float64) ** 2
+def _rows(groups, leaves, found, dead, errors, noise) -> list[dict[str, Any]]:
+    radii = {name: found[f"radius_{name}"] for name in measure.RULES}
+    squares = found["gradient_norm"] ** 2
     whole = {name: np.sqrt(_over(np.nansum(r**2 * squares), np.nansum(squares))) for name, r in radii.items()}
     scales = None if isinstance(noise, str) else measure.critical_batch_size(noise)
     rows = []
     for i, layer in enumerate(groups):
         arrays = [leaves[j][1] for j in layer.measured or layer.scaled]
         units = sum(x.shape[-1] for x in arrays if x.ndim > 1)
-        numbers = {name: float(column[i]) for name, column in (first | second).items() if name != "dead_units"}
+        numbers = {name: float(column[i]) for name, column in found.items()}
         rows.append(
             {
-                "layer": layer.name,
+                "layer": layer.name or _name_of(layer, leaves),
                 "params": sum(leaves[j][1].size for j in layer.scaled),
                 "is_kernel": bool(layer.measured),
                 "units": units,
-                "dead": float(first["dead_units"][i]) / units if units else 0.0,
+                "dead": dead[i] / units if units else 0.0,
                 "curvature_error": float(errors["curvature"][i]),
                 "critical_batch_size": None if scales is None else float(scales[i]),
                 **numbers,
@@ -211,6 +212,11 @@ def _rows(groups, leaves, first, second, errors, noise) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _name_of(layer: Layer, leaves: Any) -> str:
+    """Of a layer at the top of the tree, which has no path: that of its array, if it is one."""
+    return path_name(leaves[layer.scaled[0]][0]) if len(layer.scaled) == 1 else ""
 
 
 def _over(a: float, b: float) -> float:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 WIDTH = 100
-NAME = 24
+NAME = 20
 
 
 class Column(NamedTuple):
@@ -23,7 +23,9 @@ class Column(NamedTuple):
 
 def number(x: float) -> str:
     """Three digits, short."""
-    if not np.isfinite(x):
+    if np.isnan(x):
+        return ""
+    if np.isinf(x):
         return str(x)
     if x == 0 or 1e-3 <= abs(x) < 1e4:
         return f"{x:.3g}" if abs(x) < 999.5 else f"{x:.0f}"
@@ -73,11 +75,11 @@ LAYERS = (
 )
 RATES = (
     Column("layer", _name),
-    Column("median|w|", lambda row: number(row["weight_median"])),
-    Column("median|g|", lambda row: number(row["gradient_median"])),
-    Column("R 5%", lambda row: number(row["curvature_5"])),
-    Column("R 50%", lambda row: number(row["curvature_50"])),
-    Column("R 95%", lambda row: number(row["curvature_95"])),
+    Column("med|w|", lambda row: number(row["weight_median"])),
+    Column("med|g|", lambda row: number(row["gradient_median"])),
+    Column("R 5%", lambda row: number(row["radius_5"])),
+    Column("R 50%", lambda row: number(row["radius_50"])),
+    Column("R 95%", lambda row: number(row["radius_95"])),
     *(
         Column(head, lambda row, name=name: number(row[f"rate_{name}"]))
         for head, name in (("lars", "lars"), ("mclr", "mclr"), ("p.delta", "percent_delta"), ("cblr", "cblr"))
@@ -99,7 +101,8 @@ def text(report, color: bool | None = None) -> str:
 
 
 def _tables(report):
-    yield f"Layers. Curvature is the mean of the Hessian's diagonal, by {report.method}.", LAYERS
+    matrix = "Gauss-Newton matrix" if report.method.startswith("GaussNewton") else "Hessian"
+    yield f"Layers. Curvature is the mean of the {matrix}'s diagonal, by {report.method}.", LAYERS
     yield (
         "Radii R = 1 / (|h| + 0.1 mean|h|) of parameters; each optimizer's rate for a layer over that for all.",
         RATES,
@@ -109,7 +112,7 @@ def _tables(report):
 def _heading(report) -> str:
     noise = report.critical_batch_size
     batch = f", batch {report.num_examples:,}" if report.num_examples else ""
-    scale = "" if noise is None else f", noise scale {count(noise)} examples"
+    scale = "" if noise is None else f", noise scale about {count(noise)} examples"
     return f"loss {number(report.loss)}, {count(report.params)} parameters{batch}{scale}"
 
 
