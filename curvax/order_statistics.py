@@ -231,6 +231,7 @@ def _widened(q: Any, dtype: np.dtype) -> jax.Array:
 
 
 def count_dtype(size: int) -> np.dtype:
+    """The integers that count so many."""
     if size >= 2**32 and not jax.config.jax_enable_x64:
         raise OverflowError(
             f"{size} magnitudes are too many to rank with 32-bit counts, which end at 2**32 - 1. Enable 64-bit types"

@@ -140,6 +140,7 @@ def operand_axes(
 
 
 def differentiable_slots(eqn: JaxprEqn) -> list[int]:
+    """The operands through which a derivative passes."""
     return [slot for slot in range(len(eqn.invars)) if differentiable(eqn, slot)]
 
 
