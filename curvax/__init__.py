@@ -28,7 +28,7 @@ from curvax.optimizers import cblr, lamb, lars, mclr, percent_delta
 from curvax.order_statistics import median, quantile
 from curvax.probes import ProbeState, held_out_stride, with_probes
 from curvax.reports.report import Report, report
-from curvax.schedules import BatchSchedule, Phase, growing_batches, legw, small_batch_start
+from curvax.schedules import BatchSchedule, Phase, growing_batches, legw, seesaw, small_batch_start
 from curvax.transforms import (
     discard_small_gradients,
     scale_by_approximate_radius,
@@ -81,6 +81,7 @@ __all__ = [
     "scale_by_lars",
     "scale_by_median_curvature",
     "scale_by_percent_delta",
+    "seesaw",
     "small_batch_start",
     "value_grad_and_hessian_diag",
     "with_hessian_diag",

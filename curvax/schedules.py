@@ -1,15 +1,17 @@
 """When to use which batch size, and with which learning rate.
 
 A batch size, unlike a learning rate, is a shape: it is compiled into the step, so it may change a few times in a run
-but not in every step. A schedule is therefore a list of phases, each a number of epochs at one batch size and one peak
-learning rate, and whatever varies within a phase (warm-up, decay) is a plain number per step, computed here on the host
-and passed to the compiled step as an argument. The known schedules are instances: a small first batch, batches that
-grow, in place of a learning rate that decays or beside one, and warm-ups, linear or longer with the batch (LEGW).
+but not in every step. A schedule is therefore a list of phases, each so many epochs, steps or examples at one batch
+size and one peak learning rate, and whatever varies within a phase (warm-up, decay) is a plain number per step,
+computed here on the host and passed to the compiled step as an argument. The known schedules are instances: a small
+first batch, batches that grow, in place of a learning rate that decays or beside one, and warm-ups, linear or longer
+with the batch (LEGW).
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +20,22 @@ import optax
 
 from curvax.checks import check_number
 
+UNITS = ("epochs", "steps", "examples")
+
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A number of epochs at one batch size and one peak learning rate.
+    """A stretch of training at one batch size and one peak learning rate.
 
     Attributes:
-      epochs: passes over the examples, a whole number.
+      length: how long it is, a whole number.
       batch_size: examples per optimizer step.
       learning_rate: peak, before warm-up and decay.
+      unit: of the length: `"epochs"`, passes over the examples, `"steps"` or `"examples"`.
 
     Raises:
-      ValueError: if one of them is not above 0, or epochs or batch size are no whole number.
+      ValueError: if a number is not above 0, length or batch size are no whole number, the unit is unknown, or not one
+        batch fits into the examples.
 
     Example:
       >>> from curvax import BatchSchedule, Phase
@@ -38,15 +44,50 @@ class Phase:
       [97, 6, 6]
     """
 
-    epochs: int
+    length: int
     batch_size: int
     learning_rate: float
+    unit: Literal["epochs", "steps", "examples"] = "epochs"
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size"):
+        for name in ("length", "batch_size"):
             # Small integers of NumPy overflow where they meet the number of examples.
             object.__setattr__(self, name, _whole(name, getattr(self, name)))
         check_number("learning_rate", self.learning_rate, "(0, inf)")
+        if self.unit not in UNITS:
+            raise ValueError(f"unit={self.unit!r} is unknown; pass 'epochs', 'steps' or 'examples'.")
+        if self.unit == "examples" and self.length < self.batch_size:
+            raise ValueError(f"a phase of {self.length} examples has no batch of {self.batch_size}; make it longer.")
+
+    def steps(self, num_examples: int | None) -> int:
+        """Optimizer steps in it: an epoch has as many as there are whole batches.
+
+        Raises:
+          ValueError: if the number of examples has to be known, or a batch is larger than all of them together.
+        """
+        if self.unit != "epochs":
+            return self.length if self.unit == "steps" else self.length // self.batch_size
+        if num_examples is None:
+            raise ValueError("a phase in epochs has as many steps as there are batches; pass num_examples.")
+        if num_examples < self.batch_size:
+            raise ValueError(f"a batch of {self.batch_size} exceeds the {num_examples} examples; make it smaller.")
+        return self.length * (num_examples // self.batch_size)
+
+
+class Step(NamedTuple):
+    """One optimizer step.
+
+    Attributes:
+      number: counted from 0.
+      batch_size: its examples.
+      learning_rate: its learning rate.
+      examples: those of all steps before it.
+    """
+
+    number: int
+    batch_size: int
+    learning_rate: float
+    examples: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,27 +119,34 @@ class BatchSchedule:
     Formula:
       The learning rate of a step that begins at `t` and ends at `t + d`, in epochs since the start, is
       `peak * min(1, (t + d) / warmup_epochs)`, and with `decay="cosine"` that times `(1 + cos(pi s)) / 2`, where
-      `s = (t - warmup_epochs) / (total - warmup_epochs)`, cut to [0, 1].
+      `s = (t - warmup_epochs) / (total - warmup_epochs)`, cut to [0, 1]. Where a phase is in steps or examples, `t` and
+      the total are counted in examples instead, and the warm-up in steps: `min(1, (k + 1) / warmup_steps)` at step k.
 
     Attributes:
       phases: at least one.
       warmup_epochs: of linear rise from 0 (Goyal et al. 2017), from the start of the first phase. They may exceed all
-        phases, as in a run that is cut short: the peak is not reached then.
+        phases, as in a run that is cut short: the peak is not reached then. For phases in epochs.
       decay: `"constant"` or `"cosine"`, which falls to 0 at the end of the last phase.
+      warmup_steps: the same in steps, where a phase is not in epochs.
 
     Raises:
-      ValueError: if `phases` are not phases, `warmup_epochs` is no number of at least 0, or `decay` is neither.
+      ValueError: if `phases` are not phases, a warm-up is no number of at least 0 or in the other unit, or `decay` is
+        neither.
 
     Example:
       >>> from curvax.schedules import BatchSchedule, Phase
       >>> schedule = BatchSchedule((Phase(1, 25, 0.4),), warmup_epochs=0.5)
       >>> [epoch.learning_rates.tolist() for epoch in schedule.epochs(100)]
       [[0.2, 0.4, 0.4, 0.4]]
+      >>> schedule = BatchSchedule((Phase(2, 8, 0.1, "steps"), Phase(32, 16, 0.2, "examples")), warmup_steps=2)
+      >>> [(step.batch_size, step.learning_rate) for step in schedule.steps()]
+      [(8, 0.05), (8, 0.1), (16, 0.2), (16, 0.2)]
     """
 
     phases: tuple[Phase, ...]
     warmup_epochs: float = 0.0
     decay: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
 
     def __post_init__(self):
         phases = self.phases if isinstance(self.phases, tuple | list) else ()
@@ -107,9 +155,58 @@ class BatchSchedule:
         if self.decay not in ("constant", "cosine"):
             raise ValueError(f"decay={self.decay!r} is unknown; pass 'constant' or 'cosine'.")
         check_number("warmup_epochs", self.warmup_epochs, "[0, inf)")
+        check_number("warmup_steps", self.warmup_steps, "[0, inf)", whole=True)
+        wrong, right = ("warmup_steps", "warmup_epochs") if self._in_epochs else ("warmup_epochs", "warmup_steps")
+        if getattr(self, wrong):
+            raise ValueError(f"{wrong} is in another unit than the phases; pass {right}.")
+
+    @property
+    def _in_epochs(self) -> bool:
+        return all(phase.unit == "epochs" for phase in self.phases)
+
+    def steps(self, num_examples: int | None = None, first_step: int = 0) -> Iterator[Step]:
+        """Lays the phases out over steps, whatever their units.
+
+        Args:
+          num_examples: training examples; needed where a phase is in epochs.
+          first_step: the step to begin with, as where a run goes on that was stopped before it.
+
+        Yields:
+          Every step from there on, in order.
+
+        Raises:
+          ValueError: if the number of examples is needed and missing, or a batch is larger than all of them together.
+        """
+        num_examples = None if num_examples is None else _whole("num_examples", num_examples)
+        check_number("first_step", first_step, "[0, inf)", whole=True)
+        steps = self._steps_of_epochs(num_examples) if self._in_epochs else self._steps_of_examples(num_examples)
+        yield from itertools.islice(steps, int(first_step), None)
+
+    def _steps_of_epochs(self, num_examples: int | None) -> Iterator[Step]:
+        self.phases[0].steps(num_examples)  # Says what is missing.
+        examples = 0
+        for epoch in self.epochs(num_examples):
+            for number, rate in enumerate(epoch.learning_rates.tolist(), epoch.first_step):
+                yield Step(number, epoch.batch_size, rate, examples)
+                examples += epoch.batch_size
+
+    def _steps_of_examples(self, num_examples: int | None) -> Iterator[Step]:
+        sizes = [[phase.batch_size] * phase.steps(num_examples) for phase in self.phases]
+        ends = np.cumsum(np.concatenate(sizes))
+        warm = ends[min(self.warmup_steps, len(ends)) - 1] if self.warmup_steps else 0
+        number = 0
+        for phase, batches in zip(self.phases, sizes, strict=True):
+            for batch_size in batches:
+                seen = int(ends[number]) - batch_size
+                rate = min(1.0, (number + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+                if self.decay == "cosine":
+                    past = np.clip((seen - warm) / max(ends[-1] - warm, batch_size), 0, 1)
+                    rate *= 0.5 * (1 + float(np.cos(np.pi * past)))
+                yield Step(number, batch_size, phase.learning_rate * rate, seen)
+                number += 1
 
     def epochs(self, num_examples: int) -> Iterator[Epoch]:
-        """Lays the phases out over epochs and steps.
+        """Lays phases in epochs out over epochs and steps.
 
         Args:
           num_examples: training examples; an epoch has `num_examples // batch_size` steps, so that all batches have one
@@ -119,30 +216,30 @@ class BatchSchedule:
           Every epoch of the run, in order.
 
         Raises:
-          ValueError: if a batch is larger than all examples together.
+          ValueError: if a batch is larger than all examples together, or a phase is not in epochs.
         """
         num_examples = _whole("num_examples", num_examples)
-        total = sum(phase.epochs for phase in self.phases)
+        if not self._in_epochs:
+            raise ValueError("a phase in steps or examples has no epochs; call steps in place of epochs.")
+        total = sum(phase.length for phase in self.phases)
         number = first_step = 0
         for phase in self.phases:
-            steps = num_examples // phase.batch_size
-            if not steps:
-                raise ValueError(f"a batch of {phase.batch_size} exceeds the {num_examples} examples; make it smaller.")
-            for _ in range(phase.epochs):
+            steps = phase.steps(num_examples) // phase.length
+            for _ in range(phase.length):
                 fractions = self._fractions(number + np.arange(steps) / steps, 1 / steps, total)
                 yield Epoch(number, phase.batch_size, first_step, phase.learning_rate * fractions)
                 number, first_step = number + 1, first_step + steps
 
-    def learning_rate(self, num_examples: int) -> optax.Schedule:
+    def learning_rate(self, num_examples: int | None = None) -> optax.Schedule:
         """The learning rate as optax wants it: a function of the number of steps taken, the last rate ever after.
 
         Args:
-          num_examples: training examples, as in `epochs`.
+          num_examples: training examples, as in `steps`.
 
         Returns:
           A schedule whose values are float32 scalars.
         """
-        rates = jnp.asarray(np.concatenate([epoch.learning_rates for epoch in self.epochs(num_examples)]), jnp.float32)
+        rates = jnp.asarray([step.learning_rate for step in self.steps(num_examples)], jnp.float32)
 
         def schedule(count: jax.typing.ArrayLike) -> jax.Array:
             return rates[jnp.minimum(count, rates.size - 1)]
@@ -192,8 +289,8 @@ def small_batch_start(
       >>> [epoch.steps for epoch in small_batch_start(3).epochs(50_000)]
       [97, 6, 6]
     """
-    first = Phase(first_epochs, first_batch_size, first_learning_rate)
-    check_number("epochs", epochs, f"[{first.epochs + 1}, inf)", whole=True)
+    first = Phase(_whole("first_epochs", first_epochs), first_batch_size, first_learning_rate)
+    check_number("epochs", epochs, f"[{first.length + 1}, inf)", whole=True)
     return BatchSchedule((first, Phase(epochs - first_epochs, batch_size, learning_rate)))
 
 
@@ -235,7 +332,7 @@ def growing_batches(
     Example:
       >>> from curvax.schedules import growing_batches
       >>> schedule = growing_batches(6, 128, 0.1, every=2, batch_factor=5, max_batch_size=1000)
-      >>> [(phase.epochs, phase.batch_size, round(phase.learning_rate, 6)) for phase in schedule.phases]
+      >>> [(phase.length, phase.batch_size, round(phase.learning_rate, 6)) for phase in schedule.phases]
       [(2, 128, 0.1), (2, 640, 0.1), (2, 640, 0.02)]
     """
     epochs, every, batch_size = _whole("epochs", epochs), _whole("every", every), _whole("batch_size", batch_size)
@@ -252,6 +349,58 @@ def growing_batches(
         else:
             batch_size, learning_rate = batch_size * batch_factor, learning_rate * rate_factor
     return BatchSchedule(tuple(phases))
+
+
+def seesaw(
+    examples: int,
+    batch_size: int,
+    learning_rate: float,
+    *,
+    decay: Literal["linear", "cosine"] = "cosine",
+    max_batch_size: int | None = None,
+    warmup_steps: int = 0,
+) -> BatchSchedule:
+    """Batches that grow while the learning rate decays: half of the decay is taken by each.
+
+    Formula:
+      Where the decay would have halved the learning rate, it is divided by sqrt(2), and the batch doubled: Seesaw
+      (Meterez et al. 2025). That is at a share `arccos(2 / 2^k - 1) / pi` of the examples for the k-th halving of a
+      cosine, and `1 - 2^-k` of a line.
+
+    Args:
+      examples: how many the run sees.
+      batch_size: at first.
+      learning_rate: at first.
+      decay: which one it stands for, `"linear"` or `"cosine"` to 0.
+      max_batch_size: the batch does not grow beyond; no limit if `None`, but that a phase has one step at least.
+      warmup_steps: of linear rise, beside all this.
+
+    Returns:
+      A schedule of constant phases in examples.
+
+    Raises:
+      ValueError: if a number is out of range, or `decay` is neither.
+
+    Example:
+      >>> from curvax.schedules import seesaw
+      >>> schedule = seesaw(4096, 64, 0.1, decay="linear", max_batch_size=256)
+      >>> [(phase.length, phase.batch_size) for phase in schedule.phases]
+      [(2048, 64), (1024, 128), (1024, 256)]
+    """
+    examples, batch_size = _whole("examples", examples), _whole("batch_size", batch_size)
+    most = examples if max_batch_size is None else _whole("max_batch_size", max_batch_size)
+    if decay not in ("linear", "cosine"):
+        raise ValueError(f"decay={decay!r} is unknown; pass 'linear' or 'cosine'.")
+    phases, start, halvings = [], 0, 0
+    while start < examples:
+        left, size = 0.5 ** (halvings + 1), batch_size * 2**halvings
+        share = 1 - left if decay == "linear" else float(np.arccos(2 * left - 1) / np.pi)
+        end = round(share * examples)
+        if 2 * size > most or examples - end < 2 * size or end - start < size:
+            end = examples
+        phases.append(Phase(end - start, size, learning_rate * 2 ** (-halvings / 2), "examples"))
+        start, halvings = end, halvings + 1
+    return BatchSchedule(tuple(phases), warmup_steps=warmup_steps)
 
 
 def legw(
@@ -286,12 +435,12 @@ def legw(
     Example:
       >>> from curvax.schedules import legw
       >>> legw(10, 1024, base_batch_size=256, base_learning_rate=0.1, base_warmup_epochs=0.5)
-      BatchSchedule(phases=(Phase(epochs=10, batch_size=1024, learning_rate=0.2),), warmup_epochs=2.0, decay='constant')
+      BatchSchedule(phases=(Phase(length=10, ..., learning_rate=0.2, ...),), warmup_epochs=2.0, decay='constant', ...)
     """
     times = _whole("batch_size", batch_size) / _whole("base_batch_size", base_batch_size)
     check_number("base_learning_rate", base_learning_rate, "(0, inf)")
     check_number("base_warmup_epochs", base_warmup_epochs, "[0, inf)")
-    peak = Phase(epochs, batch_size, base_learning_rate * float(np.sqrt(times)))
+    peak = Phase(_whole("epochs", epochs), batch_size, base_learning_rate * float(np.sqrt(times)))
     return BatchSchedule((peak,), base_warmup_epochs * times, decay)
 
 

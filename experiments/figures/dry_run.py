@@ -67,7 +67,7 @@ def grouped(configs: Sequence[TrainConfig]) -> dict[Kind, dict[int, int]]:
                 programs(config), config.micro_size(phase.batch_size), f"{config.model}, {config.optimizer}{out}"
             )
             steps = kinds.setdefault(kind, {})
-            steps[phase.batch_size] = steps.get(phase.batch_size, 0) + phase.epochs * (images // phase.batch_size)
+            steps[phase.batch_size] = steps.get(phase.batch_size, 0) + phase.steps(images)
     return kinds
 
 
