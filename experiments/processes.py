@@ -221,14 +221,19 @@ def leave(main: Callable[[], int]):
     handle(listener)
     try:
         code = main()
+    except SystemExit as end:  # After the help.
+        code = end.code or 0
     except Exception:
         traceback.print_exc()
         code = 1
-    try:
-        sys.stdout.flush()
-    except OSError:
-        # It would fail once more at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            # It would fail once more at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            gone = isinstance(error, BrokenPipeError)  # With whoever read it.
+            code = code or int(stream is sys.stdout and not gone)
     if _watcher is None:
         sys.exit(code)
     _watcher.communicate(b"done\n")

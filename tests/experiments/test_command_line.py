@@ -292,9 +292,10 @@ def test_a_process_of_its_own_says_the_same(line, tmp_path):
 )
 def test_an_output_that_takes_nothing_changes_no_code_and_leaves_no_traceback(line, code, tmp_path):
     command = f"exec {sys.executable} -m experiments {line}"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == code and "Traceback" not in done.stderr
+    for unbuffered in ("", "1"):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == code and "Traceback" not in done.stderr
 
 
 def test_a_locale_without_letters_is_no_reason_to_fail(tmp_path):
