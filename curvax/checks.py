@@ -39,3 +39,21 @@ def check_number(name: str, value: Any, interval: str, *, whole: bool = False) -
     below = number <= high if interval[-1] == "]" else rounded < high
     if not (above and below):
         raise ValueError(f"{name}={value} is out of range; {wanted}")
+
+
+def check_transformation(name: str, inner: Any) -> None:
+    """Refuse what is no optax transformation, such as the function that makes one.
+
+    Args:
+      name: of the argument, for the message.
+      inner: what should have an `update`.
+
+    Raises:
+      ValueError: if it has none.
+
+    Example:
+      >>> import optax
+      >>> check_transformation("inner", optax.sgd(0.1))
+    """
+    if not hasattr(inner, "update"):
+        raise ValueError(f"{name}={inner!r} is no optax transformation; call its factory, as in optax.sgd(0.1).")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvax.checks import check_number
+from curvax.checks import check_number, check_transformation
 from curvax.layers import Layers, group, path_name
 from curvax.sums import squares, totals
 from curvax.trees import leaves_like, statistics_dtype
@@ -177,6 +177,7 @@ def with_noise_scale(
       >>> print(updates["w"], round(curvax.metrics(state)["noise_scale"], 4))
       [-0.2 -0.3] 1.3333
     """
+    check_transformation("inner", inner)
     check_number("batch_size", batch_size, "[1, inf)", whole=True)
     check_number("accumulate", accumulate, "[1, inf)", whole=True)
     check_number("decay", decay, "[0, 1)")

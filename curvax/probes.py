@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from curvax import order_statistics
-from curvax.checks import check_number
+from curvax.checks import check_number, check_transformation
 from curvax.curvature.scalar import scalar_objective
 from curvax.layers import Layer, Layers, group
 from curvax.sums import falls_and_rises, magnitudes, totals
@@ -96,8 +96,7 @@ def with_probes(
       >>> {name: float(optax.tree.get(state, name)["kernel"]) for name in ("mean_abs_gradient", "loss_stride")}
       {'mean_abs_gradient': 1.5, 'loss_stride': 1.25}
     """
-    if not hasattr(inner, "update"):
-        raise ValueError(f"inner={inner!r} is no optax transformation; call its factory, as in optax.sgd(0.1).")
+    check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
     if not isinstance(quantiles, Sequence | np.ndarray) or isinstance(quantiles, str):
         raise ValueError(f"quantiles={quantiles!r} are no sequence; pass several, as in quantiles=(0.5,).")
@@ -202,14 +201,10 @@ def approximate_radii(w: Sequence[jax.Array], g: Sequence[jax.Array]) -> list[ja
     return [jnp.where((x == 0) & (y == 0), 0, jnp.abs(x) / jnp.abs(y)) for x, y in zip(w, g, strict=True)]
 
 
-def lower_quantiles(
-    x: Sequence[jax.Array], quantiles: Sequence[float], axis_name: AxisName, without: jax.Array | None = None
-) -> list[jax.Array]:
-    """Not interpolated: between a finite and an infinite radius there is nothing. So many zeros are left out."""
-    size = order_statistics.population_size(x, axis_name)
-    first = np.zeros((), order_statistics.count_dtype(size)) if without is None else without
-    last = np.asarray(max(size - 1, 0), first.dtype) - first
-    ranks = [first + order_statistics.count_of(q, last) for q in quantiles]
+def lower_quantiles(x: Sequence[jax.Array], quantiles: Sequence[float], axis_name: AxisName) -> list[jax.Array]:
+    """Not interpolated: between a finite and an infinite radius there is nothing."""
+    last = order_statistics.population_size(x, axis_name) - 1
+    ranks = [order_statistics.count_of(q, max(last, 0)) for q in quantiles]
     return [order_statistics.order_statistics(x, rank, axis_name)[0] for rank in ranks]
 
 

@@ -23,7 +23,7 @@ from curvax.bounds import bounded
 from curvax.checks import check_number
 from curvax.layers import Layer, Layers, WholeLayers, checked, group, of_parts, path_name
 from curvax.trees import check_floats, is_hole, leaves_like, statistics_dtype, with_curvature
-from curvax.varying import AxisName
+from curvax.varying import AxisName, is_bound
 from curvax.wide import product, wide
 
 Mask = Any | Callable[[optax.Params], Any] | None
@@ -332,15 +332,6 @@ def _teach_flax() -> None:
         flax.register_serialization_state(WholeLayers, lambda layers: {}, lambda layers, saved: layers, override=True)
 
 
-def _is_bound(axis_name: AxisName) -> bool:
-    """Whether this runs inside of the `shard_map` or `pmap` that has these axes."""
-    try:
-        jax.lax.axis_size(axis_name)
-    except NameError:
-        return False
-    return True
-
-
 def _scale_by_radius(
     rule: radii.TreeRule,
     layers: Layers,
@@ -355,7 +346,7 @@ def _scale_by_radius(
 
     def init_fn(params):
         inner = optax.EmptyState() if decay is None else decay.init(params)
-        if not by_whole_shapes or _is_bound(param_axis_name):
+        if not by_whole_shapes or is_bound(param_axis_name):
             return inner
         _teach_flax()
         return SplitState(WholeLayers.of(jax.tree_util.tree_leaves_with_path(params)), inner)
@@ -363,7 +354,7 @@ def _scale_by_radius(
     def layers_of(leaves, state):
         if isinstance(state, SplitState):
             return state.layers.among(leaves)
-        is_split = by_whole_shapes and _is_bound(param_axis_name)
+        is_split = by_whole_shapes and is_bound(param_axis_name)
         return of_parts(leaves, jax.lax.axis_size(param_axis_name)) if is_split else group(leaves, layers)
 
     def update_fn(updates, state, params=None, *, hessian_diag=None, **extra_args):

@@ -13,6 +13,15 @@ import jax
 AxisName = str | tuple[str, ...] | None
 
 
+def is_bound(axis_name: AxisName) -> bool:
+    """Whether this runs inside of the `shard_map` or `pmap` that has these axes."""
+    try:
+        jax.lax.axis_size(axis_name)
+    except NameError:
+        return False
+    return True
+
+
 def varying_over(x: jax.Array, axis_name: str | tuple[str, ...]) -> jax.Array:
     """`x`, marked as varying over these axes."""
     return _varying(x, (axis_name,) if isinstance(axis_name, str) else axis_name)

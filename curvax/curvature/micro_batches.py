@@ -68,37 +68,39 @@ def mean_over_micro_batches(
 def micro_batch(data: Any, axes: list[Axis | None], parts: int, index: jax.typing.ArrayLike) -> Any:
     """Every `parts`-th example from `index` on, so that each device's share of a sharded batch is in all parts."""
 
-    def pick(x, axis):
-        if axis is None:
-            return x
-        before, after = x.shape[: axis.dim], x.shape[axis.dim + 1 :]
-        size = x.shape[axis.dim] // (axis.outer * axis.inner)
-        split = jnp.reshape(x, (*before, axis.outer, size // parts, parts, axis.inner, *after))
-        picked = jax.lax.dynamic_index_in_dim(split, index, axis.dim + 2, keepdims=False)
-        return picked.reshape(*before, x.shape[axis.dim] // parts, *after)
+    def pick(x, dim):
+        split = x.reshape(*x.shape[:dim], x.shape[dim] // parts, parts, *x.shape[dim + 1 :])
+        return jax.lax.dynamic_index_in_dim(split, index, dim + 1, keepdims=False)
 
-    leaves, treedef = jax.tree.flatten(data)
-    return treedef.unflatten([pick(x, axis) for x, axis in zip(leaves, axes, strict=True)])
-
-
-def _losses(objective: Objective) -> Callable[[Any], jax.Array]:
-    return lambda params: objective.example_losses(objective.predict(params, objective.data), objective.data)
+    return _of_examples(pick, data, axes)
 
 
 def shuffled(data: Any, axes: list[Axis | None], key: jax.Array) -> Any:
     """The examples in a random order, the same in all arrays: parts of them are then alike, whatever order they had."""
 
-    def shuffle(x, axis):
+    def shuffle(x, dim):
+        return jnp.take(x, jax.random.permutation(key, x.shape[dim]), dim, mode="clip")
+
+    return _of_examples(shuffle, data, axes)
+
+
+def _of_examples(choose: Callable[[jax.Array, int], jax.Array], data: Any, axes: list[Axis | None]) -> Any:
+    """The data with `choose(array, dim)` in place of each array that is divided: `dim` counts the examples alone."""
+
+    def chosen(x, axis):
         if axis is None:
             return x
         before, after = x.shape[: axis.dim], x.shape[axis.dim + 1 :]
         size = x.shape[axis.dim] // (axis.outer * axis.inner)
-        split = jnp.reshape(x, (*before, axis.outer, size, axis.inner, *after))
-        order = jax.random.permutation(key, size)
-        return jnp.take(split, order, axis.dim + 1, mode="clip").reshape(x.shape)
+        found = choose(jnp.reshape(x, (*before, axis.outer, size, axis.inner, *after)), axis.dim + 1)
+        return found.reshape(*before, axis.outer * found.shape[axis.dim + 1] * axis.inner, *after)
 
     leaves, treedef = jax.tree.flatten(data)
-    return treedef.unflatten([shuffle(x, axis) for x, axis in zip(leaves, axes, strict=True)])
+    return treedef.unflatten([chosen(x, axis) for x, axis in zip(leaves, axes, strict=True)])
+
+
+def _losses(objective: Objective) -> Callable[[Any], jax.Array]:
+    return lambda params: objective.example_losses(objective.predict(params, objective.data), objective.data)
 
 
 def num_examples(objective: Objective, params: Any) -> int:

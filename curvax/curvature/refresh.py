@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from curvax.checks import check_number
+from curvax.checks import check_number, check_transformation
 from curvax.curvature.eager import once
 from curvax.curvature.hessian import check_method_key, estimated
 from curvax.curvature.line_search import bound, tolerant
@@ -23,7 +23,7 @@ from curvax.curvature.short_forms import as_method
 from curvax.keys import Key, as_key
 from curvax.layers import path_name
 from curvax.trees import diag_dtype
-from curvax.varying import AxisName, varying_over
+from curvax.varying import AxisName, is_bound, varying_over
 
 NOTHING_STORED = (
     "curvature needs the loss: pass obj_fn=..., an Objective or a function params -> scalar, to update; or"
@@ -140,8 +140,7 @@ def with_hessian_diag(
     _check_dtype(hessian_dtype)
     every = every if isinstance(every, jax.core.Tracer) else int(every)
     # `MultiSteps.gradient_transformation()` drops the extra arguments; the `update` of both is that of one object.
-    if not hasattr(inner, "update"):
-        raise ValueError(f"inner={inner!r} is no optax transformation; call its factory, as in optax.sgd(0.1).")
+    check_transformation("inner", inner)
     owner = getattr(inner.update, "__self__", None)
     multi_steps = isinstance(owner, optax.MultiSteps)
     inner = owner if multi_steps else optax.with_extra_args_support(inner)
@@ -270,13 +269,11 @@ def _check_dtype(dtype: Any) -> None:
 
 
 def _check_bound(axis_name: AxisName) -> None:
-    try:
-        jax.lax.axis_size(axis_name)
-    except NameError as error:
+    if not is_bound(axis_name):
         raise ValueError(
             f"axis_name={axis_name!r} names no mesh axis here; call update inside of the shard_map or pmap that splits"
             " the examples along it, or leave axis_name out: under jit nothing needs a name."
-        ) from error
+        )
 
 
 def _check_alike(diag: Any, params: Any) -> None:

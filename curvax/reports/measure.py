@@ -145,7 +145,9 @@ def first_order(parts: Parts, layers: Layers, params: Any, grad: Any) -> Statist
     found = {"non_finite_gradient": each(parts.scaled, _share_of(lambda x: ~np.isfinite(x)), grad)["share"]}
     found |= each(parts.measured, of_layer, params, grad)
     for name, optimizer in FIRST_ORDER.items():
-        found[f"radius_{name}"] = _lengths(parts, _step(optimizer(layers=layers), params, grad), found["gradient_norm"])
+        found[f"radius_{name}"] = _lengths(
+            parts, _step(optimizer(layers=layers))(params, grad, {}), found["gradient_norm"]
+        )
     return found
 
 
@@ -156,27 +158,31 @@ def dead_units(parts: Parts, grad: Any) -> list[int]:
     return [sum(int(np.sum(columns[i])) for i in group) for group in parts.measured]
 
 
-def second_order(parts: Parts, layers: Layers, params: Any, grad: Any, diag: Any) -> Statistics:
-    """What follows from the curvature."""
+def second_order(
+    parts: Parts, layers: Layers, gradient_norms: np.ndarray, params: Any, grad: Any
+) -> Callable[[Any], Statistics]:
+    """A function that says what follows from a diagonal; what it needs is compiled once for all draws."""
     # Without the slope term a radius does not depend on the gradient, but for what has none, and is not measured.
     moving = jax.tree.map(lambda g: (g != 0).astype(statistics_dtype(g.dtype)), grad)
-    radius = scale_by_curvature_radius(DAMPING, slope_term=False, layers=layers)
-    found = each(
-        parts.measured, lambda r: _quantiles("radius", [x[x != 0] for x in r]), _step(radius, params, moving, diag)
-    )
-    found |= each(parts.measured, lambda h: {"curvature": np.mean(np.concatenate(h))}, diag)
+    radii = _step(scale_by_curvature_radius(DAMPING, slope_term=False, layers=layers))
+    cblr = _step(CBLR(layers=layers))
     kinds = {"negative": lambda h: h < 0, "zero": lambda h: h == 0, "non_finite": lambda h: ~np.isfinite(h)}
-    for name, kind in kinds.items():
-        found[name] = each(parts.measured, _share_of(kind), diag)["share"]
-    lengths = each(parts.measured, lambda g: {"": _norm(g)}, grad)[""]
-    return {**found, "radius_cblr": _lengths(parts, _step(CBLR(layers=layers), params, grad, diag), lengths)}
+    of_moving = lambda r: _quantiles("radius", [x[x != 0] for x in r])
+
+    def measure(diag: Any) -> Statistics:
+        found = each(parts.measured, of_moving, radii(params, moving, {"hessian_diag": diag}))
+        found |= each(parts.measured, lambda h: {"curvature": np.mean(np.concatenate(h))}, diag)
+        for name, kind in kinds.items():
+            found[name] = each(parts.measured, _share_of(kind), diag)["share"]
+        step = cblr(params, grad, {"hessian_diag": diag})
+        return {**found, "radius_cblr": _lengths(parts, step, gradient_norms)}
+
+    return measure
 
 
-def _step(tx: optax.GradientTransformationExtraArgs, params: Any, grad: Any, diag: Any = None) -> Any:
-    extra = {} if diag is None else {"hessian_diag": diag}
-    return jax.jit(lambda params, grad, extra: tx.update(grad, tx.init(params), params, **extra)[0])(
-        params, grad, extra
-    )
+def _step(tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
+    """The first step of a transformation, compiled."""
+    return jax.jit(lambda params, grad, extra: tx.update(grad, tx.init(params), params, **extra)[0])
 
 
 def _lengths(parts: Parts, step: Any, gradient_norms: np.ndarray) -> np.ndarray:
@@ -186,7 +192,7 @@ def _lengths(parts: Parts, step: Any, gradient_norms: np.ndarray) -> np.ndarray:
 
 
 def curvature(
-    objective: Any, params: Any, grad: Any, measure: Callable, method: Any, keys: Sequence[Any], stage: Callable
+    objective: Any, params: Any, measure: Callable, method: Any, keys: Sequence[Any], stage: Callable
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The means of what `measure` says of curvature over the draws, and their standard errors, NaN for a single draw.
 
@@ -201,7 +207,7 @@ def curvature(
     data, draws = objective.data if isinstance(objective, Objective) else None, []
     for i, key in enumerate(keys or (None,)):
         with stage(f"curvature, draw {i + 1} of {len(keys)}" if keys else "curvature"):
-            draws.append(measure(params, grad, draw(params, data, key)))
+            draws.append(measure(draw(params, data, key)))
     columns = {name: np.stack([found[name] for found in draws]) for name in draws[0]}
     means = {name: column.mean(0) for name, column in columns.items()}
     if not keys:
