@@ -120,6 +120,16 @@ class NoiseScaleState(NamedTuple):
       num_estimates: how many steps that were, int32.
       small: the sum of squared norms over the micro-batches of this step so far, for each layer.
       inner_state: that of the wrapped transformation, or of the `optax.MultiSteps` that accumulates for it.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from curvax import with_noise_scale
+      >>> tx = with_noise_scale(optax.sgd(0.1), 8, accumulate=2)
+      >>> w, state = jnp.zeros(1), tx.init(jnp.zeros(1))
+      >>> for g in (1.0, 3.0):
+      ...   updates, state = tx.update(jnp.array([g]), state, w)
+      >>> print(state.whole.squared_gradient.round(4), state.whole.noise.round(4))
+      3.0 16.0
     """
 
     layers: dict[str, NoiseScale]

@@ -82,6 +82,11 @@ class Step(NamedTuple):
       batch_size: its examples.
       learning_rate: its learning rate.
       examples: those of all steps before it.
+
+    Example:
+      >>> from curvax import BatchSchedule, Phase
+      >>> next(BatchSchedule((Phase(4, 8, 0.1, "steps"),)).steps(first_step=2))
+      Step(number=2, batch_size=8, learning_rate=0.1, examples=16)
     """
 
     number: int
