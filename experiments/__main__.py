@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments [race | tune | train | bench | figure | report] [options]`.
+"""The command line: `python -m experiments [race | train | bench | figure | report] [options]`.
 
 The arguments are read, and refused, before anything is imported that takes time.
 """
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
         number of a signal if that stopped it.
     """
     try:
-        config, place = parse(list(arguments) or ["race"])
+        config, place = parse(list(arguments) or ["race", "digits"])
         module, function = place.split(":")
         with processes.one_run(config):
             getattr(importlib.import_module(module), function)(config)
@@ -61,7 +61,7 @@ def parse(arguments: Sequence[str]) -> tuple[Any, str]:
         print(overview())
         raise SystemExit(0)
     if name not in COMMANDS:
-        raise UsageError(f"{name!r} is no command: give one of {', '.join(COMMANDS)}, or nothing, for race")
+        raise UsageError(f"{name!r} is no command: give one of {', '.join(COMMANDS)}, or nothing, for race digits")
     kind, place = COMMANDS[name]
     return options.parse(kind, name, rest), place
 
@@ -70,7 +70,10 @@ def overview() -> str:
     """The help that names the commands."""
     width = min(shutil.get_terminal_size((120, 24)).columns, 120)
     lines = [f"usage: {options.PROGRAM} [command] [options]", ""]
-    lines += [*textwrap.wrap("Experiments with curvature-based learning rates. Without a command: race.", width), ""]
+    lines += [
+        *textwrap.wrap("Experiments with curvature-based learning rates. Without a command: race digits.", width),
+        "",
+    ]
     for name, (kind, _) in COMMANDS.items():
         purpose = kind.__doc__.split("\n")[0]
         lines += textwrap.wrap(purpose, width, initial_indent=f"  {name:<8}", subsequent_indent=" " * 10)

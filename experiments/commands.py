@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from experiments.config import METHODS, MOST_EPOCHS, TrainConfig
 from experiments.errors import UsageError
-from experiments.options import Options, Rule, option, up_to
-from experiments.problems import PROBLEMS, RACERS
+from experiments.options import ABOVE_0, Options, Rule, option, up_to
+from experiments.problems import PROBLEMS
 
 FIGURES = tuple(map(str, range(1, 17)))
 TABLES = ("optimizers", "curvature", "losses", "estimators")
@@ -19,35 +19,31 @@ IMAGES = Rule("is for estimators, the one table of images", lambda config: confi
 
 
 @dataclasses.dataclass(frozen=True)
-class Methods(Options):
-    """What `race` and `tune` are of."""
+class RaceConfig(Options):
+    """Tune the methods alike, race them against each other at a large batch, and write a page of the results.
 
-    problem: Literal[tuple(PROBLEMS)] = option("digits", "digits needs no download; cifar10 takes far longer.")
-    methods: tuple[Literal[METHODS], ...] = option(RACERS, "Who takes part.")
-    data_dir: Path | None = option(None, DATA_DIR)
-    out: Path = option(RUNS, "Folder of the runs; of a race also for a new folder with its records and plot.")
-
-
-@dataclasses.dataclass(frozen=True)
-class RaceConfig(Methods):
-    """Race the methods against each other at a large batch, each at its tuned learning rate.
-
-    The same command goes on where it was stopped.
+    The same command goes on where it was stopped. What docs/race holds of the tuning is not done anew.
     """
 
+    problem: Literal[tuple(PROBLEMS)] = option(
+        MISSING, "digits needs no download; alexnet and resnet18, narrow and at 16 pixels, are of CIFAR-10."
+    )
+    methods: tuple[Literal[METHODS], ...] = option((), "Who takes part; else all that the problem names.")
+    dataset: str | None = option(None, "Other images, as for `train`.")
+    batch_size: int | None = option(None, "Images per step, in place of the problem's.", ABOVE_0)
     epochs: int | None = option(None, "Passes over the images, in place of the problem's.", up_to(MOST_EPOCHS))
+    tune_epochs: int | None = option(None, "The same of the trials; else as many.", up_to(MOST_EPOCHS))
     seeds: int | None = option(None, "Runs per method, in place of the problem's number.", up_to(1000))
+    like: str | None = option(None, "Take hyper-parameters from these results in docs/race, such as alexnet-8192.")
+    data_dir: Path | None = option(None, DATA_DIR)
+    out: Path = option(RUNS, "Folder of the runs.")
+    results: Path | None = option(None, "Folder of the numbers, the page and the plot; else OUT/race.")
 
-
-@dataclasses.dataclass(frozen=True)
-class TuneConfig(Methods):
-    """Find the learning rate of each method on a grid of the same size for all; write it to experiments/tuned.json.
-
-    The same command goes on where it was stopped.
-    """
-
-    again: bool = option(False, "Also count anew the trials that the file holds already.")
-    file: Path | None = option(None, "File of the results, written after every trial; else experiments/tuned.json.")
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dataset:
+            # The names of data sets are checked in one place.
+            TrainConfig(dataset=self.dataset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +111,6 @@ class ReportConfig(Options):
 # The options of each command, and the function that carries it out.
 COMMANDS = {
     "race": (RaceConfig, "experiments.race:race"),
-    "tune": (TuneConfig, "experiments.tune:tune"),
     "train": (TrainConfig, "experiments.single:run_single"),
     "bench": (BenchConfig, "experiments.bench.command:bench"),
     "figure": (FigureConfig, "experiments.figures.command:make_figures"),

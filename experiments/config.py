@@ -20,9 +20,9 @@ from experiments.options import ABOVE_0, AT_LEAST_0, FRACTION, Options, Rule, op
 if TYPE_CHECKING:
     from curvax.schedules import BatchSchedule
 
-METHODS = ("sgd", "lars", "mclr", "percent_delta", "cblr", "lamb")
-# Those that want the curvature of the loss.
-CURVED = frozenset({"cblr"})
+METHODS = ("sgd", "adamw", "lars", "lamb", "muon", "muon_lars", "soap", "sophia", "mclr", "percent_delta", "cblr")
+# Those that want the curvature of the loss, and those with a decay of second moments.
+CURVED, ADAPTIVE = frozenset({"cblr", "sophia"}), frozenset({"adamw", "lamb", "muon", "muon_lars", "soap"})
 # How and where a run is carried out: to change this changes its results by rounding at most.
 CONDUCT = frozenset(
     ("data_dir", "devices", "parallel", "coordinator", "num_processes", "process_id", "checkpoint_seconds", "out")
@@ -40,7 +40,9 @@ images, network, method, plan, special, where = (
 )
 SEEDS = Rule("at least 0 and below 2^32", lambda x: 0 <= x < 2**32)
 ALEXNET = Rule("is for --model alexnet", lambda config: config.model == "alexnet")
-CBLR = Rule("is for --optimizer cblr", lambda config: config.optimizer in CURVED)
+WITH_CURVATURE = Rule("is for --optimizer cblr or sophia", lambda config: config.optimizer in CURVED)
+RENEWING = Rule("is for --optimizer cblr, sophia or soap", lambda config: config.optimizer in {*CURVED, "soap"})
+WITH_MOMENTS = Rule(f"is for {', '.join(sorted(ADAPTIVE))}", lambda config: config.optimizer in ADAPTIVE)
 DISCARDING = Rule("is for a --discard above 0", lambda config: config.discard > 0)
 ONE_PHASE = Rule("is for runs without --phases", lambda config: not config.phases)
 
@@ -56,7 +58,7 @@ class TrainConfig(Options):
     )
     data_dir: Path | None = images(None, "Folder of TFDS's data sets; else TFDS_DATA_DIR, or ~/tensorflow_datasets.")
     image_size: int = images(32, "Side in pixels to which every image is resized.", up_to(MOST_PIXELS))
-    augment: bool = images(True, "Pad by 4 pixels, crop and flip at random; digits are never flipped.")
+    augment: bool = images(True, "Pad by an eighth of the side, crop and flip at random; digits are never flipped.")
     holdout: float = images(0.0, "Test on this fraction of the training images, not on the test images.", FRACTION)
     train_images: int | None = images(None, "Train on this many images, the first ones; else on all.", ABOVE_0)
     test_images: int | None = images(None, "Test on this many images, the first ones; else on all.", ABOVE_0)
@@ -76,11 +78,27 @@ class TrainConfig(Options):
     )
 
     optimizer: Literal[METHODS] = method("mclr", "The method.")
-    momentum: float = method(0.9, "Decay of the heavy-ball momentum (of Adam's first moment, for lamb).", FRACTION)
+    momentum: float = method(0.9, "Decay of the momentum, or of Adam's first moment.", FRACTION)
+    nesterov: bool = method(False, "Nesterov's momentum, where a method has the choice.")
+    b2: float | None = method(None, "Decay of second moments.", FRACTION, WITH_MOMENTS, usual=0.999)
     weight_decay: float = method(0.0005, "Multiple of the parameters added to their update.", AT_LEAST_0)
-    damping: float | None = method(None, "Added to the curvature, times a layer's mean.", AT_LEAST_0, CBLR, usual=0.1)
-    curvature_every: int | None = method(None, "Steps from one estimate to the next.", ABOVE_0, CBLR, usual=10)
-    curvature_batch_size: int | None = method(None, "Images for an estimate; else a micro-batch.", ABOVE_0, CBLR)
+    damping: float | None = method(
+        None,
+        "Of cblr: added to the curvature, times a layer's mean. Of sophia: gamma, which multiplies the curvature.",
+        AT_LEAST_0,
+        WITH_CURVATURE,
+        usual=0.1,
+    )
+    curvature_every: int | None = method(
+        None,
+        "Steps from one estimate of the curvature, or one turn of soap's basis, to the next.",
+        ABOVE_0,
+        RENEWING,
+        usual=10,
+    )
+    curvature_batch_size: int | None = method(
+        None, "Images for an estimate; else a micro-batch.", ABOVE_0, WITH_CURVATURE
+    )
 
     learning_rate: float | None = plan(
         None, "Peak; else what `tune` found (experiments/tuned.json).", ABOVE_0, ONE_PHASE

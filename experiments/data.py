@@ -132,16 +132,18 @@ def shuffle(key: jax.Array, num_images: int) -> jax.Array:
 
 
 def augment(key: jax.Array, positions: jax.Array, images: jax.Array, flips: bool) -> jax.Array:
-    """Crops each image at random out of itself padded by 4 pixels of 0, and mirrors every second one if it `flips`.
+    """Crops each image out of itself padded by an eighth of its side, and mirrors every second one if it `flips`.
 
     Images are `(B, size, size, 3)`, of any dtype. What is random about one depends on its position in the batch alone,
     `(B,)`, and on the key of the step.
     """
 
+    pad = images.shape[1] // 8
+
     def one(position, image):
         crop_key, flip_key = jax.random.split(jax.random.fold_in(key, position))
-        row, column = jax.random.randint(crop_key, (2,), 0, 9)
-        padded = jnp.pad(image, ((4, 4), (4, 4), (0, 0)))
+        row, column = jax.random.randint(crop_key, (2,), 0, 2 * pad + 1)
+        padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)))
         image = jax.lax.dynamic_slice(padded, (row, column, 0), image.shape)
         return jnp.where(flips & jax.random.bernoulli(flip_key), image[:, ::-1], image)
 

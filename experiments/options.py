@@ -128,7 +128,8 @@ def add(parser: Any, field: dataclasses.Field, hint: Any):
     choices = typing.get_args(hint)
     help, usual = about["help"], about["usual"] if default is None else default
     help += f" It {about['where'].words}." if about["where"] else ""
-    help += f" One or more of {', '.join(choices)}." if several and choices else ""
+    listed = several or len(choices) > 6
+    help += f" {'One or more' if several else 'One'} of {', '.join(choices)}." if choices and listed else ""
     help += "" if usual in (None, ()) or is_place(field) else f" (default: {' '.join(words(usual))})"
     settings = {"help": help.replace("%", "%%")} | ({} if is_place(field) else {"default": default})
     if hint is bool:
@@ -139,7 +140,7 @@ def add(parser: Any, field: dataclasses.Field, hint: Any):
         # What is None unless it is given can be left out; only other defaults need a word for it.
         settings["type"] = float_or_none
     one = f"{{{','.join(choices)}}}" if choices else METAVARS[hint]
-    settings["metavar"] = about["metavar"] or ("NAME" if several else one)
+    settings["metavar"] = about["metavar"] or ("NAME" if listed else one)
     settings |= {"nargs": "+"} if several else {}
     name = field.name if is_place(field) else flag(field)
     parser.add_argument(name, choices=choices or None, **settings)

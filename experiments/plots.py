@@ -22,13 +22,19 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#555555", "#e69f00", "#56b4e9", "#000000")
 MARKS = ("o", "s", "^", "D", "v", "*", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
-LOOKS = [
-    {"color": color, "marker": mark, "linestyle": dash} for color, mark, dash in zip(COLORS, MARKS, DASHES, strict=True)
-]
-METHODS = dict(zip(("lars", "mclr", "percent_delta", "cblr", "sgd", "lamb"), LOOKS, strict=False))
+# The second time round every colour has other marks and dashes.
+PLACES = [(i % 8, (i + 3 * (i // 8)) % 8) for i in range(16)]
+LOOKS = [{"color": COLORS[i], "marker": MARKS[j], "linestyle": DASHES[j]} for i, j in PLACES]
+METHODS = ("lars", "mclr", "percent_delta", "cblr", "sgd", "lamb", "muon", "soap", "adamw", "muon_lars", "sophia")
+METHODS = dict(zip(METHODS, LOOKS, strict=False))
 ESTIMATORS = ("hutchinson", "ggn_mc_of_batches", "xdiag", "ggn_mc", "optax.contrib hutchinson", "matfree hutchinson")
-ESTIMATORS = dict(zip((*ESTIMATORS, "matfree xdiag", "exact"), LOOKS, strict=True))
-AXES = {"epoch": "epoch", "step": "optimizer steps", "batch_size": "batch size (images)"}
+ESTIMATORS = dict(zip((*ESTIMATORS, "matfree xdiag", "exact"), LOOKS, strict=False))
+AXES = {
+    "epoch": "epoch",
+    "step": "optimizer steps",
+    "seconds": "seconds, compilation apart",
+    "batch_size": "batch size (images)",
+}
 
 
 def look(label: str, place: int = 0) -> dict:

@@ -1,109 +1,100 @@
-"""The problems on which the methods are compared: everything but the method and its learning rate, held fixed.
-
-`tune` tries the same number of learning rates for every method, a factor apart, from a start of its own, since gamma
-differs by orders of magnitude between rules. `race` then gives each method the one that did best.
-"""
+"""The problems on which the methods are compared: everything but the method and its hyper-parameters, held fixed."""
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from experiments.config import METHODS, TrainConfig
-from experiments.errors import RunError, UsageError
+from experiments.errors import UsageError
+from experiments.search import best
 
-RACERS = ("sgd", "lars", "mclr", "percent_delta", "cblr")
-GRID_POINTS = 6
-GRID_FACTOR = 2.0
-TUNED_FILE = Path(__file__).with_name("tuned.json")
+# Results that are committed with the project: a file for each problem, data set and batch size.
+RESULTS = Path(__file__).parents[1] / "docs" / "race"
+# Images whose gradient is computed at once: what fits the caches of a CPU.
+MICRO = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is held fixed, and where each method's grid begins."""
+    """What is held fixed."""
 
-    # Of every run, but for its optimizer and learning rate.
+    # Of every run, but for its optimizer and its hyper-parameters.
     config: TrainConfig
-    # A test accuracy: a method's steps until it reaches this are reported.
-    target: float
-    # Fraction of the training images by which learning rates are judged.
-    holdout: float
+    methods: tuple[str, ...]
+    # Tuning runs of each method, on other seeds of the same training images but for a fraction, which judges them.
+    trials: int
     tune_seeds: int
-    race_seeds: int
-    # The smallest learning rate of each method's grid.
-    lowest: Mapping[str, float]
+    holdout: float
+    seeds: int
+    # Steps that a run has at least, in as many more passes over the images.
+    least_steps: int = 1
 
-    def change(self, **changes: Any) -> "Problem":
-        """A problem with other fields in its configuration."""
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
+    def settled(self, batch_size: int | None, epochs: int | None, number: int, **changes: Any) -> TrainConfig:
+        """The configuration at a batch size, by default the problem's, on so many training images."""
+        batch_size = min(batch_size or self.config.batch_size, number)
+        epochs = epochs or max(self.config.epochs, math.ceil(self.least_steps / (number // batch_size)))
+        micro = max(size for size in range(1, MICRO + 1) if batch_size % size == 0)
+        changes |= {"warmup_epochs": epochs * self.config.warmup_epochs / self.config.epochs}
+        changes |= {"micro_batch_size": micro if micro < batch_size else None}
+        return dataclasses.replace(self.config, batch_size=batch_size, epochs=epochs, **changes)
 
-    def grid(self, method: str) -> list[float]:
-        """The learning rates that `tune` tries."""
-        return [float(f"{self.lowest[method] * GRID_FACTOR**k:.3g}") for k in range(GRID_POINTS)]
 
-
+RACE = {"image_size": 16, "batch_size": 8192, "epochs": 25, "warmup_epochs": 2.5, "nesterov": True}
 PROBLEMS = {
     "digits": Problem(
-        TrainConfig(
-            dataset="digits", width=0.125, dropout=0.25, batch_size=512, epochs=40, warmup_epochs=4, weight_decay=0.0
-        ),
-        target=0.9,
-        holdout=0.2,
+        TrainConfig(width=0.125, dropout=0.25, batch_size=512, epochs=40, warmup_epochs=4, weight_decay=0.0),
+        methods=("sgd", "lars", "mclr", "percent_delta", "cblr"),
+        trials=6,
         tune_seeds=2,
-        race_seeds=2,
-        lowest=dict(zip(METHODS, (0.005, 0.002, 0.0001, 0.004, 0.001, 0.001), strict=True)),
+        holdout=0.2,
+        seeds=2,
     ),
-    "cifar10": Problem(
-        TrainConfig(dataset="cifar10", width=0.125, dropout=0.25, batch_size=1024, epochs=5, warmup_epochs=0.5),
-        target=0.5,
-        holdout=0.1,
+    "alexnet": Problem(
+        TrainConfig(dataset="cifar10", width=0.1875, hidden=256, dropout=0.0, **RACE),
+        methods=METHODS,
+        trials=10,
         tune_seeds=1,
-        race_seeds=2,
-        lowest=dict(zip(METHODS, (0.01, 0.002, 0.0002, 0.004, 0.002, 0.001), strict=True)),
+        holdout=0.1,
+        seeds=5,
+        least_steps=60,
+    ),
+    "resnet18": Problem(
+        TrainConfig(dataset="cifar10", model="resnet18", width=0.0625, **RACE),
+        methods=METHODS,
+        trials=10,
+        tune_seeds=1,
+        holdout=0.1,
+        seeds=3,
+        least_steps=60,
     ),
 }
 
 
-def load_tuned(path: Path) -> dict[str, Any]:
-    """The results of `tune`, by problem; none if there is no file.
-
-    Raises:
-        UsageError: if the file holds something else.
-        RunError: if it cannot be read.
-    """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        for problem in results.values():
-            for method in problem["methods"].values():
-                float(method["best"]), [float(trial["learning_rate"]) for trial in method["trials"]]
-            problem["settings"]["seeds"]
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise RunError(f"cannot read {path} ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise UsageError(f"{path} does not hold the results of tune: remove it, or give another --file") from None
-    return results
-
-
-def tuned_learning_rate(problem: str, optimizer: str) -> float | None:
-    """The best learning rate of a method on a problem's committed grid, or None if it was not tuned there."""
-    try:
-        return load_tuned(TUNED_FILE)[problem]["methods"][optimizer]["best"]
-    except KeyError:
-        return None
+def committed() -> Iterator[tuple[str, dict[str, Any], dict[str, float]]]:
+    """The committed results: the name of each, its settings, and the best learning rate of each method."""
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        settings, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        trials = [row for row in rows if row["kind"] == "trial"]
+        of = lambda method, trials=trials: [trial for trial in trials if trial["method"] == method]
+        yield path.stem, settings, {row["method"]: best(of(row["method"]))["learning_rate"] for row in trials}
 
 
 def default_learning_rate(config: TrainConfig) -> tuple[float, str]:
-    """The learning rate for a configuration that states none, and the problem on which it was tuned.
+    """The learning rate for a configuration that states none, and the results in which it was the best.
 
     Raises:
         UsageError: if the method was tuned on no problem at all.
     """
-    # First the problem with this data set; then CIFAR-10, the nearer to any other photographs; then any.
-    names = sorted(PROBLEMS, key=lambda name: (name != config.dataset, name != "cifar10"))
-    for name in names:
-        if rate := tuned_learning_rate(name, config.optimizer):
-            return rate, name
+    # First those of this data set; then of CIFAR-10, the nearer to any other photographs; then any.
+    order = lambda of: (
+        of[1]["dataset"] != config.dataset,
+        of[1]["dataset"] != "cifar10",
+        of[1]["model"] != config.model,
+    )
+    for name, _, rates in sorted(committed(), key=order):
+        if config.optimizer in rates:
+            return rates[config.optimizer], name
     raise UsageError(f"--optimizer {config.optimizer} has not been tuned: give its --learning-rate")

@@ -1,93 +1,246 @@
-"""The race: one network, one set of images, batches, schedule, momentum and seeds; only the radius differs."""
+"""The race: every method is tuned alike on held-out images, then run by several seeds and judged on the test images.
+
+What is known is one file of JSON lines, written whole after every run: the settings, the trials of the tuning, the
+runs. The table, the page and the plot follow from it alone.
+"""
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
 
 import curvax
-from experiments import plots, records
-from experiments.commands import RaceConfig, TuneConfig
+from experiments import data, methods, models, plots, problems, records
+from experiments.commands import RUNS, RaceConfig
+from experiments.config import TrainConfig
 from experiments.console import TrainingBars, say, show_table
 from experiments.errors import UsageError
+from experiments.figures import statistics as intervals
 from experiments.figures.base import count
 from experiments.figures.first_step import first_step
 from experiments.options import line
-from experiments.problems import GRID_POINTS, PROBLEMS, tuned_learning_rate
+from experiments.problems import PROBLEMS
+from experiments.records import Record, where
 from experiments.runs import Runner
-from experiments.train import Outcome, outcome
+from experiments.search import CLOSE, SEARCHES, best, next_trial, octaves
+from experiments.train import outcome
 
-#: Examples of the report that comes before the race.
+# Examples of the report that comes before the race.
 REPORTED = 128
+COLUMNS = ("method", "chosen", "trials", "test accuracy (%)", "final loss", "steps to LARS", "seconds to LARS")
+COLUMNS += ("octaves", "ms/step", "compile (s)", "state / parameters")
 
 
 def race(config: RaceConfig):
-    """Runs a race, or what is left of it; prints the table, and where the records and the plot are."""
-    rates = {method: tuned_learning_rate(config.problem, method) for method in config.methods}
-    if missing := tuple(method for method, rate in rates.items() if rate is None):
-        tune = line("tune", TuneConfig(config.problem, missing, data_dir=config.data_dir, out=config.out))
-        raise UsageError(f"{missing[0]} has no learning rate for {config.problem}: {tune}")
-    changes = {"epochs": config.epochs} if config.epochs else {}
-    problem = PROBLEMS[config.problem].change(data_dir=config.data_dir, out=config.out, **changes)
-    seeds = range(config.seeds or problem.race_seeds)
-    about = (
-        f"{problem.config.describe()}; batch {problem.config.batch_size}, {problem.config.epochs} epochs, of which"
-        f" {problem.config.warmup_epochs:g} of warm-up; {count(len(seeds), 'seed')} (mean and range); every learning"
-        f" rate the best of {GRID_POINTS}."
-    )
-    say(about)
-    # The curvature of the network before it is trained, on a part of a batch.
-    step = first_step(problem.config, REPORTED)
-    print(curvax.report(step.objective(0, REPORTED), step.params))
-    runs = {method: [] for method in rates}
-    with TrainingBars() as bars:
+    """Tunes and runs what is left of a race; shows the table, and writes it as a page with the plot."""
+    problem = PROBLEMS[config.problem]
+    entrants, seeds = config.methods or problem.methods, config.seeds or problem.seeds
+    one, trial = configs(config)
+    settings = {"dataset": one.dataset, "model": one.model, "race": one.changed}
+    results = Results(config, settings | {"tuning": trial.changed, "tune_seeds": problem.tune_seeds})
+    with records.folder(results.path.parent, "--results"), TrainingBars() as bars:
         run = Runner(bars)
-        for method, rate in rates.items():
-            for seed in seeds:
-                one = dataclasses.replace(problem.config, optimizer=method, learning_rate=rate, seed=seed)
-                runs[method].append((one, run(one, f"{method:>13}")))
-    outcomes = {method: [outcome(*one, problem.target) for one in some] for method, some in runs.items()}
-    show(outcomes, problem.target)
-
-    folder = records.new_folder(config.out, f"race-{config.problem}")
-    rows = [{"kind": "config", "problem": config.problem, "learning_rates": rates, **problem.config.as_dict()}]
-    rows += [{"method": m, "seed": one.seed, **row} for m, some in runs.items() for one, own in some for row in own]
-    rows += [{"kind": "outcome", **result._asdict()} for some in outcomes.values() for result in some]
-    records.write(folder / "race.jsonl", "".join(map(records.line, rows)))
-    epochs = [row for row in rows if row["kind"] == "epoch"]
-    labels = {method: f"{method} ({rate:g})" for method, rate in rates.items()}
-
-    def draw(panels, rows):
-        accuracy, loss = ("test_accuracy", "test accuracy (%)"), ("loss", "training loss (nats per image)")
-        plots.lines(panels[0], rows, ("method", labels), "step", accuracy, 100)
-        panels[0].set_ylim(0, 100)
-        plots.lines(panels[1], rows, ("method", labels), "step", loss)
-        plots.plain_log(panels[1])
-
-    plots.save(draw, 2, epochs, "The race, each method at its learning rate", about, folder / "race.png")
-    say(f"records: {folder / 'race.jsonl'}\nplot:    {folder / 'race.png'}")
+        for method in () if config.like else entrants:
+            while point := next_trial(SEARCHES[method], results.trials(method), problem.trials):
+                tune(method, point, trial, problem.tune_seeds, results, run)
+        chosen = {method: choice(method, results.trials(method)) for method in entrants}
+        if not where(results.rows, kind="run"):
+            # The curvature of the network before it is trained, on a part of a batch.
+            step = first_step(one, REPORTED)
+            print(curvax.report(step.objective(0, REPORTED), step.params))
+        for method in entrants:
+            for seed in range(seeds):
+                if not where(results.rows, kind="run", method=method, seed=seed, **chosen[method]):
+                    own = dataclasses.replace(one, optimizer=method, seed=seed, **chosen[method])
+                    row = outcome(run(own, f"{method:>13}, seed {seed}"))
+                    results.add({"kind": "run", "method": method, "seed": seed, **chosen[method], **row, **memory(own)})
+        show(config, results, entrants, seeds, about(one, trial, seeds, problem))
 
 
-def show(outcomes: Mapping[str, Sequence[Outcome]], target: float):
-    """One row per method: means over its seeds, and medians of its times."""
-    first = "sgd" if "sgd" in outcomes else next(iter(outcomes))
-    seconds = {method: statistics.median(run.step_seconds for run in runs) for method, runs in outcomes.items()}
-    columns = ("method", "learning rate", "final loss", "test accuracy (%)", f"steps to {target:.0%}")
-    columns += ("ms/step", f"ratio to {first}", "compile (s)")
-    rows = []
-    for method, runs in outcomes.items():
-        steps = [run.steps_to_target for run in runs]
-        results = [
-            spread([run.loss for run in runs], ".3f"),
-            spread([100 * run.test_accuracy for run in runs], ".1f"),
-            "not reached" if None in steps else spread(steps, ".0f"),
-        ]
-        times = [f"{1000 * seconds[method]:.0f}", f"{seconds[method] / seconds[first]:.2f}"]
-        compiling = f"{max(run.compile_seconds for run in runs):.1f}"
-        rows.append([method, f"{runs[0].learning_rate:g}", *results, *times, compiling])
-    show_table(columns, rows, caption="mean ± half the range over the seeds; ms/step: median, compilation apart")
+def configs(config: RaceConfig) -> tuple[TrainConfig, TrainConfig]:
+    """Of the runs, and of the trials, which hold some training images out; both but for the method."""
+    problem = PROBLEMS[config.problem]
+    changes = {"dataset": config.dataset or problem.config.dataset, "data_dir": config.data_dir, "out": config.out}
+    images = dataclasses.replace(problem.config, batch_size=1, **changes)
+    number, kept = (len(data.load(dataclasses.replace(images, holdout=h)).train) for h in (0.0, problem.holdout))
+    if config.batch_size and config.batch_size > number:
+        raise UsageError(f"--batch-size {config.batch_size} exceeds the {number} training images of {images.dataset}")
+    one = problem.settled(config.batch_size, config.epochs, number, **changes)
+    epochs = config.tune_epochs or config.epochs
+    return one, problem.settled(one.batch_size, epochs, kept, holdout=problem.holdout, **changes)
+
+
+class Results:
+    """The file of a race: its rows but for the settings, which must be those that are asked for."""
+
+    def __init__(self, config: RaceConfig, settings: Record):
+        self.path = (config.results or config.out / "race") / f"{name(config)}.jsonl"
+        self._settings = {"kind": "settings", "command": command(config), "like": config.like, **settings}
+        self.rows = read(self.path, self._settings) if self.path.exists() else []
+        shared = problems.RESULTS / self.path.name
+        if not self.path.exists() and shared.exists():
+            # Who races for themselves need not tune anew.
+            with_same = [row for row in read(shared, self._settings, strict=False) if row["kind"] == "trial"]
+            self.rows = with_same
+        if config.like:
+            self.rows = [row for row in self.rows if row["kind"] == "run"]
+            others = problems.RESULTS / f"{config.like}.jsonl"
+            self.rows += [row for row in records.read(others) if row["kind"] == "trial"]
+
+    def trials(self, method: str) -> list[Record]:
+        """Those of a method."""
+        return where(self.rows, kind="trial", method=method)
+
+    def add(self, row: Record):
+        """Adds a row, and writes the file whole or not at all."""
+        self.rows.append(row)
+        records.write(self.path, "".join(map(records.line, (self._settings, *self.rows))))
+
+
+def command(config: RaceConfig) -> str:
+    """What to type, wherever the images and the runs are."""
+    return line("race", dataclasses.replace(config, data_dir=None, out=RUNS))
+
+
+def name(config: RaceConfig) -> str:
+    """Of the files of a race."""
+    problem = PROBLEMS[config.problem]
+    dataset = config.dataset if config.dataset != problem.config.dataset else None
+    return "-".join(filter(None, (config.problem, dataset, str(config.batch_size or problem.config.batch_size))))
+
+
+def read(path: Path, settings: Record, strict: bool = True) -> list[Record]:
+    """The rows of a file, if it is of a race with these settings; else none, or if `strict` a UsageError."""
+    first, *rows = records.read(path) or [{}]
+    if all(first.get(key) == settings[key] for key in settings.keys() - {"command"}):
+        return rows
+    if strict:
+        raise UsageError(f"{path} is not of a race with these settings: remove it, or give another --results")
+    return []
+
+
+def tune(method: str, point: tuple[float, float], trial: TrainConfig, seeds: int, results: Results, run: Runner):
+    """One trial."""
+    chosen = dict(zip(("learning_rate", SEARCHES[method].other), point, strict=True))
+    label = f"{method:>13} {point[0]:<8g}"
+    ends = []
+    for seed in range(seeds):
+        ends.append(outcome(run(dataclasses.replace(trial, optimizer=method, seed=seed, **chosen), label)))
+    accuracy, loss = (statistics.fmean(end[key] for end in ends) for key in ("test_accuracy", "loss"))
+    row = {**chosen, "accuracy": round(accuracy, 4), "loss": round(loss, 4) if loss < 1e30 else None}
+    results.add({"kind": "trial", "method": method, **row})
+    say(f"{method} at {said(chosen)}: {accuracy:.2%} of the held-out images right")
+
+
+def choice(method: str, trials: Sequence[Record]) -> Record:
+    """The hyper-parameters that did best."""
+    if not trials:
+        raise UsageError(f"{method} was not tuned there: leave --like out")
+    chosen = best(trials)
+    return {key: chosen[key] for key in ("learning_rate", SEARCHES[method].other)}
+
+
+def said(chosen: Record) -> str:
+    """Hyper-parameters in words."""
+    return ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in chosen.items())
+
+
+def memory(config: TrainConfig) -> Record:
+    """The bytes of an optimizer's state, as a multiple of those of the parameters."""
+    classes = data.load(config).num_classes
+    params = models.build(config, classes, jax.random.key(0))[1]
+    state = jax.eval_shape(methods.make(config, 0.0, jax.random.key(0)).init, params)
+    size = lambda tree: sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if np.issubdtype(x.dtype, np.number)
+    )
+    return {"state": round(size(state) / size(params), 3)}
+
+
+def about(one: TrainConfig, trial: TrainConfig, seeds: int, problem: problems.Problem) -> str:
+    """What was held fixed, in words."""
+    return (
+        f"{one.describe()}; batch {one.batch_size}, {one.epochs} epochs, of which {one.warmup_epochs:g} of warm-up;"
+        f" {count(seeds, 'seed')} (mean, and 95 % interval of Student's t). Every method had {problem.trials} trials of"
+        f" {trial.epochs} epochs over its learning rate and the other value shown, judged on {trial.holdout:.0%} of the"
+        " training images, and more only while the best rate was at an edge."
+    )
+
+
+def table(rows: Sequence[Record], entrants: Sequence[str], seeds: int) -> list[list[str]]:
+    """A row for each method."""
+    of = {method: [run for run in where(rows, kind="run", method=method) if run["seed"] < seeds] for method in entrants}
+    target = statistics.fmean(run["test_accuracy"] for run in of["lars"]) if "lars" in of else None
+    cells = []
+    for method, runs in of.items():
+        trials, seconds = where(rows, kind="trial", method=method), statistics.median(r["step_seconds"] for r in runs)
+        steps = [None if target is None else steps_to(run, target) for run in runs]
+        reached = None if None in steps else statistics.fmean(steps)
+        search = SEARCHES[method]
+        cells.append(
+            [
+                method,
+                said({key: runs[0][key] for key in ("learning_rate", search.other)}),
+                str(len(trials)),
+                spread([100 * run["test_accuracy"] for run in runs], ".1f"),
+                spread([np.inf if run["loss"] is None else run["loss"] for run in runs], ".3f"),
+                "-" if reached is None else f"{reached:.0f}",
+                "-" if reached is None else f"{reached * seconds:.0f}",
+                f"{octaves(search, trials):.1f}",
+                f"{1000 * seconds:.0f}",
+                f"{max(run['compile_seconds'] for run in runs):.0f}",
+                f"{runs[0]['state']:.2f}",
+            ]
+        )
+    return cells
+
+
+def steps_to(run: Record, accuracy: float) -> int | None:
+    """Steps until the end of the first epoch with this test accuracy."""
+    return next((step for step, reached in run["curve"] if reached >= accuracy), None)
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """`mean ± half the range`, or the one value."""
-    mean = format(statistics.fmean(values), form)
-    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:{form}}"
+    """`mean ± half its 95 % interval`, as far as there is one."""
+    mean = intervals.mean(values)
+    half = (mean.high - mean.low) / 2
+    return f"{mean.value:{form}}" + (f" ± {half:{form}}" if np.isfinite(half) else "")
+
+
+def show(config: RaceConfig, results: Results, entrants: Sequence[str], seeds: int, about: str):
+    """The table on the screen and on a page, beside the plot."""
+    rows = table(results.rows, entrants, seeds)
+    note = (
+        "Steps and seconds to LARS: until its mean final accuracy is reached at the end of an epoch. Octaves of"
+        f" learning rate within {100 * CLOSE:g} points of the best trial. Seconds leave compilation out."
+    )
+    show_table(COLUMNS, rows, text=(0, 1), caption=f"{about} {note}")
+    curves = []
+    for run in where(results.rows, kind="run"):
+        for step, accuracy in run["curve"] if run["seed"] < seeds else ():
+            place = {"step": step, "seconds": step * run["step_seconds"], "test_accuracy": accuracy}
+            curves.append({"method": run["method"], "seed": run["seed"], **place})
+
+    def draw(panels, rows):
+        labels, accuracy = {method: method for method in entrants}, ("test_accuracy", "test accuracy (%)")
+        for panel, below in zip(panels, ("step", "seconds"), strict=True):
+            plots.lines(panel, rows, ("method", labels), below, accuracy, 100)
+
+    title = f"The race: {name(config)}"
+    picture, page = results.path.with_suffix(".png"), results.path.with_suffix(".md")
+    plots.save(draw, 2, curves, title, about, picture)
+    lines = [f"# {title}", "", f"`{command(config)}`", "", about, "", *markdown(COLUMNS, rows), "", note, ""]
+    lines += [
+        f"![Accuracy against steps and seconds]({picture.name})",
+        "",
+        f"Numbers: [{results.path.name}]({results.path.name}).",
+    ]
+    records.write(page, "\n".join(lines) + "\n")
+    say(f"records: {results.path}\npage:    {page}\nplot:    {picture}")
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]

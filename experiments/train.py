@@ -8,13 +8,12 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from experiments.errors import Diverged
 from experiments.records import Record
 
 if TYPE_CHECKING:
-    from experiments.config import TrainConfig
     from experiments.step import Stepper, TrainState
 
 # One refresh of `cblr`'s curvature with its default interval falls into every window of this many steps.
@@ -107,29 +106,16 @@ def refuse_divergence(record: Record):
         raise Diverged(f"the loss is {loss} at step {record['step']}: try a smaller --learning-rate")
 
 
-class Outcome(NamedTuple):
-    """One run, in its last epoch; if it diverged, with infinite losses and an accuracy of 0."""
+def outcome(records: Sequence[Record]) -> Record:
+    """What a race keeps of a run; one that diverged ends with an infinite loss and an accuracy of 0.
 
-    method: str
-    learning_rate: float
-    seed: int
-    loss: float
-    test_loss: float
-    test_accuracy: float
-    # Until the target accuracy was first seen at the end of an epoch, if ever.
-    steps_to_target: int | None
-    step_seconds: float
-    # What the steps that compiled took longer than the others.
-    compile_seconds: float
-
-
-def outcome(config: "TrainConfig", records: Sequence[Record], target: float) -> Outcome:
-    """Reads an outcome off the records of a run; one that diverged does not end with an epoch."""
+    `curve` has the steps and the test accuracy at the end of every epoch, `compile_seconds` what the steps that
+    compiled took longer than the others.
+    """
     steps, epochs = ([record for record in records if record["kind"] == kind] for kind in ("step", "epoch"))
-    reached = (record["step"] for record in epochs if record["test_accuracy"] >= target)
-    diverged = {"loss": float("inf"), "test_loss": float("inf"), "test_accuracy": 0.0}
-    last = records[-1] if records[-1]["kind"] == "epoch" else diverged
+    last = epochs[-1] if records[-1]["kind"] == "epoch" else {"loss": math.inf, "test_accuracy": 0.0}
     typical = step_seconds(steps)
     compiling = sum(max(0.0, step["seconds"] - typical) for step in steps if step["compiled"])
-    about, ends = (config.optimizer, config.learning_rate, config.seed), [last[name] for name in diverged]
-    return Outcome(*about, *ends, next(reached, None), typical, compiling)
+    ends = {"loss": last["loss"], "test_accuracy": last["test_accuracy"]}
+    times = {"step_seconds": round(typical, 5), "compile_seconds": round(compiling, 2)}
+    return {**ends, **times, "curve": [[epoch["step"], epoch["test_accuracy"]] for epoch in epochs]}

@@ -25,7 +25,7 @@ LONG = "x" * 300
 
 # What is typed after `python -m experiments`, and some of what is answered.
 REFUSED = f"""
-sprint | 'sprint' is no command: give one of race, tune, train, bench, figure, report
+sprint | 'sprint' is no command: give one of race, train, bench, figure, report
 --seeds 3 | is no command
 Train | is no command
 train --optimizer adamax | --optimizer: invalid choice: 'adamax'
@@ -137,20 +137,18 @@ train --dataset cifar10/foo | --dataset cifar10/foo cannot be used
 train --dataset lsun | needs the features image and label
 train --dataset cifar10 --data-dir /nowhere | --data-dir /nowhere is not a folder
 train --dataset cifar10 --data-dir file | --data-dir file is not a folder
-race --problem mnist | invalid choice: 'mnist'
-race --methods | --methods: expected at least one argument
-race --methods sgd adam | invalid choice: 'adam'
-race --methods sgd sgd | --methods: sgd is given more than once
-race --methods lamb | tune --methods lamb
-race --methods lamb --out there --data-dir here | --methods lamb --data-dir here --out there
-race --seeds 0 | --seeds must be above 0
-race --seeds {10**30} | at most 1000
-race --epochs 0 | --epochs must be above 0
-race --problem cifar10 | tune --problem cifar10
-tune --problem digits --methods lars lars | given more than once
-tune --file file | does not hold the results of tune
-tune --file README.md | does not hold the results of tune
-tune --file list.json | does not hold the results of tune
+race | required: {{digits,alexnet,resnet18}}
+race mnist | invalid choice: 'mnist'
+race digits --methods | --methods: expected at least one argument
+race digits --methods sgd adam | invalid choice: 'adam'
+race digits --methods sgd sgd | --methods: sgd is given more than once
+race digits --seeds 0 | --seeds must be above 0
+race digits --seeds {10**30} | at most 1000
+race digits --epochs 0 | --epochs must be above 0
+race digits --batch-size 2000 | --batch-size 2000 exceeds the 1437 training images of digits
+race alexnet --dataset ../x | --dataset takes
+race digits --results other | digits-512.jsonl is not of a race with these settings
+race digits --like digits-512 --methods lamb | lamb was not tuned there
 bench | the following arguments are required: {{optimizers,curvature,losses
 bench speed | invalid choice: 'speed'
 bench optimizers --repeats 0 | --repeats must be above 0
@@ -185,7 +183,7 @@ figure 15 --results file/x | give another --results
 report --results odd --preset cpu | python -m experiments figure 3 --preset cpu --results odd
 report --results odder | is damaged
 report --results oddest | cannot read
-tune --file empty | cannot read empty
+race digits --like nothing | cannot read
 """.strip().splitlines()
 
 
@@ -194,8 +192,9 @@ def place(tmp_path, monkeypatch):
     """A working folder with what can be in the way."""
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "README.md").write_text("# no JSON")
-    (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "link").symlink_to("nowhere/at/all")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/digits-512.jsonl").write_text('{"kind": "settings"}\n')
     for name in ("empty", "odd", "odder", "oddest", "oddest/figure-03.jsonl", "damaged/cifar10/3.0.2"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "odd" / "figure-03.jsonl").write_text(json.dumps({"number": 3, "settings": ""}) + "\n")
@@ -334,10 +333,9 @@ def test_help_and_refusals_import_nothing_that_takes_time():
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_configuration_is_the_command_that_gives_it(name):
     kind = COMMANDS[name][0]
-    first = {"bench": ["estimators"], "figure": ["3", "16"]}.get(name, [])
+    first = {"race": ["alexnet"], "bench": ["estimators"], "figure": ["3", "16"]}.get(name, [])
     changed = {
         "race": ["--methods", "sgd", "--seeds", "3", "--out", "my [red] runs"],
-        "tune": ["--again", "--file", "x.json"],
         "train": [
             "--no-augment",
             "--checkpoint-seconds",
