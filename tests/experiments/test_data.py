@@ -49,26 +49,26 @@ def test_shuffle_is_a_permutation_that_depends_on_its_key():
 
 
 def test_augmentation_crops_and_mirrors():
-    images = jax.random.uniform(jax.random.key(0), (64, 6, 6, 3), minval=0.5)
+    images = jax.random.uniform(jax.random.key(0), (64, 16, 16, 3), minval=0.5)
     positions = jnp.arange(64)
     augmented = np.asarray(augment(jax.random.key(1), positions, images, flips=True))
-    padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
     found, mirrored, offsets = 0, 0, set()
     for before, after in zip(padded, augmented, strict=True):
-        for row in range(9):
-            for column in range(9):
-                crop = before[row : row + 6, column : column + 6]
+        for row in range(5):
+            for column in range(5):
+                crop = before[row : row + 16, column : column + 16]
                 for flip in (False, True):
                     if np.array_equal(crop[:, ::-1] if flip else crop, after):
                         found, mirrored = found + 1, mirrored + flip
                         offsets.add((row, column))
     assert found == 64
     assert 16 < mirrored < 48
-    assert {row for row, _ in offsets} == {column for _, column in offsets} == set(range(9))
+    assert {row for row, _ in offsets} == {column for _, column in offsets} == set(range(5))
 
 
 def test_augmentation_of_an_image_depends_on_its_position_alone():
-    images = jax.random.uniform(jax.random.key(0), (64, 6, 6, 3))
+    images = jax.random.uniform(jax.random.key(0), (64, 16, 16, 3))
     whole = augment(jax.random.key(1), jnp.arange(64), images, flips=True)
     half = augment(jax.random.key(1), jnp.arange(32, 64), images[32:], flips=True)
     np.testing.assert_array_equal(whole[32:], half)
