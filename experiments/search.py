@@ -48,8 +48,8 @@ def next_trial(search: Search, trials: Sequence[Trial], budget: int) -> tuple[fl
     """
     tried = {(trial["learning_rate"], trial[search.other]): trial["accuracy"] for trial in trials}
     start = [(search.rate * OCTAVE**k, search.values[0]) for k in range(FIRST)]
-    if missing := [point for point in start if point not in tried]:
-        return missing[0]
+    if len(trials) < FIRST:
+        return next(point for point in start if point not in tried)
     chosen = best(trials)
     rate, value = chosen["learning_rate"], chosen[search.other]
     beside = [(rate * OCTAVE, value), (rate / OCTAVE, value)]
