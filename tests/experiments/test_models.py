@@ -100,3 +100,13 @@ def test_batch_norm_differs_between_training_and_judging():
     np.testing.assert_allclose(after["norm"]["mean"], 0.1 * stem.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
     _, unchanged = apply(definition, params, stats, images)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), unchanged, stats))
+
+
+@pytest.mark.parametrize(("side", "stride"), [(1, 1), (2, 1), (2, 2), (5, 2)])
+def test_a_convolution_of_tiny_images_is_jaxs(side, stride):
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, side, side, 4), (3, 3, 4, 6)))
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    ours = models.convolve(x, kernel, (stride, stride), ((1, 1), (1, 1)), **options)
+    theirs = jax.lax.conv_general_dilated(x, kernel, (stride, stride), ((1, 1), (1, 1)), **options)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
