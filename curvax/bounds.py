@@ -16,18 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax.order_statistics import population_size
-from curvax.radii import Arrays, Leaves, Rule, Scalar, TreeRule, root_mean_square, root_mean_squares
+from curvax.radii import Leaves, Rule, Scalar, TreeRule, together
+from curvax.sums import squares, squares_and_moving, totals
 from curvax.varying import AxisName
 from curvax.wide import (
     Wide,
     append,
     cast,
+    concatenate,
+    factors,
     least,
     norm,
     product_of,
     quotient,
+    root,
     select,
-    stack,
     take,
     times,
     to_float,
@@ -94,13 +97,16 @@ def bounded(rule: Rule, trust_coefficient: Scalar, follow_all: bool, axis_name: 
     def radii(layers: Sequence[tuple[Leaves, Leaves]]):
         measured = [measured for measured, _ in layers if measured.w]
         radius, size = wide(jnp.ones(1)), wide(jnp.zeros(1))
+        slopes = []
         if measured:
-            kernels, radius = with_radius(_measured(measured, axis_name), stack([rule(x, x)[0] for x in measured]))
+            kernels, own = _measured(rule, measured, axis_name)
+            kernels, radius = with_radius(kernels, own)
             radius_of_all, size_of_all = _together(kernels, radius, follow_all)
             # NaN is not zero, and stays.
             is_zero = kernels.size.value == 0
             radius = append(select(is_zero, radius_of_all, radius), radius_of_all)
             size = append(select(is_zero, size_of_all, kernels.size), size_of_all)
+            slopes = [kernels.slope]
         # The last entry is for what follows no kernel.
         places, kernel = [], 0
         for of_layer, scaled in layers:
@@ -109,30 +115,42 @@ def bounded(rule: Rule, trust_coefficient: Scalar, follow_all: bool, axis_name: 
         leaves = [g for _, scaled in layers for g in scaled.g]
         # A kernel's own slope is known.
         known = {id(x.g[0]): i for i, x in enumerate(measured) if len(x.g) == 1}
-        slopes = [
-            take(kernels.slope, known[id(g)]) if id(g) in known else root_mean_square([g], axis_name) for g in leaves
-        ]
-        slopes = stack(slopes)
+        others = [g for g in leaves if id(g) not in known]
+        slopes += [_slopes(others, axis_name)] if others else []
+        others = iter(range(len(measured), len(measured) + len(others)))
+        slopes = take(concatenate(slopes), [known[id(g)] if id(g) in known else next(others) for g in leaves])
         radius, size = (cast(take(x, places), slopes.value.dtype) for x in (radius, size))
-        # Else XLA computes the vector anew in the loop of every leaf.
-        found = jax.lax.optimization_barrier(_at_most(radius, longest(size), slopes))
-        each = iter([cast(take(found, i), jnp.finfo(g.dtype).dtype) for i, g in enumerate(leaves)])
+        found = _at_most(radius, longest(size), slopes)
+        dtypes = [jnp.finfo(g.dtype).dtype for g in leaves]
+        found = {dtype: factors(cast(found, dtype)) for dtype in dict.fromkeys(dtypes)}
+        each = iter([take(found[dtype], i) for i, dtype in enumerate(dtypes)])
         return [[next(each) for _ in scaled.g] for _, scaled in layers]
 
     return radii
 
 
-def _measured(kernels: Sequence[Leaves], axis_name: AxisName) -> _Kernels:
-    size, slope = map(stack, zip(*(root_mean_squares(x.w, x.g, axis_name) for x in kernels), strict=True))
-    count = np.array([max(population_size(x.w, axis_name), 1) for x in kernels])
-    moving = jnp.stack([_moving(x.g, axis_name) for x in kernels]).astype(size.value.dtype)
-    return _Kernels(size, slope, moving, jnp.asarray(count, size.value.dtype))
+def _measured(rule: Rule, kernels: Sequence[Leaves], axis_name: AxisName) -> tuple[_Kernels, Wide]:
+    """What is known of all kernels, and their radii by the rule."""
+
+    def of_kind(layers: Sequence[Leaves]):
+        pairs = [list(zip(x.w, x.g, strict=True)) for x in layers]
+        return (*totals(squares_and_moving, pairs, axis_name), rule(layers))
+
+    size, slope, moving, own = together(of_kind, kernels)
+    counts = [population_size(x.w, axis_name) for x in kernels]
+    size, slope = (_root_mean(x, counts) for x in (size, slope))
+    return _Kernels(size, slope, moving.value, jnp.asarray(np.maximum(counts, 1), size.value.dtype)), own
 
 
-def _moving(g: Arrays, axis_name: AxisName) -> jax.Array:
-    """How many entries have a gradient."""
-    total = sum(jnp.sum(x != 0, dtype=jnp.float32) for x in g)
-    return total if axis_name is None else jax.lax.psum(total, axis_name)
+def _slopes(leaves: Sequence[jax.Array], axis_name: AxisName) -> Wide:
+    """The root mean square of each."""
+    of_kind = lambda layers: totals(squares, [[(x.g[0],)] for x in layers], axis_name)
+    (found,) = together(of_kind, [Leaves((), [g], ()) for g in leaves])
+    return _root_mean(found, [population_size(g, axis_name) for g in leaves])
+
+
+def _root_mean(squared: Wide, counts: Sequence[int]) -> Wide:
+    return root(Wide(squared.value / jnp.asarray(np.maximum(counts, 1), squared.value.dtype), squared.exponent))
 
 
 def _together(kernels: _Kernels, radius: Wide, follow_all: bool) -> tuple[Wide, Wide]:

@@ -97,6 +97,37 @@ def is_local(x: Any) -> bool:
     return not is_automatic and all(axis is None for axis in sharding.spec)
 
 
+def stacks(
+    populations: Sequence[Sequence[Sequence[jax.Array]]], most: int = 1024
+) -> tuple[list[tuple[list[int], list[jax.Array]]], list[int]]:
+    """Small populations as rows of matrices, filled up with zeros: what is done to many of them compiles once.
+
+    Args:
+      populations: each as columns, which are sequences of arrays; those of a population have the same shapes.
+      most: how many numbers a small population has at most.
+
+    Returns:
+      Which populations are in a stack, and the stack of each column; and which others there are.
+    """
+    widths: dict[int, list[int]] = {}
+    for i, columns in enumerate(populations):
+        if population_size(columns[0]) <= most and all(is_local(x) for column in columns for x in column):
+            # A power of two: networks have layers of many sizes.
+            widths.setdefault(1 << max(population_size(columns[0]) - 1, 0).bit_length(), []).append(i)
+
+    def stacked(rows, width):
+        filling = [np.zeros(width - population_size(row), row[0].dtype) for row in rows]
+        parts = [[*(x.reshape(-1) for x in row), rest] for row, rest in zip(rows, filling, strict=True)]
+        return jnp.concatenate([x for row in parts for x in row if x.size]).reshape(-1, width)
+
+    found = [
+        (members, [stacked(rows, width) for rows in zip(*(populations[i] for i in members), strict=True)])
+        for width, members in widths.items()
+    ]
+    chosen = {i for members in widths.values() for i in members}
+    return found, [i for i in range(len(populations)) if i not in chosen]
+
+
 def _word(dtype: np.dtype) -> np.dtype:
     return np.dtype(f"int{jnp.finfo(dtype).bits}")
 

@@ -16,7 +16,7 @@ from curvax.layers import Layers, group, path_name
 from curvax.sums import squares, totals
 from curvax.trees import leaves_like, statistics_dtype
 from curvax.varying import AxisName
-from curvax.wide import Wide, cast, normal, plus, times, to_float, wide
+from curvax.wide import Wide, cast, normal, plus, take, times, to_float, wide
 
 
 class NoiseScale(NamedTuple):
@@ -282,4 +282,4 @@ def squared_norm(grads: Any, axis_name: AxisName = None) -> Wide:
     leaves = jax.tree.leaves(grads)
     dtype = jnp.finfo(statistics_dtype(*[x.dtype for x in leaves])).dtype
     columns = [(jnp.abs(x).astype(dtype),) for x in leaves]
-    return totals(squares, columns, axis_name)[0] if columns else wide(jnp.zeros((), dtype))
+    return take(totals(squares, [columns], axis_name)[0], 0) if columns else wide(jnp.zeros((), dtype))

@@ -14,8 +14,8 @@ import numpy as np
 from jax import lax
 
 from curvax.checks import check_number
-from curvax.magnitudes import Population, is_local, magnitude, magnitude_dtype, patterns, population_size, real_rows
-from curvax.selection import SAMPLE, select
+from curvax.magnitudes import Population, magnitude, magnitude_dtype, patterns, population_size, real_rows
+from curvax.selection import select
 from curvax.varying import AxisName
 
 
@@ -74,23 +74,6 @@ def zeros(x: Any, axis_name: AxisName = None) -> jax.Array:
     dtype = count_dtype(population_size(x, axis_name))
     count = functools.reduce(jnp.add, [jnp.sum(leaf == 0, dtype=dtype) for leaf in jax.tree.leaves(x)])
     return count if axis_name is None else lax.psum(count, axis_name)
-
-
-def medians(*populations: Any, axis_name: AxisName = None, without: jax.Array | None = None) -> tuple[jax.Array, ...]:
-    """`median` of each of several populations that have the same shapes and dtypes.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from curvax.order_statistics import medians
-        >>> [float(m) for m in medians(jnp.array([1., -5., 3.]), jnp.array([4., 2., 0.]))]
-        [3.0, 2.0]
-    """
-    middle = functools.partial(median, axis_name=axis_name, without=without)
-    leaves = jax.tree.leaves(populations)
-    if population_size(populations[0], axis_name) > SAMPLE or not all(map(is_local, leaves)):
-        return tuple(map(middle, populations))
-    # One sort for all: a network of a thousand small layers compiles a fifth faster.
-    return tuple(jax.vmap(middle)(jax.tree.map(lambda *x: jnp.stack(x), *populations)))
 
 
 def quantile(x: Any, q: Any, axis_name: AxisName = None) -> jax.Array:

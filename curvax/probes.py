@@ -182,8 +182,8 @@ def _arrays(layer: Layer, *columns: Sequence[jax.Array]) -> list[list[jax.Array]
 def _measure(g, u, w, quantiles: Sequence[float], axis_name: AxisName) -> tuple[jax.Array, ...]:
     def means(terms, *columns):
         size = max(order_statistics.population_size(g, axis_name), 1)
-        sums = totals(terms, list(zip(*columns, strict=True)), axis_name)
-        return [to_float(Wide(total.value / size, total.exponent)) for total in sums]
+        sums = totals(terms, [list(zip(*columns, strict=True))], axis_name)
+        return [to_float(Wide(total.value[0] / size, total.exponent[0])) for total in sums]
 
     radii = approximate_radii(w, g)
     spread = lower_quantiles(radii, quantiles, axis_name)

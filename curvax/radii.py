@@ -17,11 +17,12 @@ Degenerate layers are dealt with here, once, in `_ratio`: a radius of 0, inf or 
 have to be zero or infinite: radii, and all that leads to them, are wide numbers (see `wide`), and do not overflow. The
 derivative of this 1 is 0. NaN is passed on: it is somebody's bug, and must be seen.
 
-A rule is a function `(measured, scaled) -> radii`: from the leaves on which the layer is measured and those which it
-scales (see `layers`) to one radius for each scaled leaf, a scalar or an array. An entry whose gradient is exactly zero,
-such as those of an embedding's rows that were not looked up and the weights of a dead unit, does not move, and is not
-measured: a rule is given zeros in its place, and does not count it. All sums, counts and sizes run over `axis_name`
-too, the mesh axes (of `shard_map` or `pmap`) that split parameters.
+A rule is a function from the leaves on which layers are measured to their radii: one vector for all, in which layers of
+small arrays are measured together, so that many of them compile as one. `one_for_all` makes of it a rule for a tree,
+from `(measured, scaled)` leaves of each layer (see `layers`) to one radius for each scaled leaf, a scalar or an array.
+An entry whose gradient is exactly zero, such as those of an embedding's rows that were not looked up and the weights of
+a dead unit, does not move, and is not measured: a rule is given zeros in its place, and does not count it. All sums,
+counts and sizes run over `axis_name` too, the mesh axes (of `shard_map` or `pmap`) that split parameters.
 """
 
 import functools
@@ -30,11 +31,33 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from curvax import order_statistics
-from curvax.sums import magnitudes, slopes, squares, totals
-from curvax.varying import AxisName
-from curvax.wide import Wide, cast, greatest, normal, plus, plus_float, quotient, root, select, times, to_float, wide
+from curvax.magnitudes import stacks
+from curvax.selection import SAMPLE
+from curvax.sums import magnitudes_and_moving, slopes, squares_and_moving, totals
+from curvax.varying import AxisName, varies_over
+from curvax.wide import (
+    Factors,
+    Wide,
+    append,
+    cast,
+    concatenate,
+    factors,
+    greatest,
+    normal,
+    plus,
+    plus_float,
+    quotient,
+    root,
+    select,
+    take,
+    times,
+    to_float,
+    total,
+    wide,
+)
 
 Arrays = Sequence[jax.Array]
 Scalar = jax.typing.ArrayLike
@@ -54,17 +77,55 @@ class Leaves(NamedTuple):
     h: Arrays
 
 
-Rule = Callable[[Leaves, Leaves], list[Wide]]
-#: A rule for all layers of a tree at once, where they bear on each other.
-TreeRule = Callable[[Sequence[tuple[Leaves, Leaves]]], list[list[Wide]]]
+#: From layers of one dtype, with one leaf each at least, to the vector of their radii.
+Rule = Callable[[Sequence[Leaves]], Wide]
+#: From the measured and scaled leaves of every layer to a radius for each scaled leaf.
+TreeRule = Callable[[Sequence[tuple[Leaves, Leaves]]], list[list[Wide | Factors]]]
 
 #: A layer with less than this share of the tree's mean curvature has no more of it than float32 has rounding noise.
 NOISE = 1e-4
 
 
-def each(rule: Rule) -> TreeRule:
-    """A rule that looks at every layer by itself."""
+def each(rule: Callable[[Leaves, Leaves], list[Wide]]) -> TreeRule:
+    """A rule that looks at every layer by itself, and gives each scaled leaf an array of radii."""
     return lambda layers: [rule(*layer) for layer in layers]
+
+
+def one_for_all(rule: Rule) -> TreeRule:
+    """A rule that gives all scaled leaves the radius of the measured ones, and 1 where nothing is measured."""
+
+    def radii(layers: Sequence[tuple[Leaves, Leaves]]):
+        found = iter(scalars(rule, [measured for measured, _ in layers if measured.w]))
+        one = lambda scaled: wide(jnp.ones((), jnp.finfo(scaled.w[0].dtype).dtype))
+        return [[next(found) if measured.w else one(scaled)] * len(scaled.w) for measured, scaled in layers]
+
+    return radii
+
+
+def scalars(rule: Rule, layers: Sequence[Leaves]) -> list[Factors]:
+    """The radius of each layer, in its own dtype, and varying over its own axes of a mesh only."""
+    found = {}
+    for members in _kinds(layers):
+        radius = factors(rule([layers[i] for i in members]))
+        found |= {i: take(radius, place) for place, i in enumerate(members)}
+    return [found[i] for i in range(len(layers))]
+
+
+def together(rule: Callable[[Sequence[Leaves]], Sequence[Wide]], layers: Sequence[Leaves]) -> list[Wide]:
+    """Vectors that a rule makes for all layers, of whatever dtypes, in the widest of these."""
+    kinds = _kinds(layers)
+    found = zip(*(rule([layers[i] for i in members]) for members in kinds), strict=True)
+    places = np.argsort(np.concatenate(kinds))
+    return [take(concatenate(column), places) if len(kinds) > 1 else column[0] for column in found]
+
+
+def _kinds(layers: Sequence[Leaves]) -> list[list[int]]:
+    """Which layers are alike in dtype and in the axes of a mesh over which they vary."""
+    kinds = {}
+    for i, layer in enumerate(layers):
+        leaves = jax.tree.leaves(layer)
+        kinds.setdefault((leaves[0].dtype, frozenset().union(*map(varies_over, leaves))), []).append(i)
+    return list(kinds.values())
 
 
 def curvature(damping: Scalar, max_radius: Scalar | None, slope_term: bool | None, axis_name: AxisName) -> TreeRule:
@@ -80,30 +141,42 @@ def curvature(damping: Scalar, max_radius: Scalar | None, slope_term: bool | Non
         return jnp.where(damping == 0 if slope_term is None else slope_term, g, 0)
 
     def radii(layers: Sequence[tuple[Leaves, Leaves]]):
+        kernels = [Leaves((), measured.g, measured.h) for measured, _ in layers if measured.h]
         # Without any measured leaf there is one layer.
-        kernels = [measured for measured, _ in layers if measured.h] or [layers[0][1]]
-        dtype = max((h.dtype for kernel in kernels for h in kernel.h), key=lambda dtype: dtype.itemsize)
-        g, h = ([x for kernel in kernels for x in getattr(kernel, name)] for name in "gh")
-        tree = _mean_curvature(Leaves((), g, [x.astype(dtype) for x in h]), axis_name)
-        own = [_mean_curvature(measured, axis_name) if measured.h else tree for measured, _ in layers]
-        one_leaf = functools.partial(_curvature, tree=tree, damping=damping, max_radius=max_radius)
+        means = _mean_curvatures(kernels or [Leaves((), layers[0][1].g, layers[0][1].h)], axis_name)
+        own = iter(range(len(kernels)))
+        # The last entry is that of the tree.
+        places = [next(own) if measured.h else -1 for measured, _ in layers]
+        least = normal(times(damping, take(means, places)))
+
+        def of_leaf(g: jax.Array, h: jax.Array, layer: int):
+            return _curvature(slope(g), h, cast(take(least, layer), h.dtype), max_radius)
+
         return [
-            [one_leaf(slope(g), h, mean) for g, h in zip(scaled.g, scaled.h, strict=True)]
-            for (_, scaled), mean in zip(layers, own, strict=True)
+            [of_leaf(g, h, i) for g, h in zip(scaled.g, scaled.h, strict=True)] for i, (_, scaled) in enumerate(layers)
         ]
 
     return radii
 
 
 @jax.jit
-def _curvature(g: jax.Array, h: jax.Array, mean: Wide, tree: Wide, damping: Scalar, max_radius: Scalar | None) -> Wide:
+def _curvature(g: jax.Array, h: jax.Array, least: Wide, max_radius: Scalar | None) -> Wide:
     arc = wide(jnp.hypot(jnp.ones_like(g), g))
-    mean = greatest(cast(mean, h.dtype), times(NOISE, cast(tree, h.dtype)))
-    damped = plus(wide(jnp.abs(h)), normal(times(damping, mean)))
-    return _bounded(Wide(arc.value**3, 3 * arc.exponent), damped, max_radius)
+    return _bounded(Wide(arc.value**3, 3 * arc.exponent), plus(wide(jnp.abs(h)), least), max_radius)
 
 
-def approximate(max_radius: Scalar | None) -> Rule:
+@functools.partial(jax.jit, static_argnames="axis_name")
+def _mean_curvatures(layers: Sequence[Leaves], axis_name: AxisName) -> Wide:
+    """The mean of each layer, of no less than `NOISE` times that of the tree; and last that of the tree."""
+
+    sums = lambda kernels: totals(magnitudes_and_moving, [_pairs(x.h, x.g) for x in kernels], axis_name)
+    found, count = together(sums, layers)
+    mean = lambda a, count: Wide(a.value / jnp.maximum(count, 1), a.exponent)
+    tree = mean(total(normal(found)), jnp.sum(count.value))
+    return append(greatest(mean(found, count.value), times(NOISE, tree)), tree)
+
+
+def approximate(max_radius: Scalar | None) -> Callable[[Leaves, Leaves], list[Wide]]:
     """Eq. 17 per parameter: `|w / g|`."""
 
     def radii(measured: Leaves, scaled: Leaves):
@@ -121,12 +194,13 @@ def _approximate(w: jax.Array, g: jax.Array, max_radius: Scalar | None) -> Wide:
 def lars(trust_coefficient: Scalar, eps: Scalar, axis_name: AxisName) -> Rule:
     """Eq. 23: `norm2(w) / (norm2(g) + eps)`."""
     eps = None if isinstance(eps, float | int) and eps == 0 else eps
-    return _one_for_all(functools.partial(_lars, trust=trust_coefficient, eps=eps, axis_name=axis_name))
+    return functools.partial(_lars, trust=trust_coefficient, eps=eps, axis_name=axis_name)
 
 
 @functools.partial(jax.jit, static_argnames="axis_name")
-def _lars(w: Arrays, g: Arrays, trust: Scalar, eps: Scalar | None, axis_name: AxisName) -> Wide:
-    return _ratio(_of_norms, *totals(squares, list(zip(w, g, strict=True)), axis_name), trust, eps)
+def _lars(layers: Sequence[Leaves], trust: Scalar, eps: Scalar | None, axis_name: AxisName) -> Wide:
+    w, g, _ = totals(squares_and_moving, [_pairs(x.w, x.g) for x in layers], axis_name)
+    return _ratio(_of_norms, w, g, trust, eps)
 
 
 def _of_norms(squared_w: Wide, squared_g: Wide, eps: Scalar | None) -> Wide:
@@ -136,33 +210,38 @@ def _of_norms(squared_w: Wide, squared_g: Wide, eps: Scalar | None) -> Wide:
 
 def percent_delta(trust_coefficient: Scalar, axis_name: AxisName) -> Rule:
     """Eq. 24: `n / norm1(g / w)`, where entries with `w = 0` are neither counted nor summed."""
-    return _one_for_all(functools.partial(_percent_delta, trust=trust_coefficient, axis_name=axis_name))
+    return functools.partial(_percent_delta, trust=trust_coefficient, axis_name=axis_name)
 
 
 @functools.partial(jax.jit, static_argnames="axis_name")
-def _percent_delta(w: Arrays, g: Arrays, trust: Scalar, axis_name: AxisName) -> Wide:
-    (total,) = totals(slopes, list(zip(w, g, strict=True)), axis_name)
-    count = _sum([jnp.sum(x != 0) for x in w], axis_name).astype(total.value.dtype)
-    return _ratio(quotient, Wide(count, jnp.int32(0)), total, trust)
+def _percent_delta(layers: Sequence[Leaves], trust: Scalar, axis_name: AxisName) -> Wide:
+    found, count = totals(slopes, [_pairs(x.w, x.g) for x in layers], axis_name)
+    return _ratio(quotient, count, found, trust)
 
 
 def median(trust_coefficient: Scalar, of_ratios: bool, axis_name: AxisName) -> Rule:
     """Eq. 20-22: `median|w| / median|g|`, or the median of the ratios themselves."""
-    rule = _median_of_ratios if of_ratios else _ratio_of_medians
-    return _one_for_all(functools.partial(rule, trust=trust_coefficient, axis_name=axis_name))
+    middle = _median_of_ratios if of_ratios else _two_medians
+    return functools.partial(_median, trust=trust_coefficient, middle=middle, axis_name=axis_name)
 
 
-@functools.partial(jax.jit, static_argnames="axis_name")
-def _ratio_of_medians(w: Arrays, g: Arrays, trust: Scalar, axis_name: AxisName) -> Wide:
+@functools.partial(jax.jit, static_argnames=("middle", "axis_name"))
+def _median(layers: Sequence[Leaves], trust: Scalar, middle: Callable, axis_name: AxisName) -> Wide:
+    stacked, others = stacks([(x.w, x.g) for x in layers], SAMPLE)
+    found = [jax.vmap(lambda w, g: middle([w], [g], axis_name))(*columns) for _, columns in stacked]
+    found += [jax.tree.map(lambda x: x[None], middle(layers[i].w, layers[i].g, axis_name)) for i in others]
+    places = np.argsort([*(i for members, _ in stacked for i in members), *others])
+    return _ratio(quotient, *(take(concatenate(column), places) for column in zip(*found, strict=True)), trust)
+
+
+def _two_medians(w: Arrays, g: Arrays, axis_name: AxisName) -> tuple[Wide, Wide]:
     unmeasured = order_statistics.zeros(g, axis_name)
-    middles = wide(jnp.stack(order_statistics.medians(w, g, axis_name=axis_name, without=unmeasured)))
-    return _ratio(quotient, *(Wide(middles.value[i], middles.exponent[i]) for i in range(2)), trust)
+    return tuple(wide(order_statistics.median(x, axis_name, unmeasured)) for x in (w, g))
 
 
-@functools.partial(jax.jit, static_argnames="axis_name")
-def _median_of_ratios(w: Arrays, g: Arrays, trust: Scalar, axis_name: AxisName) -> Wide:
+def _median_of_ratios(w: Arrays, g: Arrays, axis_name: AxisName) -> tuple[Wide, Wide]:
     middle = _middle_ratio(*([jnp.abs(x) for x in column] for column in (w, g)), axis_name)
-    return _ratio(quotient, middle, wide(jnp.ones_like(middle.value)), trust)
+    return middle, wide(jnp.ones_like(middle.value))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -198,42 +277,8 @@ def _root_of_ratio(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)) / jnp.sqrt(jnp.where(is_zero, 1, y)))
 
 
-def _one_for_all(radius: Callable[[Arrays, Arrays], Wide]) -> Rule:
-    """A rule that gives all scaled leaves the radius of the measured ones, and 1 where nothing is measured."""
-
-    def radii(measured: Leaves, scaled: Leaves):
-        one = jnp.ones((), jnp.finfo(scaled.w[0].dtype).dtype)
-        return [radius(measured.w, measured.g) if measured.w else wide(one)] * len(scaled.w)
-
-    return radii
-
-
-@functools.partial(jax.jit, static_argnames="axis_name")
-def _mean_curvature(leaves: Leaves, axis_name: AxisName) -> Wide:
-    (total,) = totals(magnitudes, [(h,) for h in leaves.h], axis_name)
-    count = _sum([jnp.sum(g != 0) for g in leaves.g], axis_name).astype(total.value.dtype)
-    return Wide(total.value / jnp.maximum(count, 1), total.exponent)
-
-
-@functools.partial(jax.jit, static_argnames="axis_name")
-def root_mean_squares(w: Arrays, g: Arrays, axis_name: AxisName) -> tuple[Wide, Wide]:
-    """Those of two columns of arrays, summed in one pass as `lars` sums them."""
-    size = max(order_statistics.population_size(w, axis_name), 1)
-    sums = totals(squares, list(zip(w, g, strict=True)), axis_name)
-    return tuple(root(Wide(total.value / size, total.exponent)) for total in sums)
-
-
-@functools.partial(jax.jit, static_argnames="axis_name")
-def root_mean_square(x: Arrays, axis_name: AxisName) -> Wide:
-    """The root of the mean square of several arrays taken together."""
-    (total,) = totals(squares, [(leaf,) for leaf in x], axis_name)
-    size = max(order_statistics.population_size(x, axis_name), 1)
-    return root(Wide(total.value / size, total.exponent))
-
-
-def _sum(parts: Sequence[jax.Array], axis_name: AxisName) -> jax.Array:
-    total = functools.reduce(jnp.add, parts)
-    return total if axis_name is None else jax.lax.psum(total, axis_name)
+def _pairs(x: Arrays, y: Arrays) -> list[tuple[jax.Array, jax.Array]]:
+    return list(zip(x, y, strict=True))
 
 
 def _bounded(numerator: Wide, denominator: Wide, max_radius: Scalar | None) -> Wide:

@@ -1,8 +1,8 @@
 """Sums of terms of any size, which neither overflow nor vanish where the result does not.
 
-The terms are summed three times: as they are, times a large power of two and times a small one. One of the three sums
-is a float of full precision. Sums add up over arrays and devices, where the largest term, to scale by, would have to be
-known before the first pass.
+The terms are summed three times in one pass: as they are, times a large power of two and times a small one. One of the
+three sums is a float of full precision. Sums add up over arrays and devices, where the largest term, to scale by, would
+have to be known before the first pass. The sums of all layers are vectors: what follows from them compiles once.
 """
 
 import functools
@@ -13,15 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from curvax.magnitudes import SUM, is_local, one_pass
+from curvax.magnitudes import SUM, is_local, one_pass, stacks
 from curvax.varying import AxisName
 from curvax.wide import Wide, power_of_two
 
-#: `terms(half, *arrays)`: for each sum its terms, not negative, times `half**2`.
+#: `terms(half, *arrays)`: for each sum its terms, not negative, times `half**2`; or booleans, of which the true are
+#: counted. All are zero or false where all arrays are zero.
 Terms = Callable[..., Sequence[jax.Array]]
+#: Tuples of arrays of one shape, over all of which a sum is taken.
+Layer = Sequence[tuple[jax.Array, ...]]
 
-# Up to this many numbers one variadic reduction is fastest, and adding one by one rounds no worse than anything else.
-_FEW = 1024
+# As many numbers are added one by one: that rounds no worse than anything else.
+_BLOCK = 256
 
 
 def squares(half: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
@@ -29,22 +32,32 @@ def squares(half: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
     return [jnp.square(_scaled(x, half)) for x in arrays]
 
 
+def squares_and_moving(half: jax.Array, w: jax.Array, g: jax.Array) -> list[jax.Array]:
+    """Terms of the sums of squared magnitudes, and which entries have a gradient."""
+    return [*squares(half, w, g), g != 0]
+
+
 def magnitudes(half: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
     """Terms of the sum of magnitudes of each array."""
     return [_scaled(_scaled(x, half), half) for x in arrays]
 
 
+def magnitudes_and_moving(half: jax.Array, h: jax.Array, g: jax.Array) -> list[jax.Array]:
+    """Terms of the sum of magnitudes, and which entries have a gradient."""
+    return [*magnitudes(half, h), g != 0]
+
+
 def slopes(half: jax.Array, w: jax.Array, g: jax.Array) -> list[jax.Array]:
-    """Terms of the sum of `|g / w|`, where entries with `w = 0` count as 0."""
+    """Terms of the sum of `|g / w|` over the entries where w is not 0, and which these are."""
     is_zero = w == 0
-    return [jnp.where(is_zero, 0, _slope(jnp.abs(g), jnp.where(is_zero, 1, jnp.abs(w)), half))]
+    return [jnp.where(is_zero, 0, _slope(jnp.abs(g), jnp.where(is_zero, 1, jnp.abs(w)), half)), ~is_zero]
 
 
 def falls_and_rises(half: jax.Array, u: jax.Array, g: jax.Array) -> list[jax.Array]:
     """Terms of the sum of `-u g` where it is positive, and of that of `u g` where it is."""
     pairs = [(u, g)] if not jnp.iscomplexobj(g) else [(jnp.real(u), jnp.real(g)), (jnp.imag(u), jnp.imag(g))]
     sizes = [jnp.sign(x) * jnp.sign(y) * (_scaled(x, half) * _scaled(y, half)) for x, y in pairs]
-    rise = functools.reduce(jnp.add, sizes)
+    rise = sum(sizes[1:], sizes[0])
     return [jnp.maximum(-rise, 0), jnp.maximum(rise, 0)]
 
 
@@ -68,74 +81,88 @@ def _scaled(x: jax.Array, half: jax.Array, least: np.ndarray | int = 0) -> jax.A
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 2))
-def totals(terms: Terms, leaves: Sequence[tuple[jax.Array, ...]], axis_name: AxisName) -> list[Wide]:
-    """Sums over several arrays, and over the devices that hold parts of them.
+def totals(terms: Terms, layers: Sequence[Layer], axis_name: AxisName) -> list[Wide]:
+    """Sums over the arrays of each layer, and over the devices that hold parts of them.
 
     Args:
       terms: one of the functions above.
-      leaves: the arrays over which it is taken, at least one.
+      layers: for each the arrays over which it is taken, at least one; all of one dtype.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split every array.
 
     Returns:
-      As many sums as there are terms. Their derivatives are those of the terms, at the scale that was chosen.
+      For each of the terms a vector, with an entry for each layer. Their derivatives are those of the terms, at the
+      scale that was chosen.
     """
-    levels = _levels(terms, leaves)
-    levels = levels if axis_name is None else lax.psum(levels, axis_name)
-    return [_best(*sums) for sums in zip(*levels, strict=True)]
+    sums = _sums(terms, layers)
+    sums = sums if axis_name is None else lax.psum(sums, axis_name)
+    return [_best(*scales) for scales in sums]
 
 
 @totals.defjvp
 def _totals_jvp(terms, axis_name, primals, tangents):
     sums = totals(terms, *primals, axis_name)
 
-    def at_its_scale(leaves):
+    def at_its_scale(layers):
         # The terms of a sum of zeros have ordinary derivatives, which would not be so at the scale for small terms.
         exponents = [jnp.where(s.value == 0, 0, -s.exponent >> 1) for s in sums]
         halves = [power_of_two(e, s.value.dtype) for e, s in zip(exponents, sums, strict=True)]
-        values = [sum(jnp.sum(terms(half, *arrays)[i]) for arrays in leaves) for i, half in enumerate(halves)]
+        of_layer = lambda i, half, layer: sum(jnp.sum(terms(half, *x)[i].astype(half.dtype)) for x in layer)
+        values = [jnp.stack([of_layer(i, *x) for x in zip(half, layers, strict=True)]) for i, half in enumerate(halves)]
         return values if axis_name is None else lax.psum(values, axis_name)
 
     _, slopes = jax.jvp(at_its_scale, primals, tangents)
-    nothing = np.zeros((), jax.dtypes.float0)
+    nothing = np.zeros(len(primals[0]), jax.dtypes.float0)
     return sums, [Wide(slope, nothing) for slope in slopes]
 
 
-def _levels(terms: Terms, leaves: Sequence[tuple[jax.Array, ...]]) -> list[list[jax.Array]]:
-    """The sums at three scales: for large terms, for ordinary and for small ones."""
-    dtype = jnp.finfo(leaves[0][0].dtype).dtype
+def _sums(terms: Terms, layers: Sequence[Layer]) -> list[list[jax.Array]]:
+    """For each of the terms its sums, vectors over the layers: at the three scales, or of ones alone."""
+    arrays = [x for layer in layers for x in layer]
+    stacked, others = stacks([[[x] for x in columns] for columns in arrays])
+    order = [i for members, _ in stacked for i in members] + others
+    parts = [_one_pass(_values(terms, columns), (1,)) for _, columns in stacked]
+    parts += [jax.tree.map(lambda x: x[None], _added(_values(terms, arrays[i]))) for i in others]
+    # Each layer's arrays in the order in which they were summed, filled up with a zero.
+    where = iter(np.argsort(order))
+    places = [[next(where) for _ in layer] for layer in layers]
+    width = max(map(len, places))
+    places = np.array([row + [len(order)] * (width - len(row)) for row in places])
+    return jax.tree.map(lambda *x: jnp.sum(jnp.concatenate([*x, jnp.zeros_like(x[0][:1])])[places], 1), *parts)
+
+
+def _values(terms: Terms, arrays: Sequence[jax.Array]) -> list[list[jax.Array]]:
+    """The terms at three scales: for large ones, for ordinary and for small ones; booleans as ones and zeros."""
+    dtype = jnp.finfo(arrays[0].dtype).dtype
     halves = [np.asarray(2.0 ** (sign * _half_exponent(dtype)), dtype) for sign in (-1, 0, 1)]
-    if all(x.size <= _FEW and is_local(x) for arrays in leaves for x in arrays):
-        return _added([_in_one_pass(terms, halves, arrays) for arrays in leaves])
-
-    def at(half):
-        return [sum(column) for column in zip(*([jnp.sum(t) for t in terms(half, *x)] for x in leaves), strict=True)]
-
-    ordinary = at(halves[1])
-    if jax.default_backend() != "cpu":
-        return [at(halves[0]), ordinary, at(halves[2])]
-    # On a CPU every sum is another pass, and an accelerator would wait for the answer. A sum that is ordinary here may
-    # not be so after those of other devices: then it is what it is times the scale.
-    fits = functools.reduce(jnp.logical_and, [(x >= 2.0 ** _low(dtype)) & (x <= 2.0 ** _high(dtype)) for x in ordinary])
-    scaled = lambda half: magnitudes(half, *ordinary)
-    large, small = lax.cond(
-        fits, lambda: (scaled(halves[0]), scaled(halves[2])), lambda: (at(halves[0]), at(halves[2]))
-    )
-    return [large, ordinary, small]
+    scales = zip(*(terms(half, *arrays) for half in halves), strict=True)
+    return [[x[1].astype(dtype)] if x[1].dtype == bool else list(x) for x in scales]
 
 
-def _in_one_pass(terms: Terms, halves: Sequence[np.ndarray], arrays: tuple[jax.Array, ...]) -> list[list[jax.Array]]:
-    # The scales are an axis, since code that runs once a step takes as long as it takes to load.
-    summands = terms(np.stack(halves)[:, None], *(x.reshape(1, -1) for x in arrays))
-    sums = one_pass(summands, [SUM] * len(summands), (1,))
-    return [[x[i] for x in sums] for i in range(len(halves))]
+def _added(values: list[list[jax.Array]]) -> list[list[jax.Array]]:
+    """The sums of all entries."""
+    first = values[0][0]
+    if jax.default_backend() != "cpu" or not is_local(first):
+        # Compilers of accelerators make one pass of these. Where devices hold parts, each adds up its own.
+        return jax.tree.map(jnp.sum, values)
+    size = first.size
+    width = min(size, _BLOCK)
+    rows = -(-size // width)
+    in_rows = lambda x: jnp.pad(x.reshape(-1), (0, rows * width - size)).reshape(rows, width)
+    # XLA's CPU compiler would make a pass and copies of each sum. Rows also are what it divides between threads.
+    sums = _one_pass(jax.tree.map(in_rows, values), (1,))
+    return _added(sums) if rows > 1 else jax.tree.map(lambda x: x[0], sums)
 
 
-def _added(trees: Sequence) -> list[list[jax.Array]]:
-    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), trees)
+def _one_pass(values: list[list[jax.Array]], axes: tuple[int, ...]) -> list[list[jax.Array]]:
+    leaves, treedef = jax.tree.flatten(values)
+    return treedef.unflatten(one_pass(leaves, [SUM] * len(leaves), axes))
 
 
-def _best(large: jax.Array, ordinary: jax.Array, small: jax.Array) -> Wide:
+def _best(*sums: jax.Array) -> Wide:
     """The sum at the scale that suits it. NaN is neither large nor small."""
+    if len(sums) == 1:
+        return Wide(*sums, jnp.zeros(sums[0].shape, jnp.int32))
+    large, ordinary, small = sums
     dtype, scale = ordinary.dtype, 2 * _half_exponent(ordinary.dtype)
     is_large, is_small = ordinary > 2.0 ** _high(dtype), ordinary < 2.0 ** _low(dtype)
     value = jnp.where(is_large, large, jnp.where(is_small, small, ordinary))

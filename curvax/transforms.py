@@ -311,7 +311,7 @@ def _scale_by_layer(
     check_number("weight_decay", weight_decay, "[0, inf)")
     check_number("trust_coefficient", trust_coefficient, "[0, inf)")
     is_bounded = isinstance(layers, str) and layers == "kernel"
-    rule = bounded(rule, trust_coefficient, follow_all, param_axis_name) if is_bounded else radii.each(rule)
+    rule = bounded(rule, trust_coefficient, follow_all, param_axis_name) if is_bounded else radii.one_for_all(rule)
     # A number that is not zero, or one that may change.
     decays = not isinstance(weight_decay, float | int) or weight_decay != 0
     decay = optax.add_decayed_weights(weight_decay, weight_decay_mask) if decays else None

@@ -29,9 +29,14 @@ def varying_over(x: jax.Array, axis_name: str | tuple[str, ...]) -> jax.Array:
 
 def varying_like(x: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     """`x`, marked as varying over the axes that `like` varies over."""
-    return _varying(x, jax.typeof(like).manual_axis_type.varying)
+    return _varying(x, varies_over(like))
+
+
+def varies_over(x: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:
+    """The axes over which `x` varies."""
+    return jax.typeof(x).manual_axis_type.varying
 
 
 def _varying(x: jax.Array, names: Iterable[str]) -> jax.Array:
-    missing = tuple(name for name in names if name not in jax.typeof(x).manual_axis_type.varying)
+    missing = tuple(name for name in names if name not in varies_over(x))
     return jax.lax.pcast(x, missing, to="varying") if missing else x

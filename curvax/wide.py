@@ -28,6 +28,13 @@ class Wide(NamedTuple):
     exponent: jax.Array
 
 
+class Factors(NamedTuple):
+    """A wide number as a power of two times the rest, both about its root, so that both are floats."""
+
+    power: jax.Array
+    rest: jax.Array
+
+
 def wide(x: jax.Array) -> Wide:
     """Real floats as wide numbers, whose values have a magnitude in [1, 4)."""
     exponent = jnp.clip(_exponent(x), _least(x.dtype), -_least(x.dtype))
@@ -74,10 +81,10 @@ def select(condition: jax.Array, a: Wide, b: Wide) -> Wide:
     return Wide(jnp.where(condition, a.value, b.value), jnp.where(condition, a.exponent, b.exponent))
 
 
-def stack(numbers: Sequence[Wide]) -> Wide:
-    """A vector of scalars, in the widest of their floats."""
-    dtype = max((x.value.dtype for x in numbers), key=lambda dtype: dtype.itemsize)
-    return Wide(*(jnp.stack(column) for column in zip(*(cast(x, dtype) for x in numbers), strict=True)))
+def concatenate(vectors: Sequence[Wide]) -> Wide:
+    """One vector of several, in the widest of their floats."""
+    dtype = max((x.value.dtype for x in vectors), key=lambda dtype: dtype.itemsize)
+    return Wide(*map(jnp.concatenate, zip(*(cast(x, dtype) for x in vectors), strict=True)))
 
 
 def append(a: Wide, scalar: Wide) -> Wide:
@@ -85,9 +92,9 @@ def append(a: Wide, scalar: Wide) -> Wide:
     return Wide(*(jnp.append(x, y) for x, y in zip(a, cast(scalar, a.value.dtype), strict=True)))
 
 
-def take(a: Wide, places: int | Sequence[int]) -> Wide:
+def take(a: Wide | Factors, places: int | Sequence[int]) -> Wide | Factors:
     """One entry of a vector, or several."""
-    return Wide(*(x[places] if isinstance(places, int) else x[np.asarray(places)] for x in a))
+    return type(a)(*(x[places] if isinstance(places, int) else x[np.asarray(places)] for x in a))
 
 
 def plus(a: Wide, b: Wide) -> Wide:
@@ -100,14 +107,18 @@ def plus(a: Wide, b: Wide) -> Wide:
     return Wide(sum(shifted), exponent)
 
 
+def total(a: Wide) -> Wide:
+    """The sum of a vector, whose values are those of `wide`."""
+    least = _least(a.value.dtype)
+    # The exponent of a zero must not decide.
+    largest = jnp.max(jnp.where(a.value == 0, 8 * least, a.exponent))
+    return Wide(jnp.sum(a.value * power_of_two(jnp.maximum(a.exponent - largest, least), a.value.dtype)), largest)
+
+
 def norm(a: Wide) -> Wide:
     """The root of the sum of the squares of a vector."""
     value, exponent = normal(a)
-    least = _least(value.dtype)
-    # The exponent of a zero must not decide.
-    largest = jnp.max(jnp.where(value == 0, 8 * least, exponent))
-    shifted = value * power_of_two(jnp.maximum(exponent - largest, least), value.dtype)
-    return root(Wide(jnp.sum(jnp.square(shifted)), 2 * largest))
+    return root(total(Wide(jnp.square(value), 2 * exponent)))
 
 
 def plus_float(a: Wide, x: jax.typing.ArrayLike) -> Wide:
@@ -145,24 +156,26 @@ def _root_jvp(primals, tangents):
     return found, Wide(slope * tangents[0].value, np.zeros(found.exponent.shape, jax.dtypes.float0))
 
 
+def factors(a: Wide) -> Factors:
+    """Floats whose product is the number."""
+    value, exponent = a
+    least = _least(value.dtype)
+    half = jnp.clip((_exponent(value) + exponent) >> 1, least, 1 - least)
+    others = jnp.clip(exponent - half, least, 1 - least)
+    # Divisions, since XLA's CPU compiler repeats anything cheaper in every loop that needs an entry of a vector.
+    return Factors(2 / power_of_two(1 - half, value.dtype), 2 * value / power_of_two(1 - others, value.dtype))
+
+
 @jax.jit
-def product(a: Wide, x: jax.Array) -> jax.Array:
+def product(a: Wide | Factors, x: jax.Array) -> jax.Array:
     """`a * x`, right wherever it is a float: `a` itself need be none."""
-    power, rest = _factors(*a)
+    power, rest = a if isinstance(a, Factors) else factors(a)
     return (x * power.astype(x.dtype)) * rest.astype(x.dtype)
 
 
 def to_float(a: Wide) -> jax.Array:
     """The nearest float; 0 or infinite where there is none."""
     return product(a, jnp.ones((), a.value.dtype))
-
-
-def _factors(value: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A power of two and the rest, both about the root of `value * 2**exponent`, so that both are floats."""
-    least = _least(value.dtype)
-    half = jnp.clip((_exponent(value) + exponent) >> 1, least, 1 - least)
-    others = jnp.clip(exponent - half, least, 1 - least)
-    return power_of_two(half, value.dtype), value * power_of_two(others, value.dtype)
 
 
 def _exponent(x: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from curvax.order_statistics import count_of, median, medians, order_statistics, quantile, zeros
+from curvax.order_statistics import count_of, median, order_statistics, quantile, zeros
 
 # Odd and even sizes for each way of computing: sorted, searched in one row, searched in 32 rows.
 SIZES = [1, 2, 65, 4097, 65536]
@@ -67,7 +67,6 @@ def test_a_median_without_zeros_is_that_of_the_others(size, left_out):
     rest = x[x != 0]
     expected = jnp_median(rest) if rest.size else 0
     np.testing.assert_array_equal(median(x, without=zeros(x)), expected)
-    np.testing.assert_array_equal(medians(x, 2 * x, without=zeros(x)), [expected, 2 * expected])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -154,17 +153,6 @@ def test_several_arrays_are_one_population(scale):
     together = jnp.concatenate(arrays)
     assert_same_bits(median(tree), jnp_median(together))
     assert_same_bits(quantile(tree, 0.9), jnp_quantile(together, 0.9))
-
-
-@pytest.mark.parametrize("size", [1, 64, 4096, 4097])
-def test_medians_of_several_populations(size):
-    """Those of up to 4096 magnitudes share a sort."""
-    first, second = ([population(kind, size).reshape(1, -1), jnp.zeros(0)] for kind in ("zeros", "log-normal"))
-    second[0] = second[0].at[0, 0].set(jnp.nan)
-    for flip in (1, -1):
-        together = jax.jit(medians)(*(first, second)[::flip])[::flip]
-        assert_same_bits(together[0], jnp_median(first[0]))
-        assert np.isnan(together[1])
 
 
 def test_quantile_of_a_traced_level_is_monotone_and_joins_minimum_to_maximum():

@@ -185,6 +185,38 @@ def test_sums_over_devices_of_different_scales(rule, size):
     assert_right_where_representable(np.asarray(automatic), expected, np.float32)
 
 
+@pytest.mark.parametrize("rule", ["lars", "percent_delta", "median", "median_of_ratios"])
+def test_layers_that_are_measured_together_have_the_radii_that_they_have_alone(rule):
+    """Of all sizes, those that share a program and those that do not, and of two dtypes."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(8)
+        sizes = [7, 5000, 0, 1, 1025, 64, 3, 1000, 100, 4, 4097]
+        dtypes = [np.float32, np.float64]
+        w, g = (
+            {f"{n}/{dtype.__name__}": rng.normal(size=n).astype(dtype) for n in sizes for dtype in dtypes}
+            for _ in range(2)
+        )
+        tx = {
+            "lars": curvax.scale_by_lars,
+            "percent_delta": curvax.scale_by_percent_delta,
+            "median": curvax.scale_by_median_curvature,
+            "median_of_ratios": functools.partial(curvax.scale_by_median_curvature, median_of_ratios=True),
+        }[rule](layers="array")
+        found = jax.jit(tx.update)(g, optax.EmptyState(), w)[0]
+        for name, x in w.items():
+            if x.size:
+                radius = RULES[rule][1](x.astype(np.float64), g[name].astype(np.float64), None)
+                np.testing.assert_allclose(found[name], radius * g[name], rtol=20 * np.finfo(x.dtype).eps)
+            assert found[name].dtype == x.dtype
+
+
+@pytest.mark.parametrize("scaler", [curvax.scale_by_lars, curvax.scale_by_percent_delta])
+def test_an_update_holds_no_copy_of_a_parameter(scaler):
+    tx, leaf = scaler(layers="kernel"), jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
+    compiled = jax.jit(tx.update).lower([leaf], optax.EmptyState(), [leaf]).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * leaf.size * 4
+
+
 def test_long_sums_of_equal_terms_round_no_worse_than_one_float():
     for size in (1000, 3_000_000):
         x = np.full(size, 1.1, np.float32)

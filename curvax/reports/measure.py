@@ -27,7 +27,7 @@ from curvax.objective import Objective
 from curvax.probes import QUANTILES
 from curvax.transforms import scale_by_curvature_radius
 from curvax.trees import statistics_dtype
-from curvax.wide import Wide, normal, plus, stack, times
+from curvax.wide import Wide, concatenate, normal, plus, times
 
 #: Parts of a batch between whose gradients the noise is seen; the estimate's own error is about 1 / sqrt(8) of it.
 PARTS = 8
@@ -105,7 +105,8 @@ def gradient(objective: Any, params: Any, parts: Parts, stage: Callable) -> tupl
 def _squares(parts: Parts, grad: Any) -> Wide:
     """The squared norm of each layer, whatever it is measured on."""
     leaves = jax.tree.leaves(grad)
-    return stack([squared_norm([leaves[i] for i in group]) for group in parts.scaled])
+    norms = [squared_norm([leaves[i] for i in group]) for group in parts.scaled]
+    return concatenate([jax.tree.map(lambda x: x[None], norm) for norm in norms])
 
 
 def _float64(x: Wide) -> np.ndarray:
