@@ -22,12 +22,14 @@ from curvax.curvature.hessian import value_grad_and_hessian_diag
 from curvax.curvature.micro_batches import micro_batch, num_examples, number_of_parts, shuffled
 from curvax.exact.independence import example_axes
 from curvax.layers import Layer, Layers
-from curvax.noise_scale import NoiseScale, noise_scale, squared_norm
+from curvax.noise_scale import NoiseScale, noise_scale
 from curvax.objective import Objective
 from curvax.probes import QUANTILES
+from curvax.radii import Leaves, together
+from curvax.sums import squares, totals
 from curvax.transforms import scale_by_curvature_radius
 from curvax.trees import statistics_dtype
-from curvax.wide import Wide, concatenate, normal, plus, times
+from curvax.wide import Wide, normal, plus, times
 
 #: Parts of a batch between whose gradients the noise is seen; the estimate's own error is about 1 / sqrt(8) of it.
 PARTS = 8
@@ -81,32 +83,35 @@ def gradient(objective: Any, params: Any, parts: Parts, stage: Callable) -> tupl
             return *jax.block_until_ready(jax.jit(jax.value_and_grad(objective))(params)), axes
     number, size = number_of_parts(objective, params, PARTS), num_examples(objective, params)
 
-    @jax.jit
-    def of_part(params, data, index):
-        part = dataclasses.replace(objective, data=micro_batch(data, axes, number, index))
-        value, grad = jax.value_and_grad(part)(params)
-        return jax.tree.map(lambda x: x / number, (value, grad)), times(1 / number, _squares(parts, grad))
-
     @functools.partial(jax.jit, donate_argnums=0)
-    def add(sums, found):
-        return jax.tree.map(jnp.add, sums[0], found[0]), normal(plus(sums[1], found[1]))
+    def with_part(sums, params, data, index):
+        part = dataclasses.replace(objective, data=micro_batch(data, axes, number, index))
+        found = jax.tree.map(lambda x: x / number, jax.value_and_grad(part)(params))
+        squares = times(number, _squares(parts.scaled, found[1]))
+        return jax.tree.map(jnp.add, sums[0], found), normal(plus(sums[1], normal(squares)))
 
     data = jax.jit(lambda data: shuffled(data, axes, jax.random.key(0)))(objective.data)
-    sums = None
+    shapes = jax.eval_shape(lambda: (jax.value_and_grad(objective)(params), _squares(parts.scaled, params)))
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     for i in range(number):
         with stage(f"gradient of part {i + 1} of {number}"):
-            found = of_part(params, data, i)
-            sums = jax.block_until_ready(found if sums is None else add(sums, found))
+            sums = jax.block_until_ready(with_part(sums, params, data, i))
     (value, grad), small = sums
-    large = jax.jit(functools.partial(_squares, parts))(grad)
+    large = jax.jit(functools.partial(_squares, parts.scaled))(grad)
     return value, grad, NoiseScale(*map(_float64, noise_scale(small, large, size // number, size)))
 
 
-def _squares(parts: Parts, grad: Any) -> Wide:
-    """The squared norm of each layer, whatever it is measured on."""
-    leaves = jax.tree.leaves(grad)
-    norms = [squared_norm([leaves[i] for i in group]) for group in parts.scaled]
-    return concatenate([jax.tree.map(lambda x: x[None], norm) for norm in norms])
+def _squares(groups: Sequence[tuple[int, ...]], tree: Any) -> Wide:
+    """The squared norm of the arrays of each group."""
+    leaves = jax.tree.leaves(tree)
+
+    def of_group(group):
+        dtype = jnp.finfo(statistics_dtype(*[leaves[i].dtype for i in group])).dtype
+        return Leaves((), [jnp.abs(leaves[i]).astype(dtype) for i in group], ())
+
+    of_kind = lambda layers: totals(squares, [[(x,) for x in layer.g] for layer in layers], None)
+    (found,) = together(of_kind, [of_group(group) for group in groups])
+    return found
 
 
 def _float64(x: Wide) -> np.ndarray:
@@ -145,10 +150,15 @@ def first_order(parts: Parts, layers: Layers, params: Any, grad: Any) -> Statist
 
     found = {"non_finite_gradient": each(parts.scaled, _share_of(lambda x: ~np.isfinite(x)), grad)["share"]}
     found |= each(parts.measured, of_layer, params, grad)
-    for name, optimizer in FIRST_ORDER.items():
-        found[f"radius_{name}"] = _lengths(
-            parts, _step(optimizer(layers=layers))(params, grad, {}), found["gradient_norm"]
-        )
+
+    @jax.jit
+    def steps(params, grad):
+        return {
+            name: _squares(parts.measured, _step(tx(layers=layers), params, grad)) for name, tx in FIRST_ORDER.items()
+        }
+
+    for name, squared in steps(params, grad).items():
+        found[f"radius_{name}"] = _lengths(squared, found["gradient_norm"])
     return found
 
 
@@ -159,56 +169,66 @@ def dead_units(parts: Parts, grad: Any) -> list[int]:
     return [sum(int(np.sum(columns[i])) for i in group) for group in parts.measured]
 
 
-def second_order(
-    parts: Parts, layers: Layers, gradient_norms: np.ndarray, params: Any, grad: Any
-) -> Callable[[Any], Statistics]:
-    """A function that says what follows from a diagonal; what it needs is compiled once for all draws."""
-    # Without the slope term a radius does not depend on the gradient, but for what has none, and is not measured.
-    moving = jax.tree.map(lambda g: (g != 0).astype(statistics_dtype(g.dtype)), grad)
-    radii = _step(scale_by_curvature_radius(DAMPING, slope_term=False, layers=layers))
-    cblr = _step(CBLR(layers=layers))
-    kinds = {"negative": lambda h: h < 0, "zero": lambda h: h == 0, "non_finite": lambda h: ~np.isfinite(h)}
-    of_moving = lambda r: _quantiles("radius", [x[x != 0] for x in r])
-
-    def measure(diag: Any) -> Statistics:
-        found = each(parts.measured, of_moving, radii(params, moving, {"hessian_diag": diag}))
-        found |= each(parts.measured, lambda h: {"curvature": np.mean(np.concatenate(h))}, diag)
-        for name, kind in kinds.items():
-            found[name] = each(parts.measured, _share_of(kind), diag)["share"]
-        step = cblr(params, grad, {"hessian_diag": diag})
-        return {**found, "radius_cblr": _lengths(parts, step, gradient_norms)}
-
-    return measure
+def _step(tx: optax.GradientTransformationExtraArgs, params: Any, grad: Any, **extra: Any) -> Any:
+    """The first step of a transformation."""
+    return tx.update(grad, tx.init(params), params, **extra)[0]
 
 
-def _step(tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
-    """The first step of a transformation, compiled."""
-    return jax.jit(lambda params, grad, extra: tx.update(grad, tx.init(params), params, **extra)[0])
-
-
-def _lengths(parts: Parts, step: Any, gradient_norms: np.ndarray) -> np.ndarray:
-    """How much longer a step is than the gradient; without one every radius is 1."""
-    norms = each(parts.measured, lambda u: {"": _norm(u)}, step)[""]
-    return np.where(gradient_norms == 0, 1, norms / np.where(gradient_norms == 0, 1, gradient_norms))
+def _lengths(squared_steps: Wide, gradient_norms: np.ndarray) -> np.ndarray:
+    """How much longer steps are than the gradient; without one every radius is 1."""
+    return np.where(
+        gradient_norms == 0, 1, np.sqrt(_float64(squared_steps)) / np.where(gradient_norms == 0, 1, gradient_norms)
+    )
 
 
 def curvature(
-    objective: Any, params: Any, measure: Callable, method: Any, keys: Sequence[Any], stage: Callable
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The means of what `measure` says of curvature over the draws, and their standard errors, NaN for a single draw.
+    objective: Any,
+    params: Any,
+    parts: Parts,
+    layers: Layers,
+    gradient_norms: np.ndarray,
+    method: Any,
+    keys: Sequence[Any],
+    stage: Callable,
+) -> tuple[Statistics, Statistics]:
+    """The means over the draws of what is said of curvature, and their standard errors, NaN for a single draw.
 
     Without keys it is exact, and they are 0.
     """
+    kinds = {"negative": lambda h: h < 0, "zero": lambda h: h == 0, "non_finite": lambda h: ~np.isfinite(h)}
 
+    # Three programs, of which none holds more than two trees like the parameters beside its arguments.
     @jax.jit
     def draw(params, data, key):
         whole = dataclasses.replace(objective, data=data) if isinstance(objective, Objective) else objective
-        return value_grad_and_hessian_diag(whole, params, method, key=key).diag
+        found = value_grad_and_hessian_diag(whole, params, method, key=key)
+        return found.grad, found.diag
+
+    @jax.jit
+    def squared_steps(params, grad, diag):
+        return _squares(parts.measured, _step(CBLR(layers=layers), params, grad, hessian_diag=diag))
+
+    @jax.jit
+    def radii(params, grad, diag):
+        # Without the slope term a radius does not depend on the gradient, but for what has none, and is not measured.
+        moving = jax.tree.map(lambda g: (g != 0).astype(statistics_dtype(g.dtype)), grad)
+        tx = scale_by_curvature_radius(DAMPING, slope_term=False, layers=layers)
+        return _step(tx, params, moving, hessian_diag=diag)
 
     data, draws = objective.data if isinstance(objective, Objective) else None, []
     for i, key in enumerate(keys or (None,)):
         with stage(f"curvature, draw {i + 1} of {len(keys)}" if keys else "curvature"):
-            draws.append(measure(draw(params, data, key)))
+            grad, diag = draw(params, data, key)
+            found = {"radius_cblr": _lengths(squared_steps(params, grad, diag), gradient_norms)}
+            of_layer = jax.block_until_ready(radii(params, grad, diag))
+            del grad
+            found |= each(parts.measured, lambda r: _quantiles("radius", [x[x != 0] for x in r]), of_layer)
+            del of_layer
+            found |= each(parts.measured, lambda h: {"curvature": np.mean(_joined(h))}, diag)
+            for name, kind in kinds.items():
+                found[name] = each(parts.measured, _share_of(kind), diag)["share"]
+            del diag
+            draws.append(found)
     columns = {name: np.stack([found[name] for found in draws]) for name in draws[0]}
     means = {name: column.mean(0) for name, column in columns.items()}
     if not keys:
@@ -235,8 +255,13 @@ def _norm(x: Sequence[np.ndarray]) -> float:
     return largest * float(np.sqrt(sum(np.sum(np.square(a / largest), dtype=np.float64) for a in x)))
 
 
+def _joined(x: Sequence[np.ndarray]) -> np.ndarray:
+    """All numbers; most layers are measured on one array, of which no copy is made."""
+    return x[0] if len(x) == 1 else np.concatenate(x)
+
+
 def _median(x: Sequence[np.ndarray]) -> float:
-    return float(np.median(np.abs(np.concatenate(x))))
+    return float(np.median(np.abs(_joined(x)), overwrite_input=True))
 
 
 def _over(w: np.ndarray, g: np.ndarray) -> np.ndarray:
@@ -246,14 +271,15 @@ def _over(w: np.ndarray, g: np.ndarray) -> np.ndarray:
 
 
 def _share_of(kind: Callable[[np.ndarray], np.ndarray]) -> Callable[[Sequence[np.ndarray]], dict[str, float]]:
-    return lambda x: {"share": float(np.mean(kind(np.concatenate(x))))}
+    return lambda x: {"share": float(np.mean(kind(_joined(x))))}
 
 
 def _quantiles(name: str, x: Sequence[np.ndarray]) -> dict[str, float]:
     """Not interpolated: between a finite and an infinite radius there is nothing. Of no number there is none."""
-    values = np.concatenate(x)
+    values = _joined(x)
     if not values.size or np.isnan(values).any():
         return {f"{name}_{round(100 * q)}": np.nan for q in QUANTILES}
     ranks = [int(order_statistics.count_of(q, values.size - 1)) for q in QUANTILES]
-    found = np.partition(values, ranks)[ranks]
+    values.partition(ranks)
+    found = values[ranks]
     return {f"{name}_{round(100 * q)}": value for q, value in zip(QUANTILES, found, strict=True)}

@@ -153,8 +153,9 @@ def report(
         dark = measure.unreached(scalar, params, grad)
         first = measure.first_order(parts, layers, params, grad)
         dead = measure.dead_units(parts, grad)
-    of_curvature = measure.second_order(parts, layers, first["gradient_norm"], params, grad)
-    second, errors = measure.curvature(scalar, params, of_curvature, method, keys, clock.stage)
+    # Large, and computed anew with the curvature.
+    del grad
+    second, errors = measure.curvature(scalar, params, parts, layers, first["gradient_norm"], method, keys, clock.stage)
     whole = None if isinstance(noise, str) else NoiseScale(*(np.sum(x) for x in noise))
     rows = _rows(groups, leaves, first | second, dead, errors, noise)
     gradients = 1 + max(len(keys), 1)
