@@ -57,8 +57,9 @@ def _unreached(report):
 
 
 def _spread(report):
-    radii = {row["layer"]: row["radius_lars"] for row in report.layers if row["is_kernel"] and row["weight_norm"] > 0}
-    radii = {name: radius for name, radius in radii.items() if np.isfinite(radius) and radius > 0}
+    # Without parameters or without a gradient a radius is 1, and says nothing.
+    measured = [x for x in report.layers if x["is_kernel"] and x["weight_norm"] > 0 and x["gradient_norm"] > 0]
+    radii = {row["layer"]: row["radius_lars"] for row in measured if 0 < row["radius_lars"] < np.inf}
     if len(radii) < 2:
         return
     high, low = max(radii, key=radii.get), min(radii, key=radii.get)
@@ -94,7 +95,7 @@ def _batch(report):
 
 def _dead(report):
     for row in report.layers:
-        if row["units"] and row["dead"] > DEAD:
+        if row["dead"] > DEAD and row["layer"] not in report.unreached:
             yield (
                 f"{_percent(row['dead'])} of the {row['units']:,} columns of {row['layer']} have no gradient on these"
                 " examples: units that are dead, or inputs that are always zero. A smaller learning rate, or a smaller"

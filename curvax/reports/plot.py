@@ -20,9 +20,10 @@ def radii(report: Any) -> Any:
     ):
         low, middle, high = (np.array([row[f"{source}_{q}"] for row in rows], float) for q in (25, 50, 75))
         shown = np.isfinite(middle) & (middle > 0)
-        reach = np.abs(np.array([low, np.where(np.isfinite(high), high, middle)]) - middle)[:, shown]
+        low, middle, high = low[shown], middle[shown], high[shown]
+        reach = [middle - low, np.where(np.isfinite(high), high, middle) - middle]
         places = np.arange(len(rows))[shown] + shift
-        axes.bar(places, middle[shown], 0.4, yerr=reach, label=label, color=color, edgecolor="black", capsize=2)
+        axes.bar(places, middle, 0.4, yerr=reach, label=label, color=color, edgecolor="black", capsize=2)
     axes.set_yscale("log")
     axes.set_ylabel("radius of single parameters (median, quartiles)")
     axes.set_xticks(range(len(rows)), [row["layer"] or "all" for row in rows], rotation=45, ha="right", fontsize=8)

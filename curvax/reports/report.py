@@ -160,7 +160,8 @@ def report(
     rows = _rows(groups, leaves, first | second, dead, errors, noise)
     gradients = 1 + max(len(keys), 1)
     times = f"{len(keys)} x " if keys else ""
-    curvature = f"{times}{passes} backward passes and {times}{products} Hessian-vector products"
+    counts = [(passes, "backward passes"), (products, "Hessian-vector products")]
+    curvature = " and ".join(f"{times}{number} {what}" for number, what in counts if number)
     if passes is None:
         curvature = f"{times}the curvature by a method of your own"
     return Report(
