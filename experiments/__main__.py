@@ -5,6 +5,7 @@ The arguments are read, and refused, before anything is imported that takes time
 
 import contextlib
 import importlib
+import os
 import re
 import shutil
 import signal
@@ -25,6 +26,8 @@ def main(arguments: Sequence[str]) -> int:
         0 if it did what it says, 1 if it could not, 2 if it was asked for something it does not accept, 128 and the
         number of a signal if that stopped it.
     """
+    # LAPACK's threads would wait for those of XLA on the same cores: a QR takes many times as long as with one.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         config, place = parse(list(arguments) or ["race", "digits"])
         module, function = place.split(":")

@@ -30,8 +30,14 @@ from experiments.train import outcome
 
 # Examples of the report that comes before the race.
 REPORTED = 128
-COLUMNS = ("method", "chosen", "trials", "test accuracy (%)", "final loss", "steps to LARS", "seconds to LARS")
-COLUMNS += ("octaves", "ms/step", "compile (s)", "state / parameters")
+COLUMNS = ("method", "rate; other", "trials", "test (%)", "loss", "steps", "seconds", "octaves", "ms/step")
+COLUMNS += ("compile", "state")
+NOTE = (
+    "Rate: of learning. Test: accuracy at the end. Loss: of training, in the last epoch. Steps and seconds:"
+    " until LARS's mean final accuracy is reached at the end of an epoch. Octaves: of learning rates within"
+    f" {100 * CLOSE:g} points of the best trial. Seconds leave out compilation. State: its bytes over those of the"
+    " parameters."
+)
 
 
 def race(config: RaceConfig):
@@ -54,7 +60,9 @@ def race(config: RaceConfig):
         for method in entrants:
             for seed in range(seeds):
                 if not where(results.rows, kind="run", method=method, seed=seed, **chosen[method]):
-                    own = dataclasses.replace(one, optimizer=method, seed=seed, **chosen[method])
+                    own = dataclasses.replace(
+                        one, optimizer=method, seed=seed, **chosen[method], **SEARCHES[method].also
+                    )
                     row = outcome(run(own, f"{method:>13}, seed {seed}"))
                     results.add({"kind": "run", "method": method, "seed": seed, **chosen[method], **row, **memory(own)})
         show(config, results, entrants, seeds, about(one, trial, seeds, problem))
@@ -128,7 +136,11 @@ def tune(method: str, point: tuple[float, float], trial: TrainConfig, seeds: int
     label = f"{method:>13} {point[0]:<8g}"
     ends = []
     for seed in range(seeds):
-        ends.append(outcome(run(dataclasses.replace(trial, optimizer=method, seed=seed, **chosen), label)))
+        ends.append(
+            outcome(
+                run(dataclasses.replace(trial, optimizer=method, seed=seed, **chosen, **SEARCHES[method].also), label)
+            )
+        )
     accuracy, loss = (statistics.fmean(end[key] for end in ends) for key in ("test_accuracy", "loss"))
     row = {**chosen, "accuracy": round(accuracy, 4), "loss": round(loss, 4) if loss < 1e30 else None}
     results.add({"kind": "trial", "method": method, **row})
@@ -182,7 +194,7 @@ def table(rows: Sequence[Record], entrants: Sequence[str], seeds: int) -> list[l
         cells.append(
             [
                 method,
-                said({key: runs[0][key] for key in ("learning_rate", search.other)}),
+                f"{runs[0]['learning_rate']:g}; {said({search.other: runs[0][search.other]})}",
                 str(len(trials)),
                 spread([100 * run["test_accuracy"] for run in runs], ".1f"),
                 spread([np.inf if run["loss"] is None else run["loss"] for run in runs], ".3f"),
@@ -212,11 +224,7 @@ def spread(values: Sequence[float], form: str) -> str:
 def show(config: RaceConfig, results: Results, entrants: Sequence[str], seeds: int, about: str):
     """The table on the screen and on a page, beside the plot."""
     rows = table(results.rows, entrants, seeds)
-    note = (
-        "Steps and seconds to LARS: until its mean final accuracy is reached at the end of an epoch. Octaves of"
-        f" learning rate within {100 * CLOSE:g} points of the best trial. Seconds leave compilation out."
-    )
-    show_table(COLUMNS, rows, text=(0, 1), caption=f"{about} {note}")
+    show_table(COLUMNS, rows, text=(0, 1), caption=f"{about} {NOTE}")
     curves = []
     for run in where(results.rows, kind="run"):
         for step, accuracy in run["curve"] if run["seed"] < seeds else ():
@@ -231,7 +239,7 @@ def show(config: RaceConfig, results: Results, entrants: Sequence[str], seeds: i
     title = f"The race: {name(config)}"
     picture, page = results.path.with_suffix(".png"), results.path.with_suffix(".md")
     plots.save(draw, 2, curves, title, about, picture)
-    lines = [f"# {title}", "", f"`{command(config)}`", "", about, "", *markdown(COLUMNS, rows), "", note, ""]
+    lines = [f"# {title}", "", f"`{command(config)}`", "", about, "", *markdown(COLUMNS, rows), "", NOTE, ""]
     lines += [
         f"![Accuracy against steps and seconds]({picture.name})",
         "",

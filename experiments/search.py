@@ -6,7 +6,8 @@ lower training loss decides. The test images are not looked at.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 Trial = dict[str, Any]
@@ -18,11 +19,15 @@ CLOSE = 0.02
 
 
 class Search(NamedTuple):
-    """Where a method's search begins: its smallest learning rate, its second hyper-parameter and what that may be."""
+    """Where a method's search begins: its smallest learning rate, its second hyper-parameter and what that may be.
+
+    What is in `also` is as its authors advise, and not searched.
+    """
 
     rate: float
     other: str
     values: tuple[float, ...]
+    also: Mapping[str, float] = MappingProxyType({})
 
 
 SEARCHES = {
@@ -32,8 +37,8 @@ SEARCHES = {
     "lamb": Search(0.01, "b2", (0.95, 0.999)),
     "muon": Search(0.01, "momentum", (0.9, 0.95)),
     "muon_lars": Search(0.02, "momentum", (0.9, 0.95)),
-    "soap": Search(0.005, "curvature_every", (10, 2)),
-    "sophia": Search(0.001, "damping", (0.1, 1.0)),
+    "soap": Search(0.005, "curvature_every", (10, 2), {"b2": 0.95}),
+    "sophia": Search(0.001, "damping", (0.1, 0.01)),
     "mclr": Search(0.001, "momentum", (0.9, 0.95)),
     "percent_delta": Search(0.005, "momentum", (0.9, 0.95)),
     "cblr": Search(0.01, "damping", (0.1, 0.3)),

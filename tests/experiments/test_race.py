@@ -59,7 +59,7 @@ def test_every_method_has_a_search_and_a_transformation():
     params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
     for method, search in SEARCHES.items():
         value = type(search.values[0])(search.values[0])
-        config = TrainConfig(optimizer=method, **{search.other: value})
+        config = TrainConfig(optimizer=method, **{search.other: value}, **search.also)
         state = make(config, 0.0, jax.random.key(0)).init(params)
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating))
 
