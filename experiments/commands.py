@@ -35,6 +35,7 @@ class RaceConfig(Options):
     tune_epochs: int | None = option(None, "The same of the trials; else as many.", up_to(MOST_EPOCHS))
     seeds: int | None = option(None, "Runs per method, in place of the problem's number.", up_to(1000))
     like: str | None = option(None, "Take hyper-parameters from these results in docs/race, such as alexnet-8192.")
+    time: bool = option(False, "Time steps again at the end, methods in turns: fairer where a machine has other work.")
     data_dir: Path | None = option(None, DATA_DIR)
     out: Path = option(RUNS, "Folder of the runs.")
     results: Path | None = option(None, "Folder of the numbers, the page and the plot; else OUT/race.")

@@ -5,8 +5,10 @@ runs. The table, the page and the plot follow from it alone.
 """
 
 import dataclasses
+import itertools
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -26,10 +28,13 @@ from experiments.problems import PROBLEMS
 from experiments.records import Record, where
 from experiments.runs import Runner
 from experiments.search import CLOSE, SEARCHES, best, next_trial, octaves
-from experiments.train import outcome
+from experiments.step import Stepper
+from experiments.train import WINDOW, outcome
 
 # Examples of the report that comes before the race.
 REPORTED = 128
+# Of a window of steps each.
+TURNS = 3
 COLUMNS = ("method", "rate; other", "trials", "test (%)", "loss", "steps", "seconds", "octaves", "ms/step")
 COLUMNS += ("compile", "state")
 NOTE = (
@@ -65,6 +70,10 @@ def race(config: RaceConfig):
                     )
                     row = outcome(run(own, f"{method:>13}, seed {seed}"))
                     results.add({"kind": "run", "method": method, "seed": seed, **chosen[method], **row, **memory(own)})
+        if config.time:
+            time_in_turns(
+                {m: dataclasses.replace(one, optimizer=m, **chosen[m], **SEARCHES[m].also) for m in entrants}, results
+            )
         show(config, results, entrants, seeds, about(one, trial, seeds, problem))
 
 
@@ -147,6 +156,30 @@ def tune(method: str, point: tuple[float, float], trial: TrainConfig, seeds: int
     say(f"{method} at {said(chosen)}: {accuracy:.2%} of the held-out images right")
 
 
+def time_in_turns(configs: Mapping[str, TrainConfig], results: Results):
+    """Replaces the seconds of a step by those of methods that take turns, and so share what else the machine does."""
+    steppers = {method: Stepper(config, data.load(config)) for method, config in configs.items()}
+    states, seconds = {method: stepper.init(0) for method, stepper in steppers.items()}, {m: [] for m in steppers}
+    for turn, method in itertools.product(range(1 + TURNS), steppers):
+        stepper = steppers[method]
+        epochs = stepper.config.plan(stepper.config.learning_rate).epochs(len(stepper.train))
+        steps = itertools.islice(((e, b) for e in epochs for b in range(e.steps)), WINDOW)
+        order, before = stepper.shuffle(states[method], 0), time.perf_counter()
+        for epoch, batch in steps:
+            states[method], _ = stepper.step(states[method], order, epoch, batch)
+        # The first turn compiles.
+        seconds[method] += [(time.perf_counter() - before) / WINDOW] * (turn > 0)
+    results.rows = [row for row in results.rows if row["kind"] != "time" or row["method"] not in seconds]
+    for method, some in seconds.items():
+        results.add({"kind": "time", "method": method, "step_seconds": round(statistics.median(some), 5)})
+
+
+def step_seconds(rows: Sequence[Record], method: str) -> float:
+    """Of a method: timed in turns, else the median of its runs."""
+    timed = where(rows, kind="time", method=method) or where(rows, kind="run", method=method)
+    return statistics.median(row["step_seconds"] for row in timed)
+
+
 def choice(method: str, trials: Sequence[Record]) -> Record:
     """The hyper-parameters that did best."""
     if not trials:
@@ -187,7 +220,7 @@ def table(rows: Sequence[Record], entrants: Sequence[str], seeds: int) -> list[l
     target = statistics.fmean(run["test_accuracy"] for run in of["lars"]) if "lars" in of else None
     cells = []
     for method, runs in of.items():
-        trials, seconds = where(rows, kind="trial", method=method), statistics.median(r["step_seconds"] for r in runs)
+        trials, seconds = where(rows, kind="trial", method=method), step_seconds(rows, method)
         steps = [None if target is None else steps_to(run, target) for run in runs]
         reached = None if None in steps else statistics.fmean(steps)
         search = SEARCHES[method]
@@ -225,10 +258,10 @@ def show(config: RaceConfig, results: Results, entrants: Sequence[str], seeds: i
     """The table on the screen and on a page, beside the plot."""
     rows = table(results.rows, entrants, seeds)
     show_table(COLUMNS, rows, text=(0, 1), caption=f"{about} {NOTE}")
-    curves = []
-    for run in where(results.rows, kind="run"):
+    curves, seconds = [], {method: step_seconds(results.rows, method) for method in entrants}
+    for run in (run for run in where(results.rows, kind="run") if run["method"] in entrants):
         for step, accuracy in run["curve"] if run["seed"] < seeds else ():
-            place = {"step": step, "seconds": step * run["step_seconds"], "test_accuracy": accuracy}
+            place = {"step": step, "seconds": step * seconds[run["method"]], "test_accuracy": accuracy}
             curves.append({"method": run["method"], "seed": run["seed"], **place})
 
     def draw(panels, rows):

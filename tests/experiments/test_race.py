@@ -200,9 +200,10 @@ def test_a_race_goes_on_where_it_was_killed(capfd, tmp_path, tiny_problem, monke
 @pytest.mark.slow
 def test_a_race_from_nothing(capfd, tmp_path, tiny_problem):
     del tiny_problem
-    assert __main__.main(["race", "digits", "--methods", "lars", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    assert __main__.main(["race", "digits", "--methods", "lars", "--seeds", "1", "--time", "--out", str(tmp_path)]) == 0
     rows = records.read(tmp_path / "race" / "digits-128.jsonl")
     [run] = records.where(rows, kind="run")
     assert len(run["curve"]) == 2 and run["state"] == 1.0 and np.isfinite(run["loss"])
+    assert race.step_seconds(rows, "lars") == records.column(rows, "step_seconds", kind="time")[0] > 0
     assert run["learning_rate"] == best(records.where(rows, kind="trial"))["learning_rate"]
     assert "lars" in capfd.readouterr().out
