@@ -265,11 +265,12 @@ def test_counts_are_short(x, text):
 
 def test_the_plot_has_a_bar_for_each_layer_and_source(exact):
     (axes,) = exact.plot().axes
-    # Entries without a gradient have no radius, and one at zero has none that a logarithm could show.
+    # Without a gradient there is no radius by curvature, and an infinite one by eq. 17; and no logarithm shows zero.
     medians = [row[name] for name in ("radius_50", "approximate_radius_50") for row in exact.layers]
     expected = [x for x in medians if np.isfinite(x) and x > 0]
     assert axes.get_yscale() == "log" and len(expected) > len(exact.layers)
     np.testing.assert_allclose([patch.get_height() for patch in axes.patches], expected)
+    assert [text.get_text() for text in axes.texts] == ["∞"] * int(np.sum(np.isinf(medians)))
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(exact, monkeypatch):

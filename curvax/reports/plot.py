@@ -20,12 +20,14 @@ def radii(report: Any) -> Any:
     ):
         low, middle, high = (np.array([row[f"{source}_{q}"] for row in rows], float) for q in (25, 50, 75))
         shown = np.isfinite(middle) & (middle > 0)
-        low, middle, high = low[shown], middle[shown], high[shown]
+        infinite, low, middle, high = middle, low[shown], middle[shown], high[shown]
         reach = [middle - low, np.where(np.isfinite(high), high, middle) - middle]
         places = np.arange(len(rows))[shown] + shift
         axes.bar(places, middle, 0.4, yerr=reach, label=label, color=color, edgecolor="black", capsize=2)
+        for place in np.flatnonzero(np.isinf(infinite)) + shift:
+            axes.annotate("∞", (place, 0.98), xycoords=("data", "axes fraction"), ha="center", va="top", color=color)
     axes.set_yscale("log")
-    axes.set_ylabel("radius of single parameters (median, quartiles)")
+    axes.set_ylabel("radius: median, quartiles")
     axes.set_xticks(range(len(rows)), [row["layer"] or "all" for row in rows], rotation=45, ha="right", fontsize=8)
     figure.legend(loc="outside upper left", fontsize=8, ncols=2)
     return figure

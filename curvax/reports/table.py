@@ -95,9 +95,8 @@ def text(report, color: bool | None = None) -> str:
     color = sys.stdout.isatty() if color is None else color
     for title, columns, rows in tables:
         lines += [draw(title, columns, rows, color), ""]
-    for sentence in report.findings:
-        lines += _wrapped(f"- {sentence}")
-    return "\n".join([*lines, "", report.cost])
+    said = [line for sentence in report.findings for line in _wrapped(f"- {sentence}")]
+    return "\n".join([*lines, *said, *([""] if said else []), report.cost])
 
 
 def _tables(report):
