@@ -1,6 +1,6 @@
 """What a training run is: one frozen dataclass, which the command line offers and the metrics file keeps.
 
-Three commands share it. `train` takes it as it is; `race` and `tune` hold its fields fixed (`problems.py`) and vary the
+Two commands share it. `train` takes it as it is; `race` holds its fields fixed (`problems.py`) and varies the
 optimizer and its learning rate. A number that is not in here cannot change a result.
 """
 
@@ -101,7 +101,7 @@ class TrainConfig(Options):
     )
 
     learning_rate: float | None = plan(
-        None, "Peak; else what `tune` found (experiments/tuned.json).", ABOVE_0, ONE_PHASE
+        None, "Peak; else the best of the trials of `race` (docs/race).", ABOVE_0, ONE_PHASE
     )
     batch_size: int | None = plan(None, "Images per step; the rest is dropped.", ABOVE_0, ONE_PHASE, usual=1024)
     epochs: int | None = plan(None, "Passes over the training images.", up_to(MOST_EPOCHS), ONE_PHASE, usual=10)

@@ -65,7 +65,7 @@ def folder_of(config: TrainConfig) -> Path:
 
 
 def settled(config: TrainConfig) -> TrainConfig:
-    """The configuration with the learning rate that it leaves to `tune`."""
+    """The configuration with the learning rate that it leaves to the trials of `race`."""
     if config.learning_rate is not None or config.phases:
         return config
     return dataclasses.replace(config, learning_rate=default_learning_rate(config)[0])

@@ -207,3 +207,13 @@ def test_a_race_from_nothing(capfd, tmp_path, tiny_problem):
     assert race.step_seconds(rows, "lars") == records.column(rows, "step_seconds", kind="time")[0] > 0
     assert run["learning_rate"] == best(records.where(rows, kind="trial"))["learning_rate"]
     assert "lars" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("batch", "images", "settled"),
+    [(None, 50_000, (8192, 25, 1024)), (1024, 45_000, (1024, 25, None)), (50_000, 45_000, (45_000, 60, 1000))],
+)
+def test_at_the_full_batch_there_are_steps_enough(batch, images, settled):
+    config = PROBLEMS["alexnet"].settled(batch, None, images)
+    assert (config.batch_size, config.epochs, config.micro_batch_size) == settled
+    assert config.warmup_epochs == 0.1 * config.epochs
