@@ -11,9 +11,10 @@ on the Large Batch Size Training of Neural Networks Based on the Second Order Gr
 from curvax.curvature.estimate import Estimate
 from curvax.curvature.hessian import explain, hessian_diag, hvp, value_grad_and_hessian_diag
 from curvax.curvature.hutchinson import Hutchinson
-from curvax.curvature.methods import Auto, Basis, Exact, GaussNewton
+from curvax.curvature.methods import Auto, Basis, Exact, GaussNewton, SquaredGradients
 from curvax.curvature.refresh import HessianDiagState, with_hessian_diag
 from curvax.curvature.xdiag import XDiag
+from curvax.eigenbasis import EigenbasisState, in_eigenbasis, with_eigenbasis
 from curvax.large_batch import discard_random_losses, discard_small_losses
 from curvax.metrics import metrics
 from curvax.noise_scale import (
@@ -26,6 +27,7 @@ from curvax.noise_scale import (
 from curvax.objective import Objective
 from curvax.optimizers import cblr, lamb, lars, mclr, percent_delta
 from curvax.order_statistics import median, quantile
+from curvax.orthogonal import orthogonalize
 from curvax.probes import ProbeState, held_out_stride, with_probes
 from curvax.reports.report import Report, report
 from curvax.schedules import BatchSchedule, Phase, growing_batches, legw, seesaw, small_batch_start
@@ -44,6 +46,7 @@ __all__ = [
     "Auto",
     "Basis",
     "BatchSchedule",
+    "EigenbasisState",
     "Estimate",
     "Exact",
     "GaussNewton",
@@ -55,6 +58,7 @@ __all__ = [
     "Phase",
     "ProbeState",
     "Report",
+    "SquaredGradients",
     "XDiag",
     "cblr",
     "discard_random_losses",
@@ -65,6 +69,7 @@ __all__ = [
     "held_out_stride",
     "hessian_diag",
     "hvp",
+    "in_eigenbasis",
     "lamb",
     "lars",
     "legw",
@@ -73,6 +78,7 @@ __all__ = [
     "metrics",
     "noise_scale_from_batches",
     "noise_scale_over_devices",
+    "orthogonalize",
     "percent_delta",
     "quantile",
     "report",
@@ -84,6 +90,7 @@ __all__ = [
     "seesaw",
     "small_batch_start",
     "value_grad_and_hessian_diag",
+    "with_eigenbasis",
     "with_hessian_diag",
     "with_noise_scale",
     "with_probes",

@@ -54,8 +54,8 @@ def group(leaves: Sequence[tuple[Any, Any]], layers: Layers) -> list[Layer]:
       same order: (C,) or (C, 1, 1) in (H, W, I, C), (heads, width) in (D, heads, width), (L, F) in (L, D, F). One with
       as many of these axes, but fewer in all, fits too: (C,) in (1, C). A kernel is an array that fits no other and has
       two axes, or two that are longer than one, or more than two and another array that fits it. The first axis is left
-      out of all this where every array of a module has the same one, as `scan` and `vmap` over modules make them,
-      unless no kernel would be left: a stack of vectors is no kernel.
+      out of all this where every array of a module has the same one, as `scan` and `vmap` over modules make them, and
+      some of them are vectors without it and some are not: kernels of convolutions alone are no stack, nor are vectors.
 
       Nothing depends on what a key is called, and layers are told apart by their keys: two paths that read alike are
       two layers. A trailing `.value`, which Flax NNX puts on every variable, is no part of a path.
@@ -87,6 +87,26 @@ def group(leaves: Sequence[tuple[Any, Any]], layers: Layers) -> list[Layer]:
         return _named(members, members)
     by_name = _members(_name_by_rule(path, layers) for path in paths)
     return [Layer(name, members, members) for name, members in by_name.items()]
+
+
+def kernels(leaves: Sequence[tuple[Any, Any]]) -> dict[int, int]:
+    """The kernels among leaves, see `group`, and how many of their first axes count modules: 0 or 1.
+
+    Args:
+      leaves: `(path, array)` pairs.
+
+    Returns:
+      From the index of a kernel to that number.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from curvax import layers
+      >>> stack = {"kernel": jnp.ones((5, 2, 3)), "bias": jnp.ones((5, 3))}
+      >>> layers.kernels(jax.tree_util.tree_leaves_with_path(stack))
+      {1: 1}
+    """
+    stacked = _stacked([_without_value(path) for path, _ in leaves], [leaf.shape for _, leaf in leaves])
+    return {i: int(i in stacked) for layer in group(leaves, "kernel") for i in layer.measured}
 
 
 @jax.tree_util.register_static
@@ -283,6 +303,7 @@ def _stacked(paths, shapes) -> set[int]:
     def is_stack(members):
         same_first_axis = len({shapes[i][:1] for i in members}) == 1
         further_axes = [shapes[i][1:] for i in members]
-        return same_first_axis and all(further_axes) and max(len(_long(axes)) for axes in further_axes) > 1
+        sizes = [len(_long(axes)) for axes in further_axes]
+        return same_first_axis and all(further_axes) and min(sizes) <= 1 < max(sizes)
 
     return {i for members in below.values() if is_stack(members) for i in members}

@@ -27,22 +27,42 @@ Specs = Sequence[PartitionSpec]
 
 
 def on_auto_axes(method: Callable[..., Estimate]) -> Callable[..., Estimate]:
-    """`method(objective, params, key)` with Explicit axes turned to Auto; its results are divided as `params`."""
+    """`method(objective, params, key, *others)` with Explicit axes turned to Auto; results are divided as `params`."""
 
     @functools.wraps(method)
-    def on_any_axes(objective, params, key: Key | None) -> Estimate:
+    def on_any_axes(objective, params, key: Key | None, *others) -> Estimate:
         mesh = _explicit_mesh((params, objective.data if isinstance(objective, Objective) else ()))
         if mesh is None:
-            return method(objective, params, key)
+            return method(objective, params, key, *others)
         with use_abstract_mesh(auto(mesh)):
             key = None if key is None else undivided(as_key(key))
-            estimate = method(_on_auto_axes(objective, params, mesh), undivided(params), key)
+            estimate = method(_on_auto_axes(objective, params, mesh), undivided(params), key, *undivided(others))
         like_params = lambda tree: jax.tree.map(lambda x, p: reshard(x, NamedSharding(mesh, _spec(p))), tree, params)
         error = None if estimate.standard_error is None else like_params(estimate.standard_error)
         value = reshard(estimate.value, NamedSharding(mesh, PartitionSpec()))
         return Estimate(value, like_params(estimate.grad), like_params(estimate.diag), error)
 
     return on_any_axes
+
+
+def on_auto(function: Callable[..., Any], *args: Any, like: Any = None) -> Any:
+    """`function(*args)` with Explicit axes turned to Auto.
+
+    Args:
+        function: of trees of arrays.
+        *args: its arguments.
+        like: a tree of arrays like the result, as which that is divided; None for a result that is not.
+
+    Returns:
+        What the function returns.
+    """
+    mesh = _explicit_mesh((args, like))
+    if mesh is None:
+        return function(*args)
+    with use_abstract_mesh(auto(mesh)):
+        found = function(*undivided(args))
+    specs = jax.tree.map(lambda x: PartitionSpec() if like is None else _spec(x), found if like is None else like)
+    return jax.tree.map(lambda x, spec: reshard(x, NamedSharding(mesh, spec)), found, specs)
 
 
 def _on_auto_axes(objective, params, mesh: AbstractMesh):

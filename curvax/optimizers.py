@@ -2,7 +2,7 @@
 
 | method          | radius of a layer                              | source               |
 |-----------------|------------------------------------------------|----------------------|
-| `cblr`          | `1 / (abs(h) + damping * mean(abs(h)))`, then LARS's | Gao & Zhong, eq. 9-11 |
+| `cblr`          | `1 / (abs(h) + damping * mean(abs(h)))` in the layer's basis | Gao & Zhong, eq. 9-11 |
 | `mclr`          | `median(abs(w)) / median(abs(g))`              | Gao & Zhong, eq. 20-22 |
 | `lars`          | `norm2(w) / norm2(g)`                          | eq. 23; You et al. 2017 |
 | `percent_delta` | `n / norm1(g / w)`                             | eq. 24; Abu-El-Haija 2017 |
@@ -21,8 +21,11 @@ import optax
 
 from curvax.checks import check_number
 from curvax.curvature.refresh import with_hessian_diag
+from curvax.eigenbasis import in_eigenbasis, with_eigenbasis
 from curvax.keys import Key
 from curvax.layers import Layers
+from curvax.matrices import DimensionNumbers
+from curvax.orthogonal import orthogonalize
 from curvax.transforms import (
     Mask,
     scale_by_curvature_radius,
@@ -37,18 +40,23 @@ from curvax.varying import AxisName
 def cblr(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    damping: jax.typing.ArrayLike = 0.1,
+    damping: jax.typing.ArrayLike = 0.3,
     weight_decay: jax.typing.ArrayLike = 0.0,
     weight_decay_mask: Mask = None,
     momentum: jax.typing.ArrayLike = 0.9,
-    nesterov: bool = False,
+    nesterov: bool = True,
     max_radius: jax.typing.ArrayLike | None = None,
     slope_term: bool = False,
+    eigenbasis: bool = True,
+    orthogonal: bool = True,
     norm_ratio: bool = True,
     layers: Layers = "kernel",
+    basis_every: jax.typing.ArrayLike = 10,
+    max_size: int = 1024,
+    weight_dimension_numbers: DimensionNumbers = None,
     method: Any = None,
-    every: jax.typing.ArrayLike = 10,
-    hessian_decay: jax.typing.ArrayLike = 0.5,
+    every: jax.typing.ArrayLike | None = None,
+    hessian_decay: jax.typing.ArrayLike | None = None,
     hessian_dtype: Any = None,
     key: Key = 0,
     where: Any = None,
@@ -56,53 +64,67 @@ def cblr(
     axis_name: AxisName = None,
     param_axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Curvature-based learning rates: diagonal Newton, damped, at the step length of LARS.
+    """Curvature-based learning rates: damped Newton in each layer's own basis, spread evenly, at LARS's length.
 
     Formula:
-      `u = g / (|h| + damping * mean|h|)`, `w <- w - trace(learning_rate * (R u + weight_decay * w))`; Gao & Zhong, eq.
-      9-11, made to work. The step of eq. 10-11 diverges on real networks, where most curvatures are next to nothing:
-      damping bounds it, and LARS's norm ratio, which eq. 23 shows to be a radius too, sets its length. Kernels have `R
-      = norm2(w) / norm2(u)`. A bias has its kernel's R and is damped by its kernel's mean; what follows no kernel has
-      `R = 1` and is damped by the mean of all kernels; no mean counts for less than 1e-4 of that, so that nothing whose
-      curvature is rounding noise sets a step. No array's step is longer, before momentum and decay, than `3 *
-      learning_rate` times its kernel's parameters in root mean square, see `bounds`. `cblr(gamma, damping=0,
-      slope_term=True, norm_ratio=False, momentum=0, every=1, hessian_decay=0)` is eq. 9-11.
+      With G the gradient's momentum in a kernel W, U and V the basis of the layer (`with_eigenbasis`) and h the
+      curvature in it, `D = polar(U [U^T G V / (|h| + damping * mean|h|)] V^T)` and `W <- W - learning_rate * (D *
+      norm2(W) / norm2(D) + weight_decay * W)`: the radius of Gao & Zhong, eq. 9-11, made to work. In coordinates the
+      diagonal means little; undamped, most curvatures are next to nothing; the polar factor spends a step evenly on all
+      directions; and LARS's ratio, which eq. 23 shows to be a radius too, sets its length. The order is momentum,
+      radius, polar factor, length, decay, learning rate.
+
+      A bias and all else that is no kernel has its own curvature in coordinates, damped by its kernel's mean, and its
+      direction for a polar factor; it goes as far as its kernel's ratio takes it, and what follows no kernel as far as
+      that of all kernels. No array's step is longer than `3 * learning_rate` times its kernel's parameters in root mean
+      square, see `bounds`. A side of a kernel wider than `max_size`, as those of embeddings are, stays in coordinates.
+      `cblr(gamma, damping=0, slope_term=True, eigenbasis=False, orthogonal=False, norm_ratio=False, momentum=0,
+      every=1, hessian_decay=0)` is eq. 9-11.
 
     Args:
       learning_rate: gamma, a number or a schedule. With the norm ratio, the relative change of a layer in a step.
-      damping: dimensionless, as a fraction of the layer's mean absolute curvature; 0.1 to 1.
-      weight_decay: decoupled: it is added after the radius.
+      damping: dimensionless, as a fraction of the layer's mean absolute curvature; 0.03 to 1.
+      weight_decay: decoupled: it is added after the length.
       weight_decay_mask: which parameters decay, as in `optax.add_decayed_weights`.
-      momentum: decay rate of heavy-ball momentum.
+      momentum: decay rate of the momentum, which comes before the radius.
       nesterov: whether to use Nesterov momentum.
-      max_radius: the largest radius of a parameter, before the norm ratio.
+      max_radius: the largest radius of a parameter, before the polar factor and the norm ratio.
       slope_term: whether to keep the factor `(1 + g^2)^(3/2)` of eq. 9, which depends on the scale of the loss.
-      norm_ratio: whether to follow the radius with `scale_by_lars`.
+      eigenbasis: whether the radius is taken in the eigenbasis of each layer, or in coordinates.
+      orthogonal: whether the polar factor follows the radius (`orthogonalize`).
+      norm_ratio: whether LARS's radius (`scale_by_lars`) comes last.
       layers: the layers of the norm ratio and of the mean curvature; without `"kernel"` nothing is bounded.
+      basis_every: number of steps between two changes of the basis.
+      max_size: the most rows, or columns, of a kernel that have an eigenbasis.
+      weight_dimension_numbers: which axes are rows and which columns, as in `with_eigenbasis`.
       method: how curvature is computed, as in `hessian_diag`: a string, or a method such as
-        `curvax.Hutchinson(num_samples=4)`; `None` for the estimate that the objective allows (`curvax.Auto`).
-      every: number of steps between two computations of the curvature.
-      hessian_decay: decay rate of the average of curvature over its refreshes.
+        `curvax.Hutchinson(num_samples=4)`; `None` for the estimate that the objective allows (`curvax.Auto`). With
+        `curvax.SquaredGradients()` no loss is needed, and `cblr` takes the place of `optax.adamw` in a line.
+      every: number of steps between two computations of the curvature; by default 10, and 1 for squared gradients.
+      hessian_decay: decay rate of the average of curvature over its refreshes; by default 0.5, and 0.95 for squared
+        gradients.
       hessian_dtype: in which that is stored, as in `with_hessian_diag`.
       key: a seed or a `jax.random.key` for the stochastic methods.
-      where: the parameters whose curvature is computed, as in `hessian_diag`; the others have radius 1 before the norm
-        ratio, and so the step of LARS.
+      where: the parameters whose curvature is computed, as in `hessian_diag`; the others have radius 1 before the polar
+        factor and the norm ratio.
       has_aux: whether an objective that is a function returns other output too; an `Objective` says so itself.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split examples, over which curvature is averaged.
-      param_axis_name: mesh axes that split parameters.
+      param_axis_name: mesh axes that split parameters; without the eigenbasis and the polar factor, which need whole
+        kernels. Under `jit` parameters may be divided at will.
 
     Returns:
       A transformation whose `update` takes `params` and either `obj_fn=` (an `Objective` or a function `params ->
-      scalar`, the loss whose gradient is passed) or `hessian_diag=`. A step without both uses the curvature that is
-      stored; compiled, and before anything is stored, it warns when it runs, and its updates are NaN.
+      scalar`, the loss whose gradient is passed) or `hessian_diag=`, in the basis. A step without both uses the
+      curvature that is stored; compiled, and before anything is stored, it warns when it runs, and its updates are NaN.
 
     Raises:
-      ValueError: from `update`, without `params` or without any of the two.
+      ValueError: from `update`, without `params` or, for a method that needs it, without any of the two; if parameters
+        are split and their basis or polar factor is wanted.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, curvax
       >>> loss = lambda w: jnp.sum(jnp.array([[1.0, 100.0]]) * (w - 1) ** 2)
-      >>> w, tx = jnp.array([[2.0, 3.0]]), curvax.cblr(0.1, damping=0.01)
+      >>> w, tx = jnp.array([[2.0, 3.0]]), curvax.cblr(optax.cosine_decay_schedule(0.1, 60))
       >>> state = tx.init(w)
       >>> for _ in range(60):
       ...   updates, state = tx.update(jax.grad(loss)(w), state, w, obj_fn=loss)
@@ -110,22 +132,34 @@ def cblr(
       >>> bool(loss(w) < 1e-2 * loss(jnp.array([[2.0, 3.0]])))
       True
     """
-    radius = scale_by_curvature_radius(
-        damping, max_radius, slope_term=slope_term, layers=layers, param_axis_name=param_axis_name
-    )
-    length = scale_by_lars(layers=layers, follow_all=False, param_axis_name=param_axis_name)
-    length = length if norm_ratio else optax.identity()
+    if param_axis_name is not None and (eigenbasis or orthogonal):
+        raise ValueError(
+            f"param_axis_name={param_axis_name!r} splits kernels, which the eigenbasis and the polar factor need whole;"
+            " pass eigenbasis=False, orthogonal=False, or divide parameters under jit, without param_axis_name."
+        )
+    _check_rate(learning_rate)
+    _check_flags(nesterov=nesterov, eigenbasis=eigenbasis, orthogonal=orthogonal, norm_ratio=norm_ratio)
+    check_number("momentum", momentum, "[0, 1)")
     check_number("weight_decay", weight_decay, "[0, inf)")
-    return with_hessian_diag(
-        optax.chain(
-            radius,
-            length,
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
-            *_rate_and_trace(learning_rate, momentum, nesterov),
-        ),
+    split = {"layers": layers, "param_axis_name": param_axis_name}
+    radius = scale_by_curvature_radius(damping, max_radius, slope_term=slope_term, **split)
+    # What the polar factor leaves of a step is its direction; else it is a Newton step, and 1 is its length.
+    length = scale_by_lars(follow_all=orthogonal, **split)
+    steps = optax.chain(
+        optax.trace(momentum, nesterov),
+        in_eigenbasis(radius) if eigenbasis else radius,
+        orthogonalize(weight_dimension_numbers=weight_dimension_numbers) if orthogonal else optax.identity(),
+        length if norm_ratio else optax.identity(),
+        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    # Squares of the gradient cost nothing, and are noise for one step.
+    usual_every, usual_decay = (1, 0.95) if hasattr(method, "from_gradient") else (10, 0.5)
+    tx = with_hessian_diag(
+        _in_float32(steps),
         method=method,
-        every=every,
-        decay=hessian_decay,
+        every=usual_every if every is None else every,
+        decay=usual_decay if hessian_decay is None else hessian_decay,
         hessian_dtype=hessian_dtype,
         key=key,
         where=where,
@@ -133,6 +167,9 @@ def cblr(
         axis_name=axis_name,
         param_axis_name=param_axis_name,
     )
+    if not eigenbasis:
+        return tx
+    return with_eigenbasis(tx, every=basis_every, max_size=max_size, weight_dimension_numbers=weight_dimension_numbers)
 
 
 def mclr(
@@ -388,10 +425,15 @@ def _check_rate(learning_rate: Any) -> None:
         check_number("learning_rate", learning_rate, "[0, inf)")
 
 
+def _check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError(f"{name}={value!r} is neither True nor False; pass one of them.")
+
+
 def _rate_and_trace(learning_rate, momentum, nesterov):
     """The order of `optax.lars`: momentum averages updates, not gradients."""
     _check_rate(learning_rate)
     check_number("momentum", momentum, "[0, 1)")
-    if not isinstance(nesterov, bool | np.bool_):
-        raise ValueError(f"nesterov={nesterov!r} is neither True nor False; pass one of them.")
+    _check_flags(nesterov=nesterov)
     return optax.scale_by_learning_rate(learning_rate), optax.trace(momentum, nesterov)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from curvax.layers import path_name
+from curvax.varying import AxisName
 
 
 def statistics_dtype(*dtypes: Any) -> Any:
@@ -79,6 +80,18 @@ def with_curvature(updates: Any, hessian_diag: Any) -> Any:
         return jax.tree.map(keep, updates, hessian_diag, is_leaf=is_hole)
     except ValueError:
         return updates
+
+
+def all_finite(tree: Any, *axis_names: AxisName) -> jax.Array:
+    """Whether every number is finite, on all devices along these axes."""
+    finite = jnp.array(True)
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            finite = finite & jnp.all(jnp.isfinite(leaf))
+    for name in axis_names:
+        if name is not None:
+            finite = jax.lax.pmin(finite.astype(jnp.int32), name) > 0
+    return finite
 
 
 def check_floats(updates: Any) -> None:

@@ -30,8 +30,8 @@ SMALL = 16
 _programs: collections.OrderedDict[Hashable, Callable] = collections.OrderedDict()
 
 
-def once(compute: Callable, method: Any, where: Any, has_aux: bool, objective: Any, params: Any, key: Any) -> Any:
-    """`compute(method, where, has_aux, objective, params, key)`, of known arrays by a program that is compiled once.
+def once(compute: Callable, method: Any, where: Any, has_aux: bool, objective: Any, params: Any, *others: Any) -> Any:
+    """`compute(method, where, has_aux, objective, params, *others)`, of known arrays by a program compiled once.
 
     Args:
       compute: a function that stays, and whose result follows from its arguments alone.
@@ -40,33 +40,33 @@ def once(compute: Callable, method: Any, where: Any, has_aux: bool, objective: A
       has_aux: whether the objective returns other output too.
       objective: an `Objective`, or a function `params -> scalar`.
       params: a tree of arrays.
-      key: a typed key, or None.
+      *others: trees of arrays, such as a typed key.
 
     Returns:
       What `compute` returns.
     """
     data = objective.data if isinstance(objective, Objective) else ()
-    if _is_traced((params, data, key)) or not _has_value(method):
-        return compute(method, where, has_aux, objective, params, key)
+    if _is_traced((params, data, others)) or not _has_value(method):
+        return compute(method, where, has_aux, objective, params, *others)
     try:
         said, arrays, function = _read(objective, params, data, where, has_aux)
     except Exception:
         # What cannot be traced, or not differentiated twice, may still be computed, or else says why not.
-        return compute(method, where, has_aux, objective, params, key)
+        return compute(method, where, has_aux, objective, params, *others)
     if _is_traced(arrays):
-        return compute(method, where, has_aux, objective, params, key)
+        return compute(method, where, has_aux, objective, params, *others)
     name = (compute, _value(method), jax.tree.structure(select(params, where)), has_aux, said)
     if name not in _programs:
-        alone = lambda arrays, params, key: compute(method, where, has_aux, function(arrays), params, key)
+        alone = lambda arrays, params, others: compute(method, where, has_aux, function(arrays), params, *others)
         _programs[name] = jax.jit(alone)
         if len(_programs) > CAPACITY:
             _programs.popitem(last=False)
     _programs.move_to_end(name)
     try:
-        return _programs[name](arrays, params, key)
+        return _programs[name](arrays, params, others)
     except jax.errors.JAXTypeError:
         # A method of the caller's own may look at numbers, which a program does not have before it runs.
-        return compute(method, where, has_aux, objective, params, key)
+        return compute(method, where, has_aux, objective, params, *others)
 
 
 def _is_traced(tree: Any) -> bool:

@@ -15,6 +15,7 @@ from curvax.curvature.eager import once
 from curvax.curvature.estimate import Estimate
 from curvax.curvature.scalar import as_arrays, aux_of, returns_aux, scalar_objective
 from curvax.curvature.short_forms import as_method, needs_key
+from curvax.eigenbasis import in_basis
 from curvax.exact import Explanation, explain_unknown
 from curvax.exact.derivatives import hessian_product
 from curvax.keys import Key, as_key, check_key
@@ -243,16 +244,18 @@ def check_method_key(method: Any, key: Any) -> None:
         raise ValueError(f"method={method!r} draws random numbers; pass key=0 or another seed.")
 
 
-def estimated(method: Any, objective: Any, params: Any, key: jax.Array | None) -> Estimate:
-    """`method.estimate`, on any mesh, and where nothing is wanted."""
+def estimated(method: Any, objective: Any, params: Any, key: jax.Array | None, basis: Any = None) -> Estimate:
+    """`method.estimate`, on any mesh, in a basis, and where nothing is wanted."""
     if any(jnp.size(x) for x in jax.tree.leaves(params)):
-        return on_auto_axes(functools.partial(_checked, method))(objective, params, key)
+        return on_auto_axes(functools.partial(_checked, method))(objective, params, key, basis)
     diag = jax.tree.map(lambda x: jnp.zeros_like(at_least_float32(x)), params)
     return Estimate(*jax.value_and_grad(objective)(params), diag, diag)
 
 
-def _checked(method: Any, objective: Any, params: Any, key: jax.Array | None) -> Estimate:
+def _checked(method: Any, objective: Any, params: Any, key: jax.Array | None, basis: Any) -> Estimate:
     """`method.estimate`, which may be a user's own."""
+    if basis is not None:
+        objective, params = in_basis(objective, params, basis)
     found = method.estimate(objective, params, key)
     if not isinstance(found, Estimate):
         raise ValueError(

@@ -15,6 +15,7 @@ from curvax.exact import BUDGET, exact_diag, explain, explain_ggn, explain_produ
 from curvax.exact.diagonals import check_objective
 from curvax.exact.units import function_diag
 from curvax.objective import Objective
+from curvax.trees import at_least_float32
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -143,6 +144,44 @@ class GaussNewton(Method):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
+class SquaredGradients:
+    """The root of the mean squared gradient, which Adam and SOAP take for curvature: no pass, and no loss.
+
+    Formula:
+      `h_i = sqrt(mean g_i^2)`, with the mean over the refreshes of `with_hessian_diag`: the root of the diagonal of the
+      batch's own Fisher matrix. It ranks parameters as curvature does where gradients are mostly noise, and has no
+      fixed ratio to it: the learning rate means something else.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from curvax import SquaredGradients, scale_by_curvature_radius, with_hessian_diag
+      >>> tx = with_hessian_diag(scale_by_curvature_radius(slope_term=False), SquaredGradients())
+      >>> w, g = jnp.zeros(2), jnp.array([2.0, -4.0])
+      >>> tx.update(g, tx.init(w), w)[0].tolist()
+      [1.0, -1.0]
+    """
+
+    name = "squares"
+    stochastic = False
+
+    def from_gradient(self, grad: Any) -> Any:
+        """What is averaged."""
+        return jax.tree.map(lambda g: jnp.square(jnp.abs(at_least_float32(g))), grad)
+
+    def from_average(self, average: Any) -> Any:
+        """What is handed on."""
+        return jax.tree.map(jnp.sqrt, average)
+
+    def estimate(self, objective: Any, params: Any, key: Any = None) -> Estimate:
+        """The same for a loss, as `hessian_diag` asks for it."""
+        value, grad = jax.value_and_grad(plain(objective, params))(params)
+        return Estimate(value, grad, self.from_average(self.from_gradient(grad)))
+
+    def __repr__(self) -> str:
+        return "SquaredGradients()"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Auto(Method):
     """What `method=None` stands for: the estimate that the objective allows, by the fewest passes.
 
@@ -169,12 +208,13 @@ class Auto(Method):
     name = "auto"
     stochastic = True
 
-    def choose(self, objective: Any, params: Any) -> Method:
-        """The method that is taken for this objective."""
+    def choose(self, objective: Any, params: Any, *, rotated: bool = False) -> Method:
+        """The method that is taken for this objective, or for it as a function of rotated parameters."""
         objective = plain(objective, params)
         options = {"chunk_size": self.chunk_size, "micro_batches": self.micro_batches}
         if isinstance(objective, Objective) and plan_sampling(objective, params).form in ("example", "batch"):
-            return GaussNewton(self.num_samples, **options)
+            # Squares by example would take the gradient of each example, to rotate it.
+            return GaussNewton(self.num_samples, "batch" if rotated else None, **options)
         return Hutchinson(self.num_samples, **options)
 
     def _in_parts(self, objective, params, key):

@@ -20,9 +20,10 @@ from curvax.curvature.line_search import bound, tolerant
 from curvax.curvature.methods import Auto
 from curvax.curvature.scalar import check_function, returns_aux, scalar_objective, select
 from curvax.curvature.short_forms import as_method
+from curvax.eigenbasis import rotated
 from curvax.keys import Key, as_key
 from curvax.layers import path_name
-from curvax.trees import diag_dtype
+from curvax.trees import all_finite, diag_dtype, is_hole
 from curvax.varying import AxisName, is_bound, varying_over
 
 NOTHING_STORED = (
@@ -31,7 +32,7 @@ NOTHING_STORED = (
 )
 
 #: What `HessianDiagState.method` counts.
-METHODS = ("none", "exact", "basis", "ggn", "ggn_mc", "hutchinson", "xdiag", "other")
+METHODS = ("none", "exact", "basis", "ggn", "ggn_mc", "hutchinson", "xdiag", "squares", "other")
 
 
 class HessianDiagState(NamedTuple):
@@ -49,7 +50,7 @@ class HessianDiagState(NamedTuple):
     Example:
       >>> import jax.numpy as jnp, optax
       >>> from curvax import cblr
-      >>> state = cblr(0.1, key=0).init({"w": jnp.ones(2)})
+      >>> state = cblr(0.1, key=0, eigenbasis=False).init({"w": jnp.ones(2)})
       >>> optax.tree.get(state, "hessian_diag"), int(state.num_refreshes), state.method_name
       ({'w': Array([0., 0.], dtype=float32)}, 0, 'none')
     """
@@ -144,6 +145,7 @@ def with_hessian_diag(
     owner = getattr(inner.update, "__self__", None)
     multi_steps = isinstance(owner, optax.MultiSteps)
     inner = owner if multi_steps else optax.with_extra_args_support(inner)
+    of_gradient = hasattr(method, "from_gradient")
 
     def init_fn(params):
         zeros = (jnp.zeros([], jnp.int32) for _ in range(5))
@@ -151,22 +153,27 @@ def with_hessian_diag(
         average = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=dtype(x)), select(params, where))
         return HessianDiagState(*zeros, average, inner.init(params))
 
-    def compute(objective, params, key):
+    def compute(source, params, key, basis):
+        if of_gradient:
+            chosen = jax.tree.map(lambda x, g: x if is_hole(x) else g, select(params, where), source, is_leaf=is_hole)
+            gradient = chosen if basis is None else rotated(chosen, basis)
+            return method.from_gradient(gradient), _number_of(method)
+        objective = source
         if axis_name is None:
-            found = once(_fresh, method, where, has_aux, objective, params, key)
+            found = once(_fresh, method, where, has_aux, objective, params, key, basis)
             _check_alike(found[0], params)
             return found
         # A gradient of replicated parameters is summed over the mesh by `shard_map` itself. Parameters that are marked
         # as different on each device keep every device's curvature apart until the mean.
         params = jax.tree.map(lambda x: varying_over(x, axis_name), params)
         key = None if key is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        diag, taken = _fresh(method, where, has_aux, objective, params, key)
+        diag, taken = _fresh(method, where, has_aux, objective, params, key, basis)
         return jax.lax.pmean(diag, axis_name), taken
 
-    def refresh(objective, params, usable, state):
+    def refresh(source, params, usable, state, basis):
         draw = None if key is None else jax.random.fold_in(as_key(key), state.num_refreshes)
-        fresh, taken = compute(objective, params, draw)
-        good = usable & _all_finite(fresh, param_axis_name)
+        fresh, taken = compute(source, params, draw, basis)
+        good = usable & all_finite(fresh, param_axis_name)
         number = optax.safe_increment(state.num_refreshes)
         # Without overflow, however large `every` is.
         later = state.count + jnp.minimum(every, jnp.iinfo(jnp.int32).max - state.count).astype(jnp.int32)
@@ -178,34 +185,42 @@ def with_hessian_diag(
             hessian_diag=_averaged(state.hessian_diag, fresh, number, decay, good),
         )
 
-    def refresh_if_due(objective, params, usable, state):
+    def refresh_if_due(*args):
+        state = args[3]
         due = state.count >= state.next_refresh
         # XLA on CPU runs convolutions inside a branch many times slower, so that none is made without need.
         if not isinstance(every, jax.core.Tracer) and every == 1 and not multi_steps:
-            return refresh(objective, params, usable, state)
+            return refresh(*args)
         if not isinstance(due, jax.core.Tracer):
-            return refresh(objective, params, usable, state) if due else state
-        return jax.lax.cond(due, lambda: refresh(objective, params, usable, state), lambda: state)
+            return refresh(*args) if due else state
+        return jax.lax.cond(due, lambda: refresh(*args), lambda: state)
 
-    def update_fn(updates, state, params=None, *, hessian_diag=None, obj_fn=None, value_fn=None, **extra_args):
+    def update_fn(
+        updates, state, params=None, *, hessian_diag=None, obj_fn=None, value_fn=None, eigenbasis=None, **extra_args
+    ):
         if params is None:
             raise ValueError("curvature depends on the parameters; call update(updates, state, params, obj_fn=...).")
         if axis_name is not None:
             _check_bound(axis_name)
         own, inner_state = state._replace(inner_state=()), state.inner_state
-        usable, stored = _all_finite(updates, axis_name, param_axis_name), True
+        usable, stored = all_finite(updates, axis_name, param_axis_name), True
         objective = obj_fn if obj_fn is not None else value_fn
         if obj_fn is None and callable(value_fn):
             objective = bound(value_fn, extra_args)
         if hessian_diag is not None:
             kept = own
+        elif of_gradient:
+            kept = refresh_if_due(updates, params, usable, own, eigenbasis)
         elif objective is None:
             stored, kept = _stored(own), own
         else:
             check_function("obj_fn" if obj_fn is not None else "value_fn", objective)
             _check_whole(params)
-            kept = refresh_if_due(objective, params, usable, own)
-        given = {"hessian_diag": kept.hessian_diag if hessian_diag is None else hessian_diag, "obj_fn": obj_fn}
+            kept = refresh_if_due(objective, params, usable, own, eigenbasis)
+        diag = kept.hessian_diag if hessian_diag is None else hessian_diag
+        if of_gradient and hessian_diag is None:
+            diag = method.from_average(diag)
+        given = {"hessian_diag": diag, "obj_fn": obj_fn, "eigenbasis": eigenbasis}
         given = {name: value for name, value in given.items() if value is not None}
         value_fn = value_fn if value_fn is not None or returns_aux(obj_fn, has_aux) else obj_fn
         if value_fn is not None:
@@ -226,12 +241,18 @@ def with_hessian_diag(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _fresh(method: Any, where: Any, has_aux: bool, objective: Any, params: Any, key: Any) -> tuple[Any, jax.Array]:
+def _fresh(
+    method: Any, where: Any, has_aux: bool, objective: Any, params: Any, key: Any, basis: Any
+) -> tuple[Any, jax.Array]:
     """The diagonal, and the index in `METHODS` of the method that it was computed by."""
     objective, chosen = scalar_objective(objective, params, where, has_aux)
-    taken = method.choose(objective, chosen) if isinstance(method, Auto) else method
-    name = getattr(taken, "name", "other")
-    return estimated(taken, objective, chosen, key).diag, jnp.int32(METHODS.index(name if name in METHODS else "other"))
+    taken = method.choose(objective, chosen, rotated=basis is not None) if isinstance(method, Auto) else method
+    return estimated(taken, objective, chosen, key, basis).diag, _number_of(taken)
+
+
+def _number_of(method: Any) -> jax.Array:
+    name = getattr(method, "name", "other")
+    return jnp.int32(METHODS.index(name if name in METHODS else "other"))
 
 
 @jax.jit
@@ -247,18 +268,6 @@ def _averaged(average: Any, fresh: Any, number: jax.Array, decay: jax.Array, goo
         return jnp.where(good, mixed.astype(old.dtype), old)
 
     return jax.tree.map(mean, average, fresh)
-
-
-def _all_finite(tree: Any, *axis_names: AxisName) -> jax.Array:
-    """Whether every number is finite, on all devices along these axes."""
-    finite = jnp.array(True)
-    for leaf in jax.tree.leaves(tree):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            finite = finite & jnp.all(jnp.isfinite(leaf))
-    for name in axis_names:
-        if name is not None:
-            finite = jax.lax.pmin(finite.astype(jnp.int32), name) > 0
-    return finite
 
 
 def _check_dtype(dtype: Any) -> None:

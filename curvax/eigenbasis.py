@@ -1,0 +1,315 @@
+"""In which basis of a layer a radius is taken.
+
+The entries of a kernel are coordinates in which somebody happened to write a linear map, and a diagonal, of curvature
+or of squares, says little of a matrix in such coordinates. With G the gradient of a kernel W, inputs times outputs, and
+U and V the eigenvectors of the second moments `E[G G^T]` and `E[G^T G]`, the entries of
+
+    U^T G V
+
+are as little correlated as a rotation of inputs and of outputs can make them (Shampoo, Gupta et al. 2018; EKFAC, George
+et al. 2018; SOAP, Vyas et al. 2024). There a diagonal means most. So the basis is an axis of its own, beside the rule,
+the grouping into layers and the source of curvature:
+
+- `with_eigenbasis` keeps the moments and the eigenvectors, and hands the basis on, as the extra argument `eigenbasis`;
+- `in_eigenbasis` wraps whatever is taken entry by entry: it is given rotated updates and parameters, and what it
+  returns is rotated back. `in_eigenbasis(optax.scale_by_adam())` is SOAP;
+- `with_hessian_diag` computes the diagonal of curvature in it: that of the loss as a function of the rotated
+  parameters, `W = U Q V^T`, by any method.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvax.checks import check_number, check_transformation
+from curvax.matrices import DimensionNumbers, Matrices, matrices_of
+from curvax.meshes import on_auto
+from curvax.objective import Objective
+from curvax.trees import all_finite, check_floats, is_hole, statistics_dtype
+
+
+class Sides(NamedTuple):
+    """What belongs to the rows of a stack of matrices, `(S, m, m)`, and to their columns, `(S, n, n)`.
+
+    Attributes:
+      rows: an array, or None for a side that stays in coordinates.
+      columns: the same.
+    """
+
+    rows: jax.Array | None
+    columns: jax.Array | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """The basis of one array: `U^T X V`, and back."""
+
+    vectors: Sides
+    matrices: Matrices | None = dataclasses.field(metadata={"static": True})
+
+    def into(self, x: jax.Array) -> jax.Array:
+        """An array in the basis, of the same shape."""
+        return self._times(x, *self.vectors, transposed=True)
+
+    def back(self, x: jax.Array) -> jax.Array:
+        """An array of the basis in coordinates."""
+        return self._times(x, *self.vectors, transposed=False)
+
+    def _times(self, x: jax.Array, u: jax.Array | None, v: jax.Array | None, transposed: bool) -> jax.Array:
+        if u is None and v is None:
+            return x
+        dtype = statistics_dtype(x.dtype)
+        turn = (lambda a: a.mT) if transposed else (lambda a: a)
+        m = self.matrices.split(x.astype(dtype))
+        m = m if u is None else turn(u).astype(dtype) @ m
+        m = m if v is None else m @ turn(v).astype(dtype).mT
+        return self.matrices.join(m)
+
+
+class EigenbasisState(NamedTuple):
+    """State of `with_eigenbasis`.
+
+    Attributes:
+      count: int32, the number of steps seen whose gradient was finite.
+      moments: a tree like the parameters of `Sides`, the averages of `G G^T` and `G^T G`, each G of norm 1.
+      vectors: the same of their eigenvectors, in columns.
+      inner_state: that of the wrapped transformation.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from curvax import with_eigenbasis
+      >>> state = with_eigenbasis(optax.sgd(0.1)).init({"w": jnp.ones((2, 3)), "b": jnp.ones(3)})
+      >>> state.vectors["w"].columns.shape, state.vectors["b"].columns
+      ((1, 3, 3), None)
+    """
+
+    count: jax.typing.ArrayLike
+    moments: Any
+    vectors: Any
+    inner_state: optax.OptState
+
+
+def with_eigenbasis(
+    inner: optax.GradientTransformation,
+    *,
+    decay: jax.typing.ArrayLike = 0.95,
+    every: jax.typing.ArrayLike = 10,
+    max_size: int = 1024,
+    weight_dimension_numbers: DimensionNumbers = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Give a transformation the eigenbasis of each layer's gradient as the extra argument `eigenbasis`.
+
+    Formula:
+      `L <- decay L + (1 - decay) G G^T`, `R <- decay R + (1 - decay) G^T G` in every step, with G the gradient over its
+      norm, so that no step outweighs the others; U and V are their eigenvectors in the first step, and then follow by
+      one step of orthogonal iteration, `U = qr(L U)`, every `every` steps (Vyas et al. 2024, algorithm 3).
+
+      A side of more than `max_size`, and all that is no matrix (biases, the scales of norms), stays in coordinates. The
+      state takes `2 m^2 + 2 n^2` numbers, float32 or float64, for a kernel of m inputs and n outputs. A step whose
+      gradient is not finite leaves no trace.
+
+    Args:
+      inner: what uses the basis, such as a chain with `in_eigenbasis`.
+      decay: decay rate of the moments, in [0, 1).
+      every: number of steps between two changes of the basis.
+      max_size: the most rows, or columns, that have a basis of their own.
+      weight_dimension_numbers: which axes are rows and which columns, as for `optax.contrib.muon`: a tree like the
+        parameters of `optax.contrib.MuonDimensionNumbers`, with `None` for what is no matrix, or a function that makes
+        one. By default all axes of a kernel but the last are rows, and the first counts matrices where modules are
+        stacked.
+
+    Returns:
+      A transformation. Devices that hold parts of a kernel know no basis of it: inside `shard_map` parameters have to
+      be whole; under `jit` they may be divided.
+
+    Raises:
+      ValueError: if an argument is out of range; from `update`, if dimension numbers do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from curvax import in_eigenbasis, with_eigenbasis
+      >>> soap = with_eigenbasis(in_eigenbasis(optax.scale_by_adam()))
+      >>> w, g = jnp.ones((2, 2)), jnp.array([[0.0, 3.0], [-0.1, 0.0]])
+      >>> print(soap.update(g, soap.init(w), w)[0].round(3) + 0.0)  # singular values of 1
+      [[ 0.  1.]
+       [-1.  0.]]
+    """
+    check_transformation("inner", inner)
+    check_number("decay", decay, "[0, 1)")
+    check_number("every", every, "[1, inf)", whole=True)
+    check_number("max_size", max_size, "[0, inf)", whole=True)
+    inner = optax.with_extra_args_support(inner)
+
+    def sides(tree, make):
+        leaves, treedef = jax.tree.flatten(tree)
+        shapes = matrices_of(tree, weight_dimension_numbers)
+        return treedef.unflatten([_sides(x, of, max_size, make) for x, of in zip(leaves, shapes, strict=True)])
+
+    def init_fn(params):
+        identity = lambda shape, dtype: jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)
+        moments, vectors = sides(params, jnp.zeros), sides(params, identity)
+        return EigenbasisState(jnp.zeros([], jnp.int32), moments, vectors, inner.init(params))
+
+    def follow(updates, count, moments, vectors):
+        """The moments with this gradient in them, and the vectors, new ones where a change is due."""
+        usable, number = all_finite(updates), count + 1
+        leaves, treedef = jax.tree.flatten(updates)
+        old = treedef.flatten_up_to(moments)
+        shapes = matrices_of(updates, weight_dimension_numbers)
+        moments = [_averaged(*each, decay, number, usable) for each in zip(old, leaves, shapes, strict=True)]
+        moments = treedef.unflatten(moments)
+        vectors = _if(usable & (count % every == 0), lambda: _changed(moments, vectors, count), lambda: vectors)
+        return jnp.where(usable, optax.safe_increment(count), count), moments, vectors
+
+    def update_fn(updates, state, params=None, **extra_args):
+        check_floats(updates)
+        count, moments, vectors = on_auto(follow, updates, state.count, state.moments, state.vectors)
+        treedef = jax.tree.structure(updates)
+        shapes = matrices_of(updates, weight_dimension_numbers)
+        basis = treedef.unflatten(map(Rotation, treedef.flatten_up_to(vectors), shapes))
+        updates, inner_state = inner.update(updates, state.inner_state, params, eigenbasis=basis, **extra_args)
+        return updates, EigenbasisState(count, moments, vectors, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def in_eigenbasis(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Let a transformation that works entry by entry do so in the eigenbasis of each layer.
+
+    Formula:
+      `U inner(U^T G V, U^T W V) V^T` for each kernel, with the basis that `with_eigenbasis` hands on; other arrays are
+      not rotated. The curvature that `with_hessian_diag` hands on inside of `with_eigenbasis` is in this basis already.
+
+    Args:
+      inner: such as `scale_by_curvature_radius`, `scale_by_approximate_radius`, `discard_small_gradients`, or optax's
+        `scale_by_adam`.
+
+    Returns:
+      A transformation whose `update` takes `eigenbasis`. What is inside sees float32 at least; updates keep their
+      dtype.
+
+    Raises:
+      ValueError: from `update`, without `eigenbasis`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from curvax import discard_small_gradients, in_eigenbasis, with_eigenbasis
+      >>> tx = with_eigenbasis(in_eigenbasis(discard_small_gradients(0.75)))
+      >>> w, g = jnp.ones((2, 2)), jnp.array([[2.0, 1.0], [1.0, 2.0]])
+      >>> print(tx.update(g, tx.init(w), w)[0].round(2))  # of two singular values the larger one
+      [[1.5 1.5]
+       [1.5 1.5]]
+    """
+    check_transformation("inner", inner)
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params):
+        return inner.init(jax.tree.map(lambda x: jnp.zeros_like(x, statistics_dtype(x.dtype)), params))
+
+    def update_fn(updates, state, params=None, *, eigenbasis=None, **extra_args):
+        if eigenbasis is None:
+            raise ValueError(
+                "the eigenbasis of layers is missing; wrap the optimizer in curvax.with_eigenbasis, outermost."
+            )
+        into = lambda tree: None if tree is None else rotated(tree, eigenbasis, Rotation.into)
+        found, state = inner.update(into(updates), state, into(params), **extra_args)
+        found = rotated(found, eigenbasis, Rotation.back)
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), found, updates), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def in_basis(objective: Any, params: Any, basis: Any) -> tuple[Any, Any]:
+    """A loss as a function of the rotated parameters, and these: its Hessian is that of the loss in the basis.
+
+    Args:
+      objective: an `Objective` without other output, or a function `params -> scalar`.
+      params: a tree of arrays, which may have holes.
+      basis: a tree like it of `Rotation`.
+
+    Returns:
+      The objective and its argument.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from curvax.eigenbasis import Rotation, Sides, in_basis
+      >>> from curvax.matrices import matrices_of
+      >>> loss = lambda w: w[0, 0] * w[1, 0]
+      >>> w, u = jnp.ones((2, 1)), jnp.array([[[1.0, 1.0], [1.0, -1.0]]]) / 2**0.5
+      >>> rotated, q = in_basis(loss, w, Rotation(Sides(u, None), *matrices_of(w)))
+      >>> print(jax.hessian(rotated)(q).reshape(2, 2).round(4) + 0.0)
+      [[ 1.  0.]
+       [ 0. -1.]]
+    """
+    back = lambda inside: rotated(inside, basis, Rotation.back)
+    # Of the dtypes that the loss was written for.
+    whole = lambda inside: jax.tree.map(lambda x, w: x.astype(w.dtype), back(inside), params)
+    inside = rotated(params, basis)
+    if not isinstance(objective, Objective):
+        return lambda inside: objective(whole(inside)), inside
+    predict, penalty = objective.predict, objective.penalty
+    objective = dataclasses.replace(
+        objective,
+        predict=lambda inside, data: predict(whole(inside), data),
+        penalty=None if penalty is None else lambda inside: penalty(whole(inside)),
+    )
+    return objective, inside
+
+
+def rotated(tree: Any, basis: Any, way: Callable[[Rotation, jax.Array], jax.Array] = Rotation.into) -> Any:
+    """The leaves of a tree in the basis, or back, divided between devices as they were."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_hole)
+    rotations = treedef.flatten_up_to(basis)
+    turn = lambda x, rotation: on_auto(
+        lambda x, vectors: way(dataclasses.replace(rotation, vectors=vectors), x), x, rotation.vectors, like=x
+    )
+    return treedef.unflatten([x if is_hole(x) else turn(x, r) for x, r in zip(leaves, rotations, strict=True)])
+
+
+def _sides(x: Any, of: Matrices | None, max_size: int, make: Callable[[tuple[int, ...], Any], jax.Array]) -> Sides:
+    if of is None or jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return Sides(None, None)
+    count, *sizes = of.dims
+    dtype = statistics_dtype(x.dtype)
+    return Sides(*(make((count, n, n), dtype) if 1 < n <= max_size else None for n in sizes))
+
+
+def _averaged(old: Sides, g: jax.Array, of: Matrices | None, decay: Any, number: jax.Array, usable: jax.Array) -> Sides:
+    """The moments after the gradient `g`, corrected for their bias as averages of so many."""
+    if old == Sides(None, None):
+        return old
+    m = _of_norm_one(of.split(g.astype(statistics_dtype(g.dtype))))
+    decay = jnp.asarray(decay, m.dtype)
+    share = (jnp.where(number == 1, 1, (1 - decay) / (1 - decay ** number.astype(m.dtype)))).astype(m.dtype)
+    share = jnp.where(usable, share, 0)
+    new = Sides(m @ m.mT, m.mT @ m)
+    return Sides(
+        *(a if a is None else jnp.where(usable, a + share * (b - a), a) for a, b in zip(old, new, strict=True))
+    )
+
+
+def _of_norm_one(m: jax.Array) -> jax.Array:
+    """Matrices over their Frobenius norms, none of which overflows or vanishes; zeros stay."""
+    top = jnp.max(jnp.abs(m), axis=(1, 2), keepdims=True)
+    m = m / jnp.where(top == 0, 1, top)
+    norm = jnp.sqrt(jnp.sum(jnp.square(m), axis=(1, 2), keepdims=True))
+    return m / jnp.where(norm == 0, 1, norm)
+
+
+def _changed(moments: Any, vectors: Any, count: jax.Array) -> Any:
+    """The vectors in the first step, and one step of orthogonal iteration later."""
+    # Those with the largest eigenvalues come first, as the iteration leaves them.
+    first = lambda: jax.tree.map(lambda a: jnp.linalg.eigh(a)[1][..., ::-1], moments)
+    return _if(count == 0, first, lambda: jax.tree.map(lambda a, u: jnp.linalg.qr(a @ u)[0], moments, vectors))
+
+
+def _if(condition: jax.Array, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+    """`lax.cond`; what is known is not compiled."""
+    if isinstance(condition, jax.core.Tracer):
+        return jax.lax.cond(condition, then, otherwise)
+    return then() if condition else otherwise()

@@ -1,0 +1,112 @@
+"""Kernels as matrices: which axes of an array count the inputs of a layer, and which its outputs.
+
+Said as `optax.contrib.muon` says it, by `MuonDimensionNumbers`: the reduction axes are the rows, the output axes the
+columns, and every other axis counts matrices that have nothing to do with each other, such as experts, heads or the
+layers of a scanned network.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from curvax.layers import kernels, path_name
+
+#: A tree like the parameters of `MuonDimensionNumbers`, with `None` for what is no matrix; a function from parameters
+#: to such a tree; or `None` for the rule of `matrices_of`.
+DimensionNumbers = Any | Callable[[optax.Params], Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrices:
+    """An array of shape `shape` as a stack of matrices.
+
+    Attributes:
+      shape: of the array.
+      stack: the axes that count matrices.
+      rows: the axes of the inputs.
+      columns: the axes of the outputs.
+    """
+
+    shape: tuple[int, ...]
+    stack: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    @property
+    def dims(self) -> tuple[int, int, int]:
+        """How many matrices, rows and columns."""
+        return tuple(math.prod(self.shape[i] for i in axes) for axes in (self.stack, self.rows, self.columns))
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """The array as `(matrices, rows, columns)`."""
+        return x.transpose(self._order).reshape(self.dims)
+
+    def join(self, x: jax.Array) -> jax.Array:
+        """The matrices as an array of `shape`."""
+        back = tuple(self._order.index(i) for i in range(len(self.shape)))
+        return x.reshape([self.shape[i] for i in self._order]).transpose(back)
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return self.stack + self.rows + self.columns
+
+
+def matrices_of(tree: Any, dimension_numbers: DimensionNumbers = None) -> list[Matrices | None]:
+    """How each leaf of a tree is taken for matrices; None for vectors, scalars and whatever else is none.
+
+    Formula:
+      Without dimension numbers a kernel of `layers.group` has its last axis for columns and all axes before it for
+      rows; the first axis of a stack of modules, as `scan` and `vmap` make them, counts matrices.
+
+    Args:
+      tree: a pytree of arrays.
+      dimension_numbers: see `DimensionNumbers`.
+
+    Returns:
+      One entry for each leaf.
+
+    Raises:
+      ValueError: if dimension numbers do not fit the tree or an array.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> convolution, stack = jnp.ones((3, 3, 8, 16)), {"bias": jnp.ones((5, 9)), "kernel": jnp.ones((5, 8, 9))}
+      >>> [found.dims for found in matrices_of({"a": convolution, "b": stack}) if found]
+      [(1, 72, 16), (5, 8, 9)]
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    if dimension_numbers is None:
+        found = kernels(leaves)
+        return [
+            _matrices(path, x.shape, tuple(range(found[i], x.ndim - 1)), (x.ndim - 1,)) if i in found else None
+            for i, (path, x) in enumerate(leaves)
+        ]
+    numbers = dimension_numbers(tree) if callable(dimension_numbers) else dimension_numbers
+    is_leaf = lambda x: x is None or isinstance(x, MuonDimensionNumbers)
+    by_path = dict(jax.tree_util.tree_leaves_with_path(numbers, is_leaf=is_leaf))
+    found = []
+    for path, x in leaves:
+        said = by_path.get(path)
+        if said is not None and not isinstance(said, MuonDimensionNumbers):
+            raise ValueError(
+                f"the dimension numbers of '{path_name(path)}' are {said!r}; pass optax.contrib.MuonDimensionNumbers,"
+                " or None for what is no matrix."
+            )
+        found.append(None if said is None else _matrices(path, x.shape, said.reduction_axis, said.output_axis))
+    return found
+
+
+def _matrices(path: Any, shape: tuple[int, ...], rows: Any, columns: Any) -> Matrices:
+    given = tuple((axes,) if isinstance(axes, int) else tuple(axes) for axes in (rows, columns))
+    if any(not -len(shape) <= i < len(shape) for axes in given for i in axes):
+        raise ValueError(f"'{path_name(path)}' has the shape {shape}, and no axes {given[0]} and {given[1]}.")
+    rows, columns = (tuple(i % len(shape) for i in axes) for axes in given)
+    if len({*rows, *columns}) < len(rows) + len(columns) or not rows or not columns:
+        raise ValueError(f"'{path_name(path)}' has rows {given[0]} and columns {given[1]}; each axis is one of them.")
+    stack = tuple(i for i in range(len(shape)) if i not in rows + columns)
+    return Matrices(shape, stack, rows, columns)

@@ -1,0 +1,68 @@
+"""The polar factor of an update: every direction of a layer goes as far as every other."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from curvax.checks import check_number
+from curvax.matrices import DimensionNumbers, matrices_of
+from curvax.meshes import on_auto
+from curvax.trees import check_floats, statistics_dtype
+
+
+def orthogonalize(
+    ns_steps: int = 5, *, weight_dimension_numbers: DimensionNumbers = None
+) -> optax.GradientTransformationExtraArgs:
+    """Replace each kernel's update by its polar factor, and every other array's by its direction.
+
+    Formula:
+      `G -> U V^T` for the singular value decomposition `G = U S V^T`, by the Newton-Schulz iteration of
+      `optax.contrib.scale_by_muon` (Jordan 2024), after which singular values lie between 0.7 and 1.2; `g -> g /
+      norm2(g)` for vectors, whose polar factor this is. Zeros stay zeros. The length of the result says nothing: let
+      `scale_by_lars` follow.
+
+    Args:
+      ns_steps: steps of the iteration, each three products of matrices.
+      weight_dimension_numbers: which axes are rows and which columns, as for `with_eigenbasis`.
+
+    Returns:
+      A transformation. It computes in float32 at least; updates keep their dtype. Inside `shard_map` parameters have to
+      be whole.
+
+    Raises:
+      ValueError: if `ns_steps` is out of range; from `update`, if dimension numbers do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from curvax import orthogonalize
+      >>> tx = orthogonalize(10)
+      >>> g = {"w": jnp.array([[2.0, 0.0], [0.0, -0.1]]), "b": jnp.array([3.0, 4.0])}
+      >>> updates, _ = tx.update(g, tx.init(g))
+      >>> print(updates["b"], jnp.abs(jnp.diag(updates["w"])) > 0.6)
+      [0.6 0.8] [ True  True]
+    """
+    check_number("ns_steps", ns_steps, "[1, inf)", whole=True)
+    dims = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    muon = optax.contrib.scale_by_muon(ns_steps=ns_steps, beta=0.0, nesterov=False, weight_dimension_numbers=dims)
+
+    def direction(g, of):
+        # Neither the squares of a norm overflow after this, nor does the iteration's own epsilon count.
+        top = jnp.max(jnp.abs(g), initial=0)
+        x = g.astype(statistics_dtype(g.dtype)) / jnp.where(top == 0, 1, top).astype(statistics_dtype(g.dtype))
+        if of is None:
+            norm = jnp.sqrt(jnp.sum(jnp.square(x)))
+            return (x / jnp.where(norm == 0, 1, norm)).astype(g.dtype)
+        x = of.split(x)
+        # Without momentum it has no state.
+        return of.join(muon.update(x, muon.init(x))[0]).astype(g.dtype)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        check_floats(updates)
+        leaves, treedef = jax.tree.flatten(updates)
+        shapes = matrices_of(updates, weight_dimension_numbers)
+        found = [on_auto(lambda x, of=of: direction(x, of), x, like=x) for x, of in zip(leaves, shapes, strict=True)]
+        return treedef.unflatten(found), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
