@@ -124,11 +124,13 @@ def with_eigenbasis(
         stacked.
 
     Returns:
-      A transformation. Devices that hold parts of a kernel know no basis of it: inside `shard_map` parameters have to
+      A transformation. Where a transformation around it hands on an `eigenbasis`, that is used and nothing is computed.
+      Devices that hold parts of a kernel know no basis of it: inside `shard_map` parameters have to
       be whole; under `jit` they may be divided.
 
     Raises:
-      ValueError: if an argument is out of range; from `update`, if dimension numbers do not fit.
+      ValueError: if an argument is out of range; from `update`, if dimension numbers do not fit, or with `hessian_diag`
+        and without `eigenbasis`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -166,8 +168,19 @@ def with_eigenbasis(
         vectors = _if(usable & (count % every == 0), lambda: _changed(moments, vectors, count), lambda: vectors)
         return jnp.where(usable, optax.safe_increment(count), count), moments, vectors
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, *, eigenbasis=None, hessian_diag=None, **extra_args):
         check_floats(updates)
+        extra_args |= {} if hessian_diag is None else {"hessian_diag": hessian_diag}
+        if eigenbasis is not None:
+            updates, inner_state = inner.update(updates, state.inner_state, params, eigenbasis=eigenbasis, **extra_args)
+            return updates, state._replace(inner_state=inner_state)
+        if hessian_diag is not None:
+            raise ValueError(
+                "hessian_diag is in coordinates, where curvature in an eigenbasis is wanted. If with_hessian_diag is"
+                " around this optimizer, put with_eigenbasis around that:"
+                " curvax.with_eigenbasis(curvax.with_hessian_diag(optax.partition(...), key=0)); or leave the basis"
+                " out, as in curvax.cblr(..., eigenbasis=False)."
+            )
         count, moments, vectors = on_auto(follow, updates, state.count, state.moments, state.vectors)
         treedef = jax.tree.structure(updates)
         shapes = matrices_of(updates, weight_dimension_numbers)

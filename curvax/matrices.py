@@ -15,6 +15,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from curvax.layers import kernels, path_name
+from curvax.trees import is_hole
 
 #: A tree like the parameters of `MuonDimensionNumbers`, with `None` for what is no matrix; a function from parameters
 #: to such a tree; or `None` for the rule of `matrices_of`.
@@ -57,7 +58,7 @@ class Matrices:
 
 
 def matrices_of(tree: Any, dimension_numbers: DimensionNumbers = None) -> list[Matrices | None]:
-    """How each leaf of a tree is taken for matrices; None for vectors, scalars and whatever else is none.
+    """How each leaf of a tree is taken for matrices; None for vectors, scalars and what is empty.
 
     Formula:
       Without dimension numbers a kernel of `layers.group` has its last axis for columns and all axes before it for
@@ -83,25 +84,30 @@ def matrices_of(tree: Any, dimension_numbers: DimensionNumbers = None) -> list[M
     if dimension_numbers is None:
         found = kernels(leaves)
         return [
-            _matrices(path, x.shape, tuple(range(found[i], x.ndim - 1)), (x.ndim - 1,)) if i in found else None
+            _matrices(path, x, tuple(range(found[i], x.ndim - 1)), (x.ndim - 1,)) if i in found else None
             for i, (path, x) in enumerate(leaves)
         ]
     numbers = dimension_numbers(tree) if callable(dimension_numbers) else dimension_numbers
-    is_leaf = lambda x: x is None or isinstance(x, MuonDimensionNumbers)
-    by_path = dict(jax.tree_util.tree_leaves_with_path(numbers, is_leaf=is_leaf))
+    nodes, treedef = jax.tree.flatten(tree, is_leaf=is_hole)
+    try:
+        numbers = treedef.flatten_up_to(numbers)
+    except ValueError as error:
+        message = f"weight_dimension_numbers does not fit the parameters; pass a tree like them. {error}"
+        raise ValueError(message) from error
+    numbers = [said for said, node in zip(numbers, nodes, strict=True) if not is_hole(node)]
     found = []
-    for path, x in leaves:
-        said = by_path.get(path)
+    for (path, x), said in zip(leaves, numbers, strict=True):
         if said is not None and not isinstance(said, MuonDimensionNumbers):
             raise ValueError(
                 f"the dimension numbers of '{path_name(path)}' are {said!r}; pass optax.contrib.MuonDimensionNumbers,"
                 " or None for what is no matrix."
             )
-        found.append(None if said is None else _matrices(path, x.shape, said.reduction_axis, said.output_axis))
+        found.append(None if said is None else _matrices(path, x, said.reduction_axis, said.output_axis))
     return found
 
 
-def _matrices(path: Any, shape: tuple[int, ...], rows: Any, columns: Any) -> Matrices:
+def _matrices(path: Any, x: Any, rows: Any, columns: Any) -> Matrices | None:
+    shape = x.shape
     given = tuple((axes,) if isinstance(axes, int) else tuple(axes) for axes in (rows, columns))
     if any(not -len(shape) <= i < len(shape) for axes in given for i in axes):
         raise ValueError(f"'{path_name(path)}' has the shape {shape}, and no axes {given[0]} and {given[1]}.")
@@ -109,4 +115,4 @@ def _matrices(path: Any, shape: tuple[int, ...], rows: Any, columns: Any) -> Mat
     if len({*rows, *columns}) < len(rows) + len(columns) or not rows or not columns:
         raise ValueError(f"'{path_name(path)}' has rows {given[0]} and columns {given[1]}; each axis is one of them.")
     stack = tuple(i for i in range(len(shape)) if i not in rows + columns)
-    return Matrices(shape, stack, rows, columns)
+    return Matrices(shape, stack, rows, columns) if math.prod(shape) else None

@@ -55,7 +55,8 @@ def orthogonalize(
             return (x / jnp.where(norm == 0, 1, norm)).astype(g.dtype)
         x = of.split(x)
         # Without momentum it has no state.
-        return of.join(muon.update(x, muon.init(x))[0]).astype(g.dtype)
+        with jax.numpy_dtype_promotion("standard"):
+            return of.join(muon.update(x, muon.init(x))[0]).astype(g.dtype)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args

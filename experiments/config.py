@@ -87,7 +87,7 @@ class TrainConfig(Options):
         "Of cblr: added to the curvature, times a layer's mean. Of sophia: gamma, which multiplies the curvature.",
         AT_LEAST_0,
         WITH_CURVATURE,
-        usual=0.1,
+        usual=0.3,
     )
     curvature_every: int | None = method(
         None,

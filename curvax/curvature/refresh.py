@@ -329,6 +329,7 @@ def _check_whole(params: Any) -> None:
             raise ValueError(
                 f"the parameter '{path_name(path)}' is hidden by optax.masked or optax.partition, so that the loss"
                 " cannot be evaluated here; put with_hessian_diag outermost:"
-                " curvax.with_hessian_diag(optax.partition({'a': curvax.cblr(0.1), 'b': ...}, labels), key=0), which"
-                " gives its curvature to the cblr inside; where=... says for which parameters."
+                " curvax.with_eigenbasis(curvax.with_hessian_diag(optax.partition({'a': curvax.cblr(0.1), 'b': ...},"
+                " labels), key=0)), which give the basis and the curvature to the cblr inside; where=... says for which"
+                " parameters."
             )

@@ -1,0 +1,281 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+from optax.contrib import MuonDimensionNumbers
+
+import curvax
+from curvax.eigenbasis import Rotation, Sides, in_basis
+from curvax.matrices import matrices_of
+
+
+def orthogonal(seed, n):
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))[0]
+
+
+def normal(seed, *shape, dtype=np.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def steps(tx, w, gradients, **extra):
+    state, found = tx.init(w), []
+    update = jax.jit(lambda g, state, w: tx.update(g, state, w, **extra))
+    for g in gradients:
+        updates, state = update(g, state, w)
+        found.append(updates)
+    return found, state
+
+
+def reference(gradients, decay=0.95, every=10):
+    """The moments and eigenvectors of both sides after each gradient, in float64."""
+    sides, found = [], []
+    for number, g in enumerate(np.asarray(gradients, np.float64), 1):
+        g = g / np.linalg.norm(g)
+        share = (1 - decay) / (1 - decay**number)
+        new = [g @ g.T, g.T @ g]
+        sides = [a + share * (b - a) for a, b in zip(sides or new, new, strict=True)]
+        if number == 1:
+            vectors = [np.linalg.eigh(a)[1][:, ::-1] for a in sides]
+        elif (number - 1) % every == 0:
+            vectors = [np.linalg.qr(a @ u)[0] for a, u in zip(sides, vectors, strict=True)]
+        found.append((sides, vectors))
+    return found
+
+
+def test_moments_and_vectors_are_those_of_the_reference():
+    gradients = [normal(i, 4, 6) for i in range(5)]
+    tx = curvax.with_eigenbasis(optax.identity(), decay=0.8, every=2)
+    _, state = steps(tx, jnp.ones((4, 6)), gradients)
+    moments, vectors = reference(gradients, 0.8, 2)[-1]
+    for ours, theirs in zip(state.moments, moments, strict=True):
+        np.testing.assert_allclose(ours[0], theirs, rtol=1e-4, atol=1e-6)
+    # Columns have either sign; those of no eigenvalue, two of six, are any that complete the others.
+    for ours, theirs, rank in zip(state.vectors, vectors, (4, 4), strict=True):
+        np.testing.assert_allclose(np.abs(np.sum(ours[0] * theirs, axis=0))[:rank], 1, rtol=1e-3)
+        np.testing.assert_allclose(ours[0].T @ ours[0], np.eye(len(theirs)), atol=1e-5)
+
+
+def test_the_iteration_converges_to_the_eigenvectors():
+    """Of a gradient that stays the same: the angle to its singular vectors vanishes."""
+    u, v = orthogonal(0, 5), orthogonal(1, 5)
+    first, then = normal(2, 5, 5), jnp.asarray(u * [5.0, 4, 3, 2, 1] @ v.T, jnp.float32)
+    tx = curvax.with_eigenbasis(optax.identity(), decay=0.5, every=1)
+    _, state = steps(tx, jnp.ones((5, 5)), [first] + [then] * 80)
+    np.testing.assert_allclose(np.abs(state.vectors.rows[0].T @ u), np.eye(5), atol=1e-3)
+    np.testing.assert_allclose(np.abs(state.vectors.columns[0].T @ v), np.eye(5), atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [curvax.Exact(), curvax.SquaredGradients()], ids=repr)
+def test_cblr_does_not_depend_on_the_coordinates_of_a_layer(method):
+    """Rotating the inputs and outputs of a kernel rotates its path; in coordinates it would not."""
+    hessian = normal(0, 12, 12)
+    hessian = hessian @ hessian.T / 12
+    left, right = (jnp.asarray(orthogonal(i, n), jnp.float32) for i, n in enumerate((3, 4)))
+    loss = lambda w: 0.5 * jnp.ravel(w - 1) @ hessian @ jnp.ravel(w - 1)
+    rotated_loss = lambda q: loss(left.T @ q @ right)
+
+    def path(loss, w, **options):
+        tx = curvax.cblr(0.05, method=method, every=2, basis_every=2, **options)
+
+        @jax.jit
+        def step(w, state):
+            updates, state = tx.update(jax.grad(loss)(w), state, w, obj_fn=loss)
+            return optax.apply_updates(w, updates), state
+
+        state = tx.init(w)
+        for _ in range(6):
+            w, state = step(w, state)
+        return w
+
+    start = normal(3, 3, 4)
+    plain, rotated = path(loss, start), path(rotated_loss, left @ start @ right.T)
+    np.testing.assert_allclose(left @ plain @ right.T, rotated, rtol=1e-3, atol=1e-3)
+    plain, rotated = (path(f, w, eigenbasis=False) for f, w in ((loss, start), (rotated_loss, left @ start @ right.T)))
+    assert np.max(np.abs(left @ plain @ right.T - rotated)) > 0.01
+
+
+def rotation(params, seed=0):
+    def side(i, n):
+        return jnp.asarray(orthogonal(seed + i, n), jnp.float32)[None]
+
+    treedef, shapes = jax.tree.structure(params), matrices_of(params)
+    sides = [Sides(None, None) if m is None else Sides(side(0, m.dims[1]), side(1, m.dims[2])) for m in shapes]
+    return treedef.unflatten(map(Rotation, sides, shapes))
+
+
+def dense_gauss_newton(objective, params, basis):
+    """Its diagonal in the basis, from the Jacobian and the Hessian of each example's loss."""
+    inside, q = in_basis(objective, params, basis)
+    flat, unravel = jax.flatten_util.ravel_pytree(q)
+    outputs = inside.predict(q, inside.data)
+    jacobian = jax.jacobian(lambda flat: inside.predict(unravel(flat), inside.data))(flat)
+    sizes = jnp.arange(outputs.shape[0])
+    curvature = jax.hessian(lambda out: jnp.sum(inside.loss(out, inside.data)))(outputs)[sizes, :, sizes, :]
+    return unravel(jnp.einsum("bip,bij,bjp->p", jacobian, curvature, jacobian) / outputs.shape[0])
+
+
+def test_the_diagonal_in_a_basis_is_that_of_the_rotated_matrix():
+    """The Gauss-Newton matrix of a ReLU network, exactly, and by samples within five standard errors."""
+    data = problems.classification(examples=16, features=5)
+    objective = curvax.Objective(problems.mlp, problems.cross_entropy, data)
+    params = problems.mlp_params(sizes=(5, 6, 4))
+    basis = rotation(params)
+    wanted = dense_gauss_newton(objective, params, basis)
+    inside, q = in_basis(objective, params, basis)
+    chex.assert_trees_all_close(curvax.hessian_diag(inside, q, "exact"), wanted, rtol=1e-4, atol=1e-6)
+    method = curvax.GaussNewton(num_samples=400, squares="batch", chunk_size=100)
+    diag, error = curvax.hessian_diag(inside, q, method, key=0, standard_error=True)
+    off = jax.tree.map(lambda a, b, e: (a - b) / e, diag, wanted, error)
+    assert max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(off)) < 5
+
+
+def test_a_refresh_is_in_the_basis_that_is_handed_on():
+    """What `with_hessian_diag` stores inside is the diagonal of the rotated Hessian."""
+    hessian = normal(0, 12, 12)
+    hessian = hessian + hessian.T
+    loss = lambda w: 0.5 * jnp.ravel(w) @ hessian @ jnp.ravel(w)
+    w = normal(1, 3, 4)
+    tx = curvax.with_eigenbasis(curvax.with_hessian_diag(optax.identity(), "basis"))
+    _, state = tx.update(jax.grad(loss)(w), tx.init(w), w, obj_fn=loss)
+    u, v = (np.asarray(x[0]) for x in state.vectors)
+    turn = np.kron(u, v)
+    wanted = np.diag(turn.T @ np.asarray(hessian) @ turn).reshape(3, 4)
+    np.testing.assert_allclose(state.inner_state.hessian_diag, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_of_cblr_is_the_formula():
+    """With one refresh and no momentum, from NumPy's singular values: the iteration leaves those between .6 and 1.3."""
+    rng = np.random.default_rng(0)
+    w, g = rng.normal(size=(2, 4, 6))
+    hessian = np.diag(rng.uniform(0.5, 3, 24))
+    loss = lambda x: 0.5 * jnp.ravel(x - w + g) @ jnp.asarray(hessian, jnp.float32) @ jnp.ravel(x - w + g)
+    gradient = (hessian @ g.ravel()).reshape(4, 6)
+    u, _, vt = np.linalg.svd(gradient)
+    turn = np.kron(u, vt.T)
+    h = np.abs(np.diag(turn.T @ hessian @ turn)).reshape(4, 6)
+    step = u @ (u.T @ gradient @ vt.T / (h + 0.3 * h.mean())) @ vt
+    left, _, right = np.linalg.svd(step, full_matrices=False)
+    tx = curvax.cblr(0.1, method="basis", momentum=0.0)
+    start = jnp.asarray(w, jnp.float32)
+    updates, _ = tx.update(jax.grad(loss)(start), tx.init(start), start, obj_fn=loss)
+    inside = left.T @ np.asarray(updates, np.float64) @ right.T
+    assert np.linalg.norm(updates) == pytest.approx(0.1 * np.linalg.norm(w), rel=1e-4)
+    scale = np.diag(inside).mean()
+    assert np.all(np.abs(inside / scale - np.diag(np.diag(inside / scale))) < 0.01)
+    assert np.all((np.diag(-inside) > 0) & (np.diag(inside / scale) > 0.55) & (np.diag(inside / scale) < 1.45))
+
+
+def test_everything_taken_entry_by_entry_can_be_taken_in_it():
+    """`|w / g|` and the discarding of small gradients, of diagonal matrices in the basis."""
+    u, v = orthogonal(0, 3), orthogonal(1, 3)
+    turn = lambda d: jnp.asarray(u @ np.diag(d) @ v.T, jnp.float32)
+    w, g = turn([4.0, 5.0, 6.0]), turn([3.0, -2.0, 1.0])
+    (updates,), _ = steps(curvax.with_eigenbasis(curvax.in_eigenbasis(curvax.discard_small_gradients(0.85))), w, [g])
+    np.testing.assert_allclose(updates, turn([3.0, -2.0, 0.0]), atol=1e-5)
+    bounded = curvax.scale_by_approximate_radius(max_radius=100.0)
+    (updates,), _ = steps(curvax.with_eigenbasis(curvax.in_eigenbasis(bounded)), w, [g])
+    np.testing.assert_allclose(updates, turn([4.0, -5.0, 6.0]), atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_basis_does_not_depend_on_the_size_of_a_gradient(scale):
+    gradients = [normal(i, 3, 3) for i in range(4)]
+    tx = curvax.with_eigenbasis(optax.identity(), every=1)
+    (_, plain), (_, scaled) = (steps(tx, jnp.ones((3, 3)), [g * s for g in gradients]) for s in (1, scale))
+    chex.assert_trees_all_close(plain.vectors, scaled.vectors, atol=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_leaves_no_trace():
+    good = [normal(i, 3, 2) for i in range(3)]
+    tx = curvax.with_eigenbasis(optax.identity(), every=1)
+    _, state = steps(tx, jnp.ones((3, 2)), good)
+    _, with_bad = steps(tx, jnp.ones((3, 2)), [good[0], good[0] * jnp.nan, good[1], good[1] * jnp.inf, good[2]])
+    chex.assert_trees_all_close(state, with_bad)
+
+
+@pytest.mark.parametrize("make", [lambda: curvax.cblr(0.1, method=curvax.SquaredGradients()), curvax.orthogonalize])
+def test_zeros_stay_and_nan_is_passed_on(make):
+    tx = make()
+    w = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "s": jnp.ones(()), "e": jnp.zeros((0, 4))}
+    (zeros,), _ = steps(tx, w, [jax.tree.map(jnp.zeros_like, w)])
+    chex.assert_trees_all_equal(zeros, jax.tree.map(jnp.zeros_like, w))
+    (bad,), _ = steps(tx, w, [{**w, "w": w["w"].at[0, 0].set(jnp.nan)}])
+    assert np.all(np.isnan(bad["w"])) and np.isfinite(bad["s"])
+
+
+def test_polar_factors_are_those_of_the_singular_value_decomposition():
+    """In ten steps all singular values come near 1, whatever the size of the gradient."""
+    g = {"conv": normal(0, 2, 2, 3, 5), "b": jnp.array([3e30, 4e30]), "stack": normal(1, 4, 3, 6) * 1e-30}
+    dims = {"conv": MuonDimensionNumbers((0, 1, 2), 3), "b": None, "stack": MuonDimensionNumbers(1, 2)}
+    updates = curvax.orthogonalize(8, weight_dimension_numbers=dims).update(g, optax.EmptyState())[0]
+    np.testing.assert_allclose(updates["b"], [0.6, 0.8], rtol=1e-6)
+    for ours, matrix in zip(
+        [updates["conv"].reshape(12, 5), *updates["stack"]], [g["conv"].reshape(12, 5), *g["stack"]], strict=True
+    ):
+        u, _, vt = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
+        inside = u.T @ ours @ vt.T
+        np.testing.assert_allclose(inside, np.diag(np.diag(inside)), atol=0.02)
+        assert np.all((np.diag(inside) > 0.6) & (np.diag(inside) < 1.3))
+
+
+def test_a_stack_of_kernels_is_treated_as_its_layers():
+    """The first axis of modules that `scan` stacks, or that dimension numbers leave out, counts layers."""
+    kernels, biases = normal(0, 3, 4, 5), normal(1, 3, 5)
+    stack = {"kernel": kernels, "bias": biases}
+    apart = [{"kernel": kernels[i], "bias": biases[i]} for i in range(3)]
+    tx = curvax.with_eigenbasis(curvax.in_eigenbasis(curvax.discard_small_gradients(0.5)))
+    (together,), _ = steps(tx, stack, [stack])
+    (alone,), _ = steps(tx, apart, [apart])
+    np.testing.assert_allclose(together["kernel"], jnp.stack([x["kernel"] for x in alone]), rtol=1e-4, atol=1e-4)
+
+
+def test_wide_sides_and_vectors_stay_in_coordinates():
+    params = {"table": jnp.ones((100, 3)), "dense": {"kernel": jnp.ones((1, 3)), "bias": jnp.ones(3)}}
+    state = curvax.with_eigenbasis(optax.identity(), max_size=50).init(params)
+    shapes = jax.tree.map(jnp.shape, state.vectors, is_leaf=lambda x: isinstance(x, jax.Array))
+    assert shapes["table"] == Sides(None, (1, 3, 3)) and shapes["dense"]["kernel"] == Sides(None, (1, 3, 3))
+    assert shapes["dense"]["bias"] == Sides(None, None)
+
+
+def test_bfloat16_parameters_have_statistics_in_float32():
+    w, g = normal(0, 4, 3).astype(jnp.bfloat16), normal(1, 4, 3).astype(jnp.bfloat16)
+    (updates,), state = steps(curvax.cblr(0.1, method=curvax.SquaredGradients()), w, [g])
+    assert updates.dtype == jnp.bfloat16
+    assert {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: curvax.cblr(0.1, param_axis_name="d"), "need whole|eigenbasis=False, orthogonal=False"),
+        (lambda: curvax.cblr(0.1, eigenbasis=1), "neither True nor False"),
+        (lambda: curvax.with_eigenbasis(optax.sgd), "call its factory"),
+        (lambda: curvax.with_eigenbasis(optax.identity(), max_size=-1), "max_size=-1"),
+        (lambda: curvax.orthogonalize(0), "ns_steps=0"),
+        (lambda: curvax.in_eigenbasis(optax.identity()).update(jnp.ones(2), optax.EmptyState()), "with_eigenbasis"),
+        (lambda: matrices_of({"w": jnp.ones((2, 3))}, {"w": MuonDimensionNumbers(0, 2)}), "'w' has the shape"),
+        (lambda: matrices_of({"w": jnp.ones((2, 3))}, {"w": MuonDimensionNumbers(0, 0)}), "each axis is one"),
+        (lambda: matrices_of({"w": jnp.ones((2, 3))}, {"w": (0, 1)}), "MuonDimensionNumbers"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_its_cure(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()
+
+
+def test_curvature_in_coordinates_is_refused_in_a_basis():
+    """As where `with_hessian_diag` stands around `cblr`; with the basis outside of both it works."""
+    w = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))}
+    loss = lambda w: jnp.sum((w["a"] @ w["b"] - 2) ** 2)
+    inner = optax.partition({"cblr": curvax.cblr(0.1), "sgd": optax.sgd(0.1)}, {"a": "cblr", "b": "sgd"})
+    tx = curvax.with_hessian_diag(inner, key=0)
+    with pytest.raises(ValueError, match="put with_eigenbasis around"):
+        tx.update(jax.grad(loss)(w), tx.init(w), w, obj_fn=loss)
+    tx = curvax.with_eigenbasis(tx)
+    updates, _ = tx.update(jax.grad(loss)(w), tx.init(w), w, obj_fn=loss)
+    alone = curvax.cblr(0.1)
+    by_itself, _ = alone.update(jax.grad(loss)(w), alone.init(w), w, obj_fn=loss)
+    chex.assert_trees_all_close(updates["a"], by_itself["a"], rtol=1e-4)
