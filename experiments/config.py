@@ -20,7 +20,20 @@ from experiments.options import ABOVE_0, AT_LEAST_0, FRACTION, Options, Rule, op
 if TYPE_CHECKING:
     from curvax.schedules import BatchSchedule
 
-METHODS = ("sgd", "adamw", "lars", "lamb", "muon", "muon_lars", "soap", "sophia", "mclr", "percent_delta", "cblr")
+METHODS = (
+    "sgd",
+    "adamw",
+    "lars",
+    "lamb",
+    "muon",
+    "muon_lars",
+    "soap",
+    "sophia",
+    "mclr",
+    "percent_delta",
+    "cblr",
+    "cblr_squares",
+)
 # Those that want the curvature of the loss, and those with a decay of second moments.
 CURVED, ADAPTIVE = frozenset({"cblr", "sophia"}), frozenset({"adamw", "lamb", "muon", "muon_lars", "soap"})
 # How and where a run is carried out: to change this changes its results by rounding at most.
@@ -41,7 +54,10 @@ images, network, method, plan, special, where = (
 SEEDS = Rule("at least 0 and below 2^32", lambda x: 0 <= x < 2**32)
 ALEXNET = Rule("is for --model alexnet", lambda config: config.model == "alexnet")
 WITH_CURVATURE = Rule("is for --optimizer cblr or sophia", lambda config: config.optimizer in CURVED)
-RENEWING = Rule("is for --optimizer cblr, sophia or soap", lambda config: config.optimizer in {*CURVED, "soap"})
+RENEWING = Rule(
+    "is for --optimizer cblr, cblr_squares, sophia or soap",
+    lambda config: config.optimizer in {*CURVED, "soap", "cblr_squares"},
+)
 WITH_MOMENTS = Rule(f"is for {', '.join(sorted(ADAPTIVE))}", lambda config: config.optimizer in ADAPTIVE)
 DISCARDING = Rule("is for a --discard above 0", lambda config: config.discard > 0)
 ONE_PHASE = Rule("is for runs without --phases", lambda config: not config.phases)
@@ -91,7 +107,7 @@ class TrainConfig(Options):
     )
     curvature_every: int | None = method(
         None,
-        "Steps from one estimate of the curvature, or one turn of soap's basis, to the next.",
+        "Steps from one estimate of the curvature, or one turn of the basis, to the next.",
         ABOVE_0,
         RENEWING,
         usual=10,

@@ -21,6 +21,7 @@ def make(config, learning_rate: jax.typing.ArrayLike, key: jax.Array) -> optax.G
         key: for the probes of curvature; the same in every step, which the state counts.
     """
     rate, decay, b1, b2 = learning_rate, config.weight_decay, config.momentum, config.b2
+    every = config.curvature_every
     usual = {"weight_decay": decay, "momentum": b1, "nesterov": config.nesterov}
     makers = {
         "sgd": lambda: sgd(rate, **usual),
@@ -34,7 +35,9 @@ def make(config, learning_rate: jax.typing.ArrayLike, key: jax.Array) -> optax.G
         "mclr": lambda: curvax.mclr(rate, **usual),
         "percent_delta": lambda: curvax.percent_delta(rate, **usual),
         # Curvature is that of the updates that are given `obj_fn`, which the training loop chooses.
-        "cblr": lambda: curvax.cblr(rate, damping=config.damping, every=1, key=key, **usual),
+        "cblr": lambda: curvax.cblr(rate, damping=config.damping, every=1, basis_every=every, key=key, **usual),
+        # The control: the same, with squared gradients in place of curvature.
+        "cblr_squares": lambda: curvax.cblr(rate, method=curvax.SquaredGradients(), basis_every=every, **usual),
     }
     tx = makers[config.optimizer]()
     # Quantiles of radii in every step would take longer than a small step itself.

@@ -41,7 +41,8 @@ SEARCHES = {
     "sophia": Search(0.001, "damping", (0.1, 0.01)),
     "mclr": Search(0.001, "momentum", (0.9, 0.95)),
     "percent_delta": Search(0.005, "momentum", (0.9, 0.95)),
-    "cblr": Search(0.01, "damping", (0.1, 0.3)),
+    "cblr": Search(0.02, "curvature_every", (10, 2)),
+    "cblr_squares": Search(0.02, "curvature_every", (10, 2)),
 }
 
 
