@@ -31,6 +31,9 @@ from curvax.meshes import on_auto
 from curvax.objective import Objective
 from curvax.trees import all_finite, check_floats, is_hole, statistics_dtype
 
+#: The most rows, or columns, of a kernel that have a basis unless the caller says: more would cost more than the step.
+MAX_SIZE = 1024
+
 
 class Sides(NamedTuple):
     """What belongs to the rows of a stack of matrices, `(S, m, m)`, and to their columns, `(S, n, n)`.
@@ -99,7 +102,7 @@ def with_eigenbasis(
     *,
     decay: jax.typing.ArrayLike = 0.95,
     every: jax.typing.ArrayLike = 10,
-    max_size: int = 1024,
+    max_size: int | None = None,
     weight_dimension_numbers: DimensionNumbers = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Give a transformation the eigenbasis of each layer's gradient as the extra argument `eigenbasis`.
@@ -117,7 +120,7 @@ def with_eigenbasis(
       inner: what uses the basis, such as a chain with `in_eigenbasis`.
       decay: decay rate of the moments, in [0, 1).
       every: number of steps between two changes of the basis.
-      max_size: the most rows, or columns, that have a basis of their own.
+      max_size: the most rows, or columns, that have a basis of their own; by default 1,024.
       weight_dimension_numbers: which axes are rows and which columns, as for `optax.contrib.muon`: a tree like the
         parameters of `optax.contrib.MuonDimensionNumbers`, with `None` for what is no matrix, or a function that makes
         one. By default all axes of a kernel but the last are rows, and the first counts matrices where modules are
@@ -144,7 +147,10 @@ def with_eigenbasis(
     check_transformation("inner", inner)
     check_number("decay", decay, "[0, 1)")
     check_number("every", every, "[1, inf)", whole=True)
+    max_size = MAX_SIZE if max_size is None else max_size
     check_number("max_size", max_size, "[0, inf)", whole=True)
+    if isinstance(max_size, jax.core.Tracer):
+        raise ValueError("max_size is traced, and decides the shape of the state; name it in static_args.")
     inner = optax.with_extra_args_support(inner)
 
     def sides(tree, make):

@@ -52,7 +52,7 @@ def cblr(
     norm_ratio: bool = True,
     layers: Layers = "kernel",
     basis_every: jax.typing.ArrayLike = 10,
-    max_size: int = 1024,
+    max_size: int | None = None,
     weight_dimension_numbers: DimensionNumbers = None,
     method: Any = None,
     every: jax.typing.ArrayLike | None = None,
@@ -95,7 +95,7 @@ def cblr(
       norm_ratio: whether LARS's radius (`scale_by_lars`) comes last.
       layers: the layers of the norm ratio and of the mean curvature; without `"kernel"` nothing is bounded.
       basis_every: number of steps between two changes of the basis.
-      max_size: the most rows, or columns, of a kernel that have an eigenbasis.
+      max_size: the most rows, or columns, of a kernel that have an eigenbasis; by default 1,024.
       weight_dimension_numbers: which axes are rows and which columns, as in `with_eigenbasis`.
       method: how curvature is computed, as in `hessian_diag`: a string, or a method such as
         `curvax.Hutchinson(num_samples=4)`; `None` for the estimate that the objective allows (`curvax.Auto`). With

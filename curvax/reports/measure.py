@@ -33,7 +33,7 @@ from curvax.wide import Wide, normal, plus, times
 
 #: Parts of a batch between whose gradients the noise is seen; the estimate's own error is about 1 / sqrt(8) of it.
 PARTS = 8
-#: The damping of `cblr`.
+#: The damping of the radii, and of the step of `cblr`.
 DAMPING = 0.1
 #: What each optimizer makes of a gradient in a step without momentum at the rate 1.
 FIRST_ORDER = {
@@ -41,7 +41,10 @@ FIRST_ORDER = {
     "mclr": functools.partial(optimizers.mclr, 1.0, momentum=0.0),
     "percent_delta": functools.partial(optimizers.percent_delta, 1.0, momentum=0.0),
 }
-CBLR = functools.partial(optimizers.cblr, 1.0, damping=DAMPING, momentum=0.0)
+# The basis and the polar factor turn the step of a kernel, whose length is the same without them.
+CBLR = functools.partial(
+    optimizers.cblr, 1.0, damping=DAMPING, momentum=0.0, nesterov=False, eigenbasis=False, orthogonal=False
+)
 RULES = (*FIRST_ORDER, "cblr")
 
 Statistics = dict[str, np.ndarray]

@@ -143,7 +143,12 @@ def _arguments(draw, name: str) -> str:
         "mclr": lambda: draw(st.sampled_from(["0.5", "0.5, weight_decay=0.25"])),
         "percent_delta": lambda: draw(st.sampled_from(["0.5", "0.5, weight_decay=0.25"])),
         "lamb": lambda: draw(st.sampled_from(["0.5", "0.5, weight_decay=0.25"])),
-        "cblr": lambda: draw(st.sampled_from(["0.5", "0.5, norm_ratio=False", "0.5, weight_decay=0.25"])),
+        "cblr": lambda: (
+            "0.5, eigenbasis=False"
+            + draw(
+                st.sampled_from(["", ", orthogonal=False, norm_ratio=False", ", orthogonal=False, weight_decay=0.25"])
+            )
+        ),
     }[name]()
 
 
