@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 
 def check_number(name: str, value: Any, interval: str, *, whole: bool = False) -> None:
@@ -41,19 +42,26 @@ def check_number(name: str, value: Any, interval: str, *, whole: bool = False) -
         raise ValueError(f"{name}={value} is out of range; {wanted}")
 
 
-def check_transformation(name: str, inner: Any) -> None:
+def check_transformation(name: str, inner: Any) -> Any:
     """Refuse what is no optax transformation, such as the function that makes one.
 
     Args:
       name: of the argument, for the message.
       inner: what should have an `update`.
 
+    Returns:
+      A transformation that takes extra arguments. `MultiSteps.gradient_transformation()` drops them: the `MultiSteps`
+      behind it, whose `update` it is.
+
     Raises:
       ValueError: if it has none.
 
     Example:
       >>> import optax
-      >>> check_transformation("inner", optax.sgd(0.1))
+      >>> check_transformation("inner", optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation())
+      <optax...MultiSteps object at ...>
     """
     if not hasattr(inner, "update"):
         raise ValueError(f"{name}={inner!r} is no optax transformation; call its factory, as in optax.sgd(0.1).")
+    owner = getattr(inner.update, "__self__", None)
+    return owner if isinstance(owner, optax.MultiSteps) else optax.with_extra_args_support(inner)

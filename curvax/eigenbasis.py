@@ -117,7 +117,8 @@ def with_eigenbasis(
       gradient is not finite leaves no trace.
 
     Args:
-      inner: what uses the basis, such as a chain with `in_eigenbasis`.
+      inner: what uses the basis, such as a chain with `in_eigenbasis`; `optax.MultiSteps` is accepted too, and sees the
+        basis of the gradients of its mini-steps.
       decay: decay rate of the moments, in [0, 1).
       every: number of steps between two changes of the basis.
       max_size: the most rows, or columns, that have a basis of their own; by default 1,024.
@@ -144,14 +145,13 @@ def with_eigenbasis(
       [[ 0.  1.]
        [-1.  0.]]
     """
-    check_transformation("inner", inner)
+    inner = check_transformation("inner", inner)
     check_number("decay", decay, "[0, 1)")
     check_number("every", every, "[1, inf)", whole=True)
     max_size = MAX_SIZE if max_size is None else max_size
     check_number("max_size", max_size, "[0, inf)", whole=True)
     if isinstance(max_size, jax.core.Tracer):
         raise ValueError("max_size is traced, and decides the shape of the state; name it in static_args.")
-    inner = optax.with_extra_args_support(inner)
 
     def sides(tree, make):
         leaves, treedef = jax.tree.flatten(tree)
@@ -224,8 +224,7 @@ def in_eigenbasis(inner: optax.GradientTransformation) -> optax.GradientTransfor
       [[1.5 1.5]
        [1.5 1.5]]
     """
-    check_transformation("inner", inner)
-    inner = optax.with_extra_args_support(inner)
+    inner = check_transformation("inner", inner)
 
     def init_fn(params):
         return inner.init(jax.tree.map(lambda x: jnp.zeros_like(x, statistics_dtype(x.dtype)), params))

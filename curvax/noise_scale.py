@@ -187,7 +187,7 @@ def with_noise_scale(
       >>> print(updates["w"], round(curvax.metrics(state)["noise_scale"], 4))
       [-0.2 -0.3] 1.3333
     """
-    check_transformation("inner", inner)
+    inner = check_transformation("inner", inner)
     check_number("batch_size", batch_size, "[1, inf)", whole=True)
     check_number("accumulate", accumulate, "[1, inf)", whole=True)
     check_number("decay", decay, "[0, 1)")
@@ -196,7 +196,7 @@ def with_noise_scale(
             "the noise scale is told from gradients of several batches; pass accumulate=... for the number of"
             " micro-batches in a step, or axis_name=... where devices have gradients of their own."
         )
-    steps = optax.with_extra_args_support(inner) if accumulate == 1 else optax.MultiSteps(inner, int(accumulate))
+    steps = inner if accumulate == 1 else optax.MultiSteps(inner, int(accumulate))
 
     def init_fn(params):
         names = [layer.name for layer in group(jax.tree_util.tree_leaves_with_path(params), layers)]

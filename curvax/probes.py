@@ -96,8 +96,7 @@ def with_probes(
       >>> {name: float(optax.tree.get(state, name)["kernel"]) for name in ("mean_abs_gradient", "loss_stride")}
       {'mean_abs_gradient': 1.5, 'loss_stride': 1.25}
     """
-    check_transformation("inner", inner)
-    inner = optax.with_extra_args_support(inner)
+    inner = check_transformation("inner", inner)
     if not isinstance(quantiles, Sequence | np.ndarray) or isinstance(quantiles, str):
         raise ValueError(f"quantiles={quantiles!r} are no sequence; pass several, as in quantiles=(0.5,).")
     quantiles = tuple(quantiles)

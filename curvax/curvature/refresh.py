@@ -92,7 +92,8 @@ def with_hessian_diag(
       A refresh in which any entry is not finite is discarded as a whole and counted, and the next is due after `every`
       steps as always. A step whose gradient is not finite leaves no trace, so that a guard inside may skip it: the
       refresh, if one was due, is still due in the next step. Before the first good refresh zeros are handed on, for
-      which `scale_by_curvature_radius` has radius 1, or its `max_radius`.
+      which `scale_by_curvature_radius` has radius 1, or its `max_radius`. Inside of `with_eigenbasis` all this is of
+      the diagonal in the eigenbasis of each layer.
 
     Args:
       inner: what uses the curvature, such as a chain with `scale_by_curvature_radius`. `optax.MultiSteps(inner, k)` is
@@ -140,11 +141,8 @@ def with_hessian_diag(
     check_number("decay", decay, "[0, 1)")
     _check_dtype(hessian_dtype)
     every = every if isinstance(every, jax.core.Tracer) else int(every)
-    # `MultiSteps.gradient_transformation()` drops the extra arguments; the `update` of both is that of one object.
-    check_transformation("inner", inner)
-    owner = getattr(inner.update, "__self__", None)
-    multi_steps = isinstance(owner, optax.MultiSteps)
-    inner = owner if multi_steps else optax.with_extra_args_support(inner)
+    inner = check_transformation("inner", inner)
+    multi_steps = isinstance(inner, optax.MultiSteps)
     of_gradient = hasattr(method, "from_gradient")
 
     def init_fn(params):
