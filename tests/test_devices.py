@@ -88,14 +88,16 @@ OPTIMIZERS = {
     "mclr": functools.partial(curvax.mclr, 0.1, 0.01),
     "percent_delta": functools.partial(curvax.percent_delta, 0.1, 0.01),
     "lamb": functools.partial(curvax.lamb, 0.1, weight_decay=0.01),
-    "cblr": functools.partial(curvax.cblr, 0.1, weight_decay=0.01),
+    "cblr": functools.partial(curvax.cblr, 0.1, weight_decay=0.01, eigenbasis=False),
+    "cblr_squares": functools.partial(curvax.cblr, 0.1, method=curvax.SquaredGradients(), basis_every=2),
 }
 
 
 def three_steps(tx, state, w, g, h):
+    extra = {} if isinstance(state, curvax.EigenbasisState) else {"hessian_diag": h}
     for scale in (1.0, -0.5, 2.0):
         grads = jax.tree.map(lambda x, scale=scale: scale * x, g)
-        updates, state = tx.update(grads, state, w, hessian_diag=h)
+        updates, state = tx.update(grads, state, w, **extra)
         w = optax.apply_updates(w, updates)
     return w, state
 
@@ -110,7 +112,10 @@ def test_optimizers_step_alike_on_a_mesh_and_keep_their_state_with_the_parameter
         w, g, h = ({k: jax.device_put(t[k], places[k]) for k in t} for t in (W, G, H))
         spread = run(tx.init(w), w, g, h)
     alone = run(tx.init(W), W, G, H)
-    chex.assert_trees_all_close(jax.device_get(spread), jax.device_get(alone), rtol=1e-5, atol=1e-6)
+    if name == "cblr_squares":  # Eigenvectors have either sign, and those of next to no eigenvalue are any.
+        chex.assert_trees_all_close(jax.device_get(spread[0]), jax.device_get(alone[0]), rtol=2e-3, atol=2e-3)
+    else:
+        chex.assert_trees_all_close(jax.device_get(spread), jax.device_get(alone), rtol=1e-5, atol=1e-6)
     # What has the shape of a parameter lies where the parameter does, in equal parts; what is smaller lies everywhere.
     shapes = {w.shape: places[k] for k, w in W.items()}
     for leaf in jax.tree.leaves(spread):
@@ -207,12 +212,13 @@ def test_a_sharded_batch_under_jit_draws_the_numbers_of_one_device(method):
 def test_state_of_cblr_is_placed_like_its_parameters(axis_type):
     tx = curvax.cblr(0.1)
     m = mesh(axis_type)
+    loss = lambda w: sum(jnp.sum(x**2) for x in jax.tree.leaves(w))
     with jax.set_mesh(m):
-        w, g, h = ({k: jax.device_put(t[k], NamedSharding(m, SPECS["last_axis"][k])) for k in t} for t in (W, G, H))
+        w, g = ({k: jax.device_put(t[k], NamedSharding(m, SPECS["last_axis"][k])) for k in t} for t in (W, G))
         state = tx.init(w)
-        _, new_state = jax.jit(tx.update)(g, state, w, hessian_diag=h)
+        _, new_state = jax.jit(functools.partial(tx.update, obj_fn=loss))(g, state, w)
     for name, spec in SPECS["last_axis"].items():
-        assert state.hessian_diag[name].sharding.spec == spec
+        assert optax.tree.get(state, "hessian_diag")[name].sharding.spec == spec
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, new_state)
     if axis_type is AxisType.Explicit:
         assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, new_state)
