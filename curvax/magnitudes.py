@@ -152,11 +152,14 @@ MAX = Monoid(lax.max, lax.reduce_max, lax.pmax, lambda dtype: np.iinfo(dtype).mi
 def one_pass(values: Sequence[jax.Array], monoids: Sequence[Monoid], axes: tuple[int, ...]) -> list[jax.Array]:
     """One variadic reduction. XLA's CPU compiler turns separate ones into as many passes, each ten times slower."""
 
-    def combine(left, right):
-        return tuple(m.combine(a, b) for m, a, b in zip(monoids, left, right, strict=True))
-
     identities = tuple(np.asarray(m.identity(v.dtype), v.dtype) for m, v in zip(monoids, values, strict=True))
-    return lax.reduce(tuple(values), identities, combine, axes)
+    return lax.reduce(tuple(values), identities, _combine(tuple(monoids)), axes)
+
+
+@functools.cache
+def _combine(monoids: tuple[Monoid, ...]) -> Callable:
+    # The same function for the same monoids: JAX compiles a reduction by another one anew.
+    return lambda left, right: tuple(m.combine(a, b) for m, a, b in zip(monoids, left, right, strict=True))
 
 
 def _reduce(leaf: jax.Array, operands: Callable, monoids: Sequence[Monoid]) -> list[jax.Array]:
