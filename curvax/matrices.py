@@ -7,10 +7,12 @@ layers of a scanned network.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
@@ -108,7 +110,12 @@ def matrices_of(tree: Any, dimension_numbers: DimensionNumbers = None) -> list[M
 
 def _matrices(path: Any, x: Any, rows: Any, columns: Any) -> Matrices | None:
     shape = x.shape
-    given = tuple((axes,) if isinstance(axes, int) else tuple(axes) for axes in (rows, columns))
+    try:
+        given = tuple(tuple(operator.index(i) for i in np.ravel(np.array(axes, object))) for axes in (rows, columns))
+    except TypeError:
+        raise ValueError(
+            f"'{path_name(path)}' has rows {rows!r} and columns {columns!r}; pass the number of an axis, or several."
+        ) from None
     if any(not -len(shape) <= i < len(shape) for axes in given for i in axes):
         raise ValueError(f"'{path_name(path)}' has the shape {shape}, and no axes {given[0]} and {given[1]}.")
     rows, columns = (tuple(i % len(shape) for i in axes) for axes in given)
