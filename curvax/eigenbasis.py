@@ -36,15 +36,15 @@ MAX_SIZE = 1024
 
 
 class Sides(NamedTuple):
-    """What belongs to the rows of a stack of matrices, `(S, m, m)`, and to their columns, `(S, n, n)`.
+    """What belongs to the rows of stacks of matrices, `(S, m, m)`, and to their columns, `(S, n, n)`.
 
     Attributes:
-      rows: an array, or None for a side that stays in coordinates.
+      rows: an array, or None for a side that stays in coordinates; in a state a tree of arrays.
       columns: the same.
     """
 
-    rows: jax.Array | None
-    columns: jax.Array | None
+    rows: Any
+    columns: Any
 
 
 @jax.tree_util.register_dataclass
@@ -79,7 +79,8 @@ class EigenbasisState(NamedTuple):
 
     Attributes:
       count: int32, the number of steps seen whose gradient was finite.
-      moments: a tree like the parameters of `Sides`, the averages of `G G^T` and `G^T G`, each G of norm 1.
+      moments: the averages of `G G^T` and of `G^T G`, each G of norm 1: two trees like the parameters, with an array of
+        one 0 for each side that stays in coordinates, as `optax.scale_by_factored_rms` has it.
       vectors: the same of their eigenvectors, in columns.
       inner_state: that of the wrapped transformation.
 
@@ -87,13 +88,13 @@ class EigenbasisState(NamedTuple):
       >>> import jax.numpy as jnp, optax
       >>> from curvax import with_eigenbasis
       >>> state = with_eigenbasis(optax.sgd(0.1)).init({"w": jnp.ones((2, 3)), "b": jnp.ones(3)})
-      >>> state.vectors["w"].columns.shape, state.vectors["b"].columns
-      ((1, 3, 3), None)
+      >>> state.vectors.columns["w"].shape, state.vectors.columns["b"].shape
+      ((1, 3, 3), (1,))
     """
 
     count: jax.typing.ArrayLike
-    moments: Any
-    vectors: Any
+    moments: Sides
+    vectors: Sides
     inner_state: optax.OptState
 
 
@@ -156,7 +157,7 @@ def with_eigenbasis(
     def sides(tree, make):
         leaves, treedef = jax.tree.flatten(tree)
         shapes = matrices_of(tree, weight_dimension_numbers)
-        return treedef.unflatten([_sides(x, of, max_size, make) for x, of in zip(leaves, shapes, strict=True)])
+        return _together(treedef, [_sides(x, of, max_size, make) for x, of in zip(leaves, shapes, strict=True)])
 
     def init_fn(params):
         identity = lambda shape, dtype: jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)
@@ -167,10 +168,10 @@ def with_eigenbasis(
         """The moments with this gradient in them, and the vectors, new ones where a change is due."""
         usable, number = all_finite(updates), count + 1
         leaves, treedef = jax.tree.flatten(updates)
-        old = treedef.flatten_up_to(moments)
+        old = _apart(treedef, moments)
         shapes = matrices_of(updates, weight_dimension_numbers)
         moments = [_averaged(*each, decay, number, usable) for each in zip(old, leaves, shapes, strict=True)]
-        moments = treedef.unflatten(moments)
+        moments = _together(treedef, moments)
         vectors = _if(usable & (count % every == 0), lambda: _changed(moments, vectors, count), lambda: vectors)
         return jnp.where(usable, optax.safe_increment(count), count), moments, vectors
 
@@ -190,7 +191,8 @@ def with_eigenbasis(
         count, moments, vectors = on_auto(follow, updates, state.count, state.moments, state.vectors)
         treedef = jax.tree.structure(updates)
         shapes = matrices_of(updates, weight_dimension_numbers)
-        basis = treedef.unflatten(map(Rotation, treedef.flatten_up_to(vectors), shapes))
+        known = [Sides(*(a if _has_basis(a) else None for a in each)) for each in _apart(treedef, vectors)]
+        basis = treedef.unflatten(map(Rotation, known, shapes))
         updates, inner_state = inner.update(updates, state.inner_state, params, eigenbasis=basis, **extra_args)
         return updates, EigenbasisState(count, moments, vectors, inner_state)
 
@@ -290,25 +292,38 @@ def rotated(tree: Any, basis: Any, way: Callable[[Rotation, jax.Array], jax.Arra
 
 
 def _sides(x: Any, of: Matrices | None, max_size: int, make: Callable[[tuple[int, ...], Any], jax.Array]) -> Sides:
+    none = lambda: jnp.zeros((1,), jnp.float32)
     if of is None or jnp.issubdtype(x.dtype, jnp.complexfloating):
-        return Sides(None, None)
+        return Sides(none(), none())
     count, *sizes = of.dims
     dtype = statistics_dtype(x.dtype)
-    return Sides(*(make((count, n, n), dtype) if 1 < n <= max_size else None for n in sizes))
+    return Sides(*(make((count, n, n), dtype) if 1 < n <= max_size else none() for n in sizes))
+
+
+def _has_basis(side: jax.Array) -> bool:
+    return side.ndim == 3
+
+
+def _together(treedef: Any, sides: list[Sides]) -> Sides:
+    """Of the sides of each leaf two trees, for what takes a state for trees like the parameters, such as Flax NNX."""
+    return Sides(treedef.unflatten([each.rows for each in sides]), treedef.unflatten([each.columns for each in sides]))
+
+
+def _apart(treedef: Any, trees: Sides) -> list[Sides]:
+    return [Sides(*each) for each in zip(*map(treedef.flatten_up_to, trees), strict=True)]
 
 
 def _averaged(old: Sides, g: jax.Array, of: Matrices | None, decay: Any, number: jax.Array, usable: jax.Array) -> Sides:
     """The moments after the gradient `g`, corrected for their bias as averages of so many."""
-    if old == Sides(None, None):
+    if not any(map(_has_basis, old)):
         return old
     m = _of_norm_one(of.split(g.astype(statistics_dtype(g.dtype))))
     decay = jnp.asarray(decay, m.dtype)
     share = (jnp.where(number == 1, 1, (1 - decay) / (1 - decay ** number.astype(m.dtype)))).astype(m.dtype)
     share = jnp.where(usable, share, 0)
     new = Sides(m @ m.mT, m.mT @ m)
-    return Sides(
-        *(a if a is None else jnp.where(usable, a + share * (b - a), a) for a, b in zip(old, new, strict=True))
-    )
+    mean = lambda a, b: jnp.where(usable, a + share * (b - a), a)
+    return Sides(*(mean(a, b) if _has_basis(a) else a for a, b in zip(old, new, strict=True)))
 
 
 def _of_norm_one(m: jax.Array) -> jax.Array:
@@ -322,8 +337,10 @@ def _of_norm_one(m: jax.Array) -> jax.Array:
 def _changed(moments: Any, vectors: Any, count: jax.Array) -> Any:
     """The vectors in the first step, and one step of orthogonal iteration later."""
     # Those with the largest eigenvalues come first, as the iteration leaves them.
-    first = lambda: jax.tree.map(lambda a: jnp.linalg.eigh(a)[1][..., ::-1], moments)
-    return _if(count == 0, first, lambda: jax.tree.map(lambda a, u: jnp.linalg.qr(a @ u)[0], moments, vectors))
+    first = lambda a, u: jnp.linalg.eigh(a)[1][..., ::-1]
+    later = lambda a, u: jnp.linalg.qr(a @ u)[0]
+    each = lambda f: jax.tree.map(lambda a, u: f(a, u) if _has_basis(a) else u, moments, vectors)
+    return _if(count == 0, lambda: each(first), lambda: each(later))
 
 
 def _if(condition: jax.Array, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:

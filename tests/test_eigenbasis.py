@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import problems
 import pytest
+from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
 import curvax
@@ -235,9 +236,9 @@ def test_a_stack_of_kernels_is_treated_as_its_layers():
 def test_wide_sides_and_vectors_stay_in_coordinates():
     params = {"table": jnp.ones((100, 3)), "dense": {"kernel": jnp.ones((1, 3)), "bias": jnp.ones(3)}}
     state = curvax.with_eigenbasis(optax.identity(), max_size=50).init(params)
-    shapes = jax.tree.map(jnp.shape, state.vectors, is_leaf=lambda x: isinstance(x, jax.Array))
-    assert shapes["table"] == Sides(None, (1, 3, 3)) and shapes["dense"]["kernel"] == Sides(None, (1, 3, 3))
-    assert shapes["dense"]["bias"] == Sides(None, None)
+    sizes = jax.tree.map(jnp.size, state.vectors)
+    assert sizes.rows == {"table": 1, "dense": {"kernel": 1, "bias": 1}}
+    assert sizes.columns == {"table": 9, "dense": {"kernel": 9, "bias": 1}}
 
 
 def test_bfloat16_parameters_have_statistics_in_float32():
@@ -245,6 +246,41 @@ def test_bfloat16_parameters_have_statistics_in_float32():
     (updates,), state = steps(curvax.cblr(0.1, method=curvax.SquaredGradients()), w, [g])
     assert updates.dtype == jnp.bfloat16
     assert {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)} == {jnp.dtype("float32")}
+
+
+def test_nnx_keeps_the_state_from_step_to_step():
+    """`nnx.Optimizer` takes each array of a state for one like a parameter; its steps are those without it."""
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    tx = curvax.with_eigenbasis(curvax.in_eigenbasis(curvax.discard_small_gradients(0.5)), every=1)
+    w = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    optimizer, state = nnx.Optimizer(model, tx, wrt=nnx.Param), tx.init(w)
+    for i in range(3):
+        g = {"kernel": normal(i, 3, 4), "bias": normal(i, 4)}
+        updates, state = tx.update(g, state, w)
+        w = optax.apply_updates(w, updates)
+        grads = nnx.state(model, nnx.Param)
+        nnx.replace_by_pure_dict(grads, g)
+        optimizer.update(model, grads)
+    chex.assert_trees_all_close(nnx.to_pure_dict(nnx.state(model, nnx.Param)), w, rtol=1e-5, atol=1e-6)
+
+
+def test_map_params_takes_a_state_with_a_tree_like_the_parameters():
+    """As who divides a state between devices does."""
+    w = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
+    tx = curvax.cblr(0.1, method=curvax.SquaredGradients())
+    names = optax.tree.map_params(tx, lambda x, name: name, tx.init(w), {"kernel": "k", "bias": "b"})
+    assert names.vectors == names.moments == Sides(*2 * [{"kernel": "k", "bias": "b"}])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_steps_that_are_not_compiled_as_a_whole_compile_nothing_twice(whole):
+    tx = curvax.cblr(0.1, method=curvax.SquaredGradients(), eigenbasis=whole, orthogonal=whole)
+    w = {"kernel": normal(0, 3, 4), "bias": normal(1, 4)}
+    state = tx.init(w)
+    for _ in range(2):
+        _, state = tx.update(w, state, w)
+    with jax.no_tracing():
+        tx.update(w, state, w)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +294,7 @@ def test_bfloat16_parameters_have_statistics_in_float32():
         (lambda: curvax.in_eigenbasis(optax.identity()).update(jnp.ones(2), optax.EmptyState()), "with_eigenbasis"),
         (lambda: matrices_of({"w": jnp.ones((2, 3))}, {"w": MuonDimensionNumbers(0, 2)}), "'w' has the shape"),
         (lambda: matrices_of({"w": jnp.ones((2, 3))}, {"w": MuonDimensionNumbers(0, 0)}), "each axis is one"),
+        (lambda: matrices_of({"w": jnp.ones((2, 3))}, {"w": MuonDimensionNumbers(0.0, 1)}), "number of an axis"),
         (lambda: matrices_of({"w": jnp.ones((2, 3))}, {"w": (0, 1)}), "MuonDimensionNumbers"),
     ],
 )
