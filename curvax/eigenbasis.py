@@ -26,10 +26,12 @@ import jax.numpy as jnp
 import optax
 
 from curvax.checks import check_number, check_transformation
+from curvax.layers import path_name
 from curvax.matrices import DimensionNumbers, Matrices, matrices_of
 from curvax.meshes import on_auto
 from curvax.objective import Objective
 from curvax.trees import all_finite, check_floats, is_hole, statistics_dtype
+from curvax.varying import varies_over
 
 #: The most rows, or columns, of a kernel that have a basis unless the caller says: more would cost more than the step.
 MAX_SIZE = 1024
@@ -134,8 +136,8 @@ def with_eigenbasis(
       be whole; under `jit` they may be divided.
 
     Raises:
-      ValueError: if an argument is out of range; from `update`, if dimension numbers do not fit, or with `hessian_diag`
-        and without `eigenbasis`.
+      ValueError: if an argument is out of range; from `update`, if dimension numbers do not fit, with `hessian_diag`
+        and without `eigenbasis`, or inside `shard_map`, if a gradient is seen to differ between devices.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -188,6 +190,7 @@ def with_eigenbasis(
                 " curvax.with_eigenbasis(curvax.with_hessian_diag(optax.partition(...), key=0)); or leave the basis"
                 " out, as in curvax.cblr(..., eigenbasis=False)."
             )
+        _check_alike(updates, state.vectors)
         count, moments, vectors = on_auto(follow, updates, state.count, state.moments, state.vectors)
         treedef = jax.tree.structure(updates)
         shapes = matrices_of(updates, weight_dimension_numbers)
@@ -311,6 +314,19 @@ def _together(treedef: Any, sides: list[Sides]) -> Sides:
 
 def _apart(treedef: Any, trees: Sides) -> list[Sides]:
     return [Sides(*each) for each in zip(*map(treedef.flatten_up_to, trees), strict=True)]
+
+
+def _check_alike(updates: Any, vectors: Sides) -> None:
+    """Raises a ValueError if a gradient is seen to differ between devices that share the bases."""
+    known = [varies_over(a) for a in jax.tree.leaves(vectors) if _has_basis(a)]
+    for path, g in jax.tree_util.tree_leaves_with_path(updates) if known else ():
+        own = tuple(sorted(varies_over(g) - frozenset.intersection(*known)))
+        if own:
+            raise ValueError(
+                f"the gradient of '{path_name(path)}' differs between the devices along {own}, which have one basis for"
+                " all; inside shard_map pass the mean of gradients (jax.lax.pmean) of whole parameters, or divide these"
+                " under jit."
+            )
 
 
 def _averaged(old: Sides, g: jax.Array, of: Matrices | None, decay: Any, number: jax.Array, usable: jax.Array) -> Sides:

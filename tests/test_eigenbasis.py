@@ -6,6 +6,8 @@ import optax
 import problems
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
 import curvax
@@ -301,6 +303,24 @@ def test_steps_that_are_not_compiled_as_a_whole_compile_nothing_twice(whole):
 def test_what_is_wrong_is_refused_with_its_cure(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+def test_gradients_of_each_device_alone_have_no_basis_for_all():
+    """Inside `shard_map`, of parts of parameters or of parts of a batch, where their mean is the same as on one."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    tx, g = curvax.with_eigenbasis(curvax.in_eigenbasis(curvax.discard_small_gradients(0.5))), normal(0, 2, 4, 3)
+
+    def run(mean):
+        def local(g):
+            return tx.update(mean(g[0]), tx.init(g[0]), g[0])[0][None]
+
+        return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("d"), out_specs=P("d")))(g)
+
+    with pytest.raises(ValueError, match=r"differs between the devices along \('d',\)"):
+        run(lambda g: g)
+    whole = g.mean(0)
+    wanted, _ = tx.update(whole, tx.init(whole), whole)
+    np.testing.assert_allclose(run(lambda g: jax.lax.pmean(g, "d")), jnp.stack([wanted, wanted]), rtol=1e-4, atol=1e-5)
 
 
 def test_curvature_in_coordinates_is_refused_in_a_basis():
