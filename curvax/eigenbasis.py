@@ -18,6 +18,7 @@ the grouping into layers and the source of curvature:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -113,7 +114,8 @@ def with_eigenbasis(
     Formula:
       `L <- decay L + (1 - decay) G G^T`, `R <- decay R + (1 - decay) G^T G` in every step, with G the gradient over its
       norm, so that no step outweighs the others; U and V are their eigenvectors in the first step, and then follow by
-      one step of orthogonal iteration, `U = qr(L U)`, every `every` steps (Vyas et al. 2024, algorithm 3).
+      one step of orthogonal iteration, `U = qr(L U)`, every `every` steps (Vyas et al. 2024, algorithm 3). A kernel
+      whose gradient is zero in the first step stays in coordinates until the next of these that finds moments.
 
       A side of more than `max_size`, and all that is no matrix (biases, the scales of norms), stays in coordinates. The
       state takes `2 m^2 + 2 n^2` numbers, float32 or float64, for a kernel of m inputs and n outputs. A step whose
@@ -174,7 +176,7 @@ def with_eigenbasis(
         shapes = matrices_of(updates, weight_dimension_numbers)
         moments = [_averaged(*each, decay, number, usable) for each in zip(old, leaves, shapes, strict=True)]
         moments = _together(treedef, moments)
-        vectors = _if(usable & (count % every == 0), lambda: _changed(moments, vectors, count), lambda: vectors)
+        vectors = _if(usable & (count % every == 0), lambda: _changed(moments, vectors), lambda: vectors)
         return jnp.where(usable, optax.safe_increment(count), count), moments, vectors
 
     def update_fn(updates, state, params=None, *, eigenbasis=None, hessian_diag=None, **extra_args):
@@ -350,13 +352,20 @@ def _of_norm_one(m: jax.Array) -> jax.Array:
     return m / jnp.where(norm == 0, 1, norm)
 
 
-def _changed(moments: Any, vectors: Any, count: jax.Array) -> Any:
-    """The vectors in the first step, and one step of orthogonal iteration later."""
+def _changed(moments: Any, vectors: Any) -> Any:
+    """The eigenvectors of what has moments for the first time, and one step of orthogonal iteration."""
+    each = lambda f, *trees: jax.tree.map(lambda a, *others: f(a, *others) if _has_basis(a) else others[-1], *trees)
+    with_moments = lambda a: jnp.any(a != 0, axis=(1, 2), keepdims=True)
+    # As `init` left them: where a later layer starts at zero, the first gradients are zeros.
+    untouched = lambda u: jnp.all(u == jnp.eye(u.shape[-1], dtype=u.dtype)[None], axis=(1, 2), keepdims=True)
+    is_new = each(lambda a, u: with_moments(a) & untouched(u), moments, vectors)
+    some = functools.reduce(
+        jnp.logical_or, (jnp.any(x) for x in jax.tree.leaves(is_new) if x.ndim == 3), jnp.array(False)
+    )
     # Those with the largest eigenvalues come first, as the iteration leaves them.
-    first = lambda a, u: jnp.linalg.eigh(a)[1][..., ::-1]
-    later = lambda a, u: jnp.linalg.qr(a @ u)[0]
-    each = lambda f: jax.tree.map(lambda a, u: f(a, u) if _has_basis(a) else u, moments, vectors)
-    return _if(count == 0, lambda: each(first), lambda: each(later))
+    first = lambda a, new, u: jnp.where(new, jnp.linalg.eigh(a)[1][..., ::-1], u)
+    vectors = _if(some, lambda: each(first, moments, is_new, vectors), lambda: vectors)
+    return each(lambda a, u: jnp.where(with_moments(a), jnp.linalg.qr(a @ u)[0], u), moments, vectors)
 
 
 def _if(condition: jax.Array, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:

@@ -183,6 +183,18 @@ def test_everything_taken_entry_by_entry_can_be_taken_in_it():
     np.testing.assert_allclose(updates, turn([4.0, -5.0, 6.0]), atol=1e-4)
 
 
+def test_a_kernel_without_a_gradient_at_first_has_its_eigenvectors_later():
+    """As the layers below one that starts at zero: with the second change of the basis it is diagonal."""
+    u, v = orthogonal(0, 4), orthogonal(1, 4)
+    g = jnp.asarray(u * [4.0, 3, 2, 1] @ v.T, jnp.float32)
+    stack = {"kernel": jnp.stack([g, g]), "bias": jnp.ones((2, 4))}
+    late = {**stack, "kernel": stack["kernel"].at[0].set(0)}
+    _, state = steps(curvax.with_eigenbasis(optax.identity(), every=2), stack, [late, stack, stack])
+    for i in range(2):
+        inside = state.vectors.rows["kernel"][i].T @ g @ state.vectors.columns["kernel"][i]
+        np.testing.assert_allclose(np.abs(inside), np.diag([4.0, 3, 2, 1]), atol=1e-4)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_the_basis_does_not_depend_on_the_size_of_a_gradient(scale):
     gradients = [normal(i, 3, 3) for i in range(4)]
