@@ -6,13 +6,13 @@ U and V the eigenvectors of the second moments `E[G G^T]` and `E[G^T G]`, the en
 
     U^T G V
 
-are as little correlated as a rotation of inputs and of outputs can make them (Shampoo, Gupta et al. 2018; EKFAC, George
-et al. 2018; SOAP, Vyas et al. 2024). There a diagonal means most. So the basis is an axis of its own, beside the rule,
-the grouping into layers and the source of curvature:
+are nearly uncorrelated, where the covariance of the gradient is nearly a Kronecker product (Shampoo, Gupta et al. 2018;
+EKFAC, George et al. 2018; SOAP, Vyas et al. 2024). There a diagonal means most. So the basis is an axis of its own,
+beside the rule, the grouping into layers and the source of curvature:
 
 - `with_eigenbasis` keeps the moments and the eigenvectors, and hands the basis on, as the extra argument `eigenbasis`;
 - `in_eigenbasis` wraps whatever is taken entry by entry: it is given rotated updates and parameters, and what it
-  returns is rotated back. `in_eigenbasis(optax.scale_by_adam())` is SOAP;
+  returns is rotated back;
 - `with_hessian_diag` computes the diagonal of curvature in it: that of the loss as a function of the rotated
   parameters, `W = U Q V^T`, by any method.
 """
@@ -28,7 +28,7 @@ import optax
 
 from curvax.checks import check_number, check_transformation
 from curvax.layers import path_name
-from curvax.matrices import DimensionNumbers, Matrices, matrices_of
+from curvax.matrices import DimensionNumbers, Matrices, matrices_of, of_norm_one
 from curvax.meshes import on_auto
 from curvax.objective import Objective
 from curvax.trees import all_finite, check_floats, is_hole, statistics_dtype
@@ -114,7 +114,7 @@ def with_eigenbasis(
     Formula:
       `L <- decay L + (1 - decay) G G^T`, `R <- decay R + (1 - decay) G^T G` in every step, with G the gradient over its
       norm, so that no step outweighs the others; U and V are their eigenvectors in the first step, and then follow by
-      one step of orthogonal iteration, `U = qr(L U)`, every `every` steps (Vyas et al. 2024, algorithm 3). A kernel
+      one step of orthogonal iteration, `U = qr(L U)`, every `every` steps (Vyas et al. 2024, algorithm 4). A kernel
       whose gradient is zero in the first step stays in coordinates until the next of these that finds moments.
 
       A side of more than `max_size`, and all that is no matrix (biases, the scales of norms), stays in coordinates. The
@@ -134,8 +134,8 @@ def with_eigenbasis(
 
     Returns:
       A transformation. Where a transformation around it hands on an `eigenbasis`, that is used and nothing is computed.
-      Devices that hold parts of a kernel know no basis of it: inside `shard_map` parameters have to
-      be whole; under `jit` they may be divided.
+      Inside `shard_map` each device needs whole kernels; under `jit` they may be divided. A `cblr` inside of one more
+      `with_eigenbasis` keeps a state of its own, which is not used.
 
     Raises:
       ValueError: if an argument is out of range; from `update`, if dimension numbers do not fit, with `hessian_diag`
@@ -144,9 +144,9 @@ def with_eigenbasis(
     Example:
       >>> import jax.numpy as jnp, optax
       >>> from curvax import in_eigenbasis, with_eigenbasis
-      >>> soap = with_eigenbasis(in_eigenbasis(optax.scale_by_adam()))
+      >>> tx = with_eigenbasis(in_eigenbasis(optax.scale_by_adam()))
       >>> w, g = jnp.ones((2, 2)), jnp.array([[0.0, 3.0], [-0.1, 0.0]])
-      >>> print(soap.update(g, soap.init(w), w)[0].round(3) + 0.0)  # singular values of 1
+      >>> print(tx.update(g, tx.init(w), w)[0].round(3) + 0.0)  # singular values of 1
       [[ 0.  1.]
        [-1.  0.]]
     """
@@ -187,8 +187,8 @@ def with_eigenbasis(
             return updates, state._replace(inner_state=inner_state)
         if hessian_diag is not None:
             raise ValueError(
-                "hessian_diag is in coordinates, where curvature in an eigenbasis is wanted. If with_hessian_diag is"
-                " around this optimizer, put with_eigenbasis around that:"
+                "hessian_diag came without the eigenbasis in which it is. If with_hessian_diag is around this"
+                " optimizer, put with_eigenbasis around that:"
                 " curvax.with_eigenbasis(curvax.with_hessian_diag(optax.partition(...), key=0)); or leave the basis"
                 " out, as in curvax.cblr(..., eigenbasis=False)."
             )
@@ -213,7 +213,7 @@ def in_eigenbasis(inner: optax.GradientTransformation) -> optax.GradientTransfor
 
     Args:
       inner: such as `scale_by_curvature_radius`, `scale_by_approximate_radius`, `discard_small_gradients`, or optax's
-        `scale_by_adam`.
+        `scale_by_adam`. Its state stays as it is when the basis changes: momentum belongs outside, before it.
 
     Returns:
       A transformation whose `update` takes `eigenbasis`. What is inside sees float32 at least; updates keep their
@@ -335,21 +335,11 @@ def _averaged(old: Sides, g: jax.Array, of: Matrices | None, decay: Any, number:
     """The moments after the gradient `g`, corrected for their bias as averages of so many."""
     if not any(map(_has_basis, old)):
         return old
-    m = _of_norm_one(of.split(g.astype(statistics_dtype(g.dtype))))
+    m = of_norm_one(of.split(g.astype(statistics_dtype(g.dtype))))
     decay = jnp.asarray(decay, m.dtype)
     share = (jnp.where(number == 1, 1, (1 - decay) / (1 - decay ** number.astype(m.dtype)))).astype(m.dtype)
-    share = jnp.where(usable, share, 0)
-    new = Sides(m @ m.mT, m.mT @ m)
-    mean = lambda a, b: jnp.where(usable, a + share * (b - a), a)
-    return Sides(*(mean(a, b) if _has_basis(a) else a for a, b in zip(old, new, strict=True)))
-
-
-def _of_norm_one(m: jax.Array) -> jax.Array:
-    """Matrices over their Frobenius norms, none of which overflows or vanishes; zeros stay."""
-    top = jnp.max(jnp.abs(m), axis=(1, 2), keepdims=True)
-    m = m / jnp.where(top == 0, 1, top)
-    norm = jnp.sqrt(jnp.sum(jnp.square(m), axis=(1, 2), keepdims=True))
-    return m / jnp.where(norm == 0, 1, norm)
+    mean = lambda a, m: jnp.where(usable, a + share * (m @ m.mT - a), a) if _has_basis(a) else a
+    return Sides(mean(old.rows, m), mean(old.columns, m.mT))
 
 
 def _changed(moments: Any, vectors: Any) -> Any:
@@ -365,7 +355,13 @@ def _changed(moments: Any, vectors: Any) -> Any:
     # Those with the largest eigenvalues come first, as the iteration leaves them.
     first = lambda a, new, u: jnp.where(new, jnp.linalg.eigh(a)[1][..., ::-1], u)
     vectors = _if(some, lambda: each(first, moments, is_new, vectors), lambda: vectors)
-    return each(lambda a, u: jnp.where(with_moments(a), jnp.linalg.qr(a @ u)[0], u), moments, vectors)
+    return each(lambda a, u: jnp.where(with_moments(a), _orthonormal(a @ u), u), moments, vectors)
+
+
+def _orthonormal(a: jax.Array) -> jax.Array:
+    """The Q of QR whose R has no negative diagonal, so that vectors move without changing their signs."""
+    q, r = jnp.linalg.qr(a)
+    return q * jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1).astype(q.dtype)[..., None, :]
 
 
 def _if(condition: jax.Array, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
@@ -106,6 +107,20 @@ def matrices_of(tree: Any, dimension_numbers: DimensionNumbers = None) -> list[M
             )
         found.append(None if said is None else _matrices(path, x, said.reduction_axis, said.output_axis))
     return found
+
+
+def of_norm_one(m: jax.Array) -> jax.Array:
+    """Matrices `(..., m, n)` over their Frobenius norms, none of which overflows or vanishes; zeros stay.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(of_norm_one(jnp.array([[3e30, 4e30]])))
+      [[0.6 0.8]]
+    """
+    top = jnp.max(jnp.abs(m), axis=(-2, -1), keepdims=True, initial=0)
+    m = m / jnp.where(top == 0, 1, top)
+    norm = jnp.sqrt(jnp.sum(jnp.square(jnp.abs(m)), axis=(-2, -1), keepdims=True))
+    return m / jnp.where(norm == 0, 1, norm)
 
 
 def _matrices(path: Any, x: Any, rows: Any, columns: Any) -> Matrices | None:

@@ -74,12 +74,13 @@ def cblr(
       directions; and LARS's ratio, which eq. 23 shows to be a radius too, sets its length. The order is momentum,
       radius, polar factor, length, decay, learning rate.
 
-      A bias and all else that is no kernel has its own curvature in coordinates, damped by its kernel's mean, and its
-      direction for a polar factor; it goes as far as its kernel's ratio takes it, and what follows no kernel as far as
-      that of all kernels. No array's step is longer than `3 * learning_rate` times its kernel's parameters in root mean
+      A bias, and whatever else is no kernel, is scaled by its own curvature in coordinates, damped by the mean of its
+      kernel, and then by its own norm. Its kernel's ratio multiplies it; what belongs to no kernel has the ratio of all
+      kernels together. No array's step is longer than `3 * learning_rate` times its kernel's parameters in root mean
       square, see `bounds`. A side of a kernel wider than `max_size`, as those of embeddings are, stays in coordinates.
       `cblr(gamma, damping=0, slope_term=True, eigenbasis=False, orthogonal=False, norm_ratio=False, momentum=0,
-      every=1, hessian_decay=0)` is eq. 9-11.
+      method="exact", every=1, hessian_decay=0)` is eq. 9-11. Since momentum comes first, entries that ever had a
+      gradient count in the norm ratio, such as an embedding's rows that were looked up before.
 
     Args:
       learning_rate: gamma, a number or a schedule. With the norm ratio, the relative change of a layer in a step.
@@ -114,8 +115,9 @@ def cblr(
 
     Returns:
       A transformation whose `update` takes `params` and either `obj_fn=` (an `Objective` or a function `params ->
-      scalar`, the loss whose gradient is passed) or `hessian_diag=`, in the basis. A step without both uses the
-      curvature that is stored; compiled, and before anything is stored, it warns when it runs, and its updates are NaN.
+      scalar`, the loss whose gradient is passed) or `hessian_diag=` (with `eigenbasis=False`, or together with the
+      `eigenbasis=` in which it is). A step without both uses the curvature that is stored; compiled, and before
+      anything is stored, it warns when it runs, and its updates are NaN.
 
     Raises:
       ValueError: from `update`, without `params` or, for a method that needs it, without any of the two; if parameters
@@ -138,7 +140,8 @@ def cblr(
             " pass eigenbasis=False, orthogonal=False, or divide parameters under jit, without param_axis_name."
         )
     _check_rate(learning_rate)
-    _check_flags(nesterov=nesterov, eigenbasis=eigenbasis, orthogonal=orthogonal, norm_ratio=norm_ratio)
+    _check_flags(nesterov=nesterov, slope_term=slope_term, eigenbasis=eigenbasis)
+    _check_flags(orthogonal=orthogonal, norm_ratio=norm_ratio)
     check_number("momentum", momentum, "[0, 1)")
     check_number("weight_decay", weight_decay, "[0, inf)")
     split = {"layers": layers, "param_axis_name": param_axis_name}
@@ -154,7 +157,7 @@ def cblr(
         optax.scale_by_learning_rate(learning_rate),
     )
     # Squares of the gradient cost nothing, and are noise for one step.
-    usual_every, usual_decay = (1, 0.95) if hasattr(method, "from_gradient") else (10, 0.5)
+    usual_every, usual_decay = (1, 0.95) if method == "squares" or hasattr(method, "from_gradient") else (10, 0.5)
     tx = with_hessian_diag(
         _in_float32(steps),
         method=method,

@@ -3,14 +3,13 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
 from curvax.checks import check_number
-from curvax.matrices import DimensionNumbers, matrices_of
+from curvax.matrices import DimensionNumbers, matrices_of, of_norm_one
 from curvax.meshes import on_auto
-from curvax.trees import check_floats, statistics_dtype
+from curvax.trees import check_floats, is_hole, statistics_dtype
 
 
 def orthogonalize(
@@ -26,7 +25,8 @@ def orthogonalize(
 
     Args:
       ns_steps: steps of the iteration, each three products of matrices.
-      weight_dimension_numbers: which axes are rows and which columns, as for `with_eigenbasis`.
+      weight_dimension_numbers: which axes are rows and which columns, as for `with_eigenbasis`, which says it for what
+        is inside of it.
 
     Returns:
       A transformation. It computes in float32 at least; updates keep their dtype. Inside `shard_map` parameters have to
@@ -51,22 +51,25 @@ def orthogonalize(
     # Compiled once, where the iteration by itself would be compiled in each step that is not.
     @functools.partial(jax.jit, static_argnames="of")
     def direction(g, of):
-        # Neither the squares of a norm overflow after this, nor does the iteration's own epsilon count.
-        top = jnp.max(jnp.abs(g), initial=0)
-        x = g.astype(statistics_dtype(g.dtype)) / jnp.where(top == 0, 1, top).astype(statistics_dtype(g.dtype))
+        x = g.astype(statistics_dtype(g.dtype))
         if of is None:
-            norm = jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x))))
-            return (x / jnp.where(norm == 0, 1, norm)).astype(g.dtype)
-        x = of.split(x)
+            return of_norm_one(x.reshape(1, -1)).reshape(g.shape).astype(g.dtype)
+        # No square overflows after this, nor does the iteration's own epsilon count.
+        x = of_norm_one(of.split(x))
         # Without momentum it has no state.
         with jax.numpy_dtype_promotion("standard"):
             return of.join(muon.update(x, muon.init(x))[0]).astype(g.dtype)
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, *, eigenbasis=None, **extra_args):
         del params, extra_args
         check_floats(updates)
         leaves, treedef = jax.tree.flatten(updates)
         shapes = matrices_of(updates, weight_dimension_numbers)
+        if eigenbasis is not None:
+            # What a stack is, whole trees show better than the parts of them that `partition` hands on.
+            nodes, whole = jax.tree.flatten(updates, is_leaf=is_hole)
+            known = zip(nodes, whole.flatten_up_to(eigenbasis), strict=True)
+            shapes = [rotation.matrices for node, rotation in known if not is_hole(node)]
         found = [on_auto(lambda x, of=of: direction(x, of), x, like=x) for x, of in zip(leaves, shapes, strict=True)]
         return treedef.unflatten(found), state
 

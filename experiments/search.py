@@ -79,7 +79,7 @@ def near(accuracy: float | None, chosen: Trial) -> bool:
 
 def best(trials: Sequence[Trial]) -> Trial:
     """The trial with the highest accuracy; between equals, with the lowest training loss."""
-    return max(trials, key=lambda trial: (trial["accuracy"], -(trial["loss"] or 0.0)))
+    return max(trials, key=lambda trial: (trial["accuracy"], -(math.inf if trial["loss"] is None else trial["loss"])))
 
 
 def octaves(search: Search, trials: Sequence[Trial]) -> float:

@@ -150,25 +150,23 @@ def test_a_refresh_is_in_the_basis_that_is_handed_on():
 
 
 def test_a_step_of_cblr_is_the_formula():
-    """With one refresh and no momentum, from NumPy's singular values: the iteration leaves those between .6 and 1.3."""
+    """The second one, whose gradient is full in the basis of the first, from NumPy's singular values."""
     rng = np.random.default_rng(0)
-    w, g = rng.normal(size=(2, 4, 6))
-    hessian = np.diag(rng.uniform(0.5, 3, 24))
-    loss = lambda x: 0.5 * jnp.ravel(x - w + g) @ jnp.asarray(hessian, jnp.float32) @ jnp.ravel(x - w + g)
-    gradient = (hessian @ g.ravel()).reshape(4, 6)
-    u, _, vt = np.linalg.svd(gradient)
+    w, first, second = rng.normal(size=(3, 5, 5))
+    hessian = np.diag(rng.uniform(0.1, 10, 25))
+    loss = lambda x: 0.5 * jnp.ravel(x) @ jnp.asarray(hessian, jnp.float32) @ jnp.ravel(x)
+    u, _, vt = np.linalg.svd(first)
     turn = np.kron(u, vt.T)
-    h = np.abs(np.diag(turn.T @ hessian @ turn)).reshape(4, 6)
-    step = u @ (u.T @ gradient @ vt.T / (h + 0.3 * h.mean())) @ vt
+    h = np.abs(np.diag(turn.T @ hessian @ turn)).reshape(5, 5)
+    step = u @ (u.T @ second @ vt.T / (h + 0.3 * h.mean())) @ vt
     left, _, right = np.linalg.svd(step, full_matrices=False)
-    tx = curvax.cblr(0.1, method="basis", momentum=0.0)
-    start = jnp.asarray(w, jnp.float32)
-    updates, _ = tx.update(jax.grad(loss)(start), tx.init(start), start, obj_fn=loss)
-    inside = left.T @ np.asarray(updates, np.float64) @ right.T
+    tx, w = curvax.cblr(0.1, method="basis", momentum=0.0), jnp.asarray(w, jnp.float32)
+    (_, updates), _ = steps(tx, w, [jnp.asarray(g, jnp.float32) for g in (first, second)], obj_fn=loss)
     assert np.linalg.norm(updates) == pytest.approx(0.1 * np.linalg.norm(w), rel=1e-4)
-    scale = np.diag(inside).mean()
-    assert np.all(np.abs(inside / scale - np.diag(np.diag(inside / scale))) < 0.01)
-    assert np.all((np.diag(-inside) > 0) & (np.diag(inside / scale) > 0.55) & (np.diag(inside / scale) < 1.45))
+    inside = -left.T @ np.asarray(updates, np.float64) @ right.T
+    scaled = inside / np.diag(inside).mean()
+    np.testing.assert_allclose(scaled, np.diag(np.diag(scaled)), atol=0.01)
+    assert np.all((np.diag(scaled) > 0.55) & (np.diag(scaled) < 1.45))
 
 
 def test_everything_taken_entry_by_entry_can_be_taken_in_it():
@@ -193,6 +191,18 @@ def test_a_kernel_without_a_gradient_at_first_has_its_eigenvectors_later():
     for i in range(2):
         inside = state.vectors.rows["kernel"][i].T @ g @ state.vectors.columns["kernel"][i]
         np.testing.assert_allclose(np.abs(inside), np.diag([4.0, 3, 2, 1]), atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_squared_gradients_of_any_size_are_averaged(scale):
+    """`sqrt(mean g^2)`, where neither the squares nor their mean need be floats."""
+    gradients = [normal(i, 5) for i in range(3)]
+    tx = curvax.with_hessian_diag(optax.identity(), "squares", decay=0.5)
+    _, state = steps(tx, jnp.zeros(5), [g * scale for g in gradients])
+    weights = np.array([0.25, 0.5, 1.0])[:, None]
+    expected = np.sqrt(np.sum(weights * np.square(np.asarray(gradients, np.float64)), 0) / np.sum(weights))
+    np.testing.assert_allclose(np.asarray(state.hessian_diag, np.float64) / scale, expected, rtol=1e-5)
+    assert state.method_name == "squares"
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -236,15 +246,27 @@ def test_polar_factors_are_those_of_the_singular_value_decomposition():
         assert np.all((np.diag(inside) > 0.6) & (np.diag(inside) < 1.3))
 
 
-def test_a_stack_of_kernels_is_treated_as_its_layers():
-    """The first axis of modules that `scan` stacks, or that dimension numbers leave out, counts layers."""
-    kernels, biases = normal(0, 3, 4, 5), normal(1, 3, 5)
-    stack = {"kernel": kernels, "bias": biases}
-    apart = [{"kernel": kernels[i], "bias": biases[i]} for i in range(3)]
-    tx = curvax.with_eigenbasis(curvax.in_eigenbasis(curvax.discard_small_gradients(0.5)))
-    (together,), _ = steps(tx, stack, [stack])
-    (alone,), _ = steps(tx, apart, [apart])
-    np.testing.assert_allclose(together["kernel"], jnp.stack([x["kernel"] for x in alone]), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("said", [False, True])
+def test_a_stack_of_kernels_is_treated_as_its_layers(said):
+    """The first axis of modules that `scan` stacks, or that dimension numbers leave out, counts layers of any size."""
+    sizes = jnp.array([1.0, 1e-12, 1e12])
+    gradients = [{"kernel": normal(i, 3, 4, 5) * sizes[:, None, None], "bias": normal(9 + i, 3, 5)} for i in range(2)]
+    if said:
+        gradients = [{"kernel": g["kernel"]} for g in gradients]
+    apart = [[jax.tree.map(lambda x, i=i: x[i], g) for i in range(3)] for g in gradients]
+    dims = {"kernel": MuonDimensionNumbers(1, 2)} if said else None
+
+    def make(dims):
+        cut = curvax.in_eigenbasis(optax.stateless(lambda g, _: jax.tree.map(lambda x: jnp.sign(x) * x**2, g)))
+        inner = optax.chain(cut, curvax.orthogonalize(weight_dimension_numbers=dims))
+        return curvax.with_eigenbasis(inner, every=1, weight_dimension_numbers=dims)
+
+    (_, together), stacked = steps(make(dims), gradients[0], gradients)
+    (_, alone), single = steps(make(None), apart[0], apart)
+    for i in range(3):
+        np.testing.assert_allclose(together["kernel"][i], alone[i]["kernel"], rtol=1e-3, atol=1e-3)
+        vectors = single.vectors.rows[i]["kernel"][0]
+        np.testing.assert_allclose(jnp.abs(vectors.T @ stacked.vectors.rows["kernel"][i]), np.eye(4), atol=1e-3)
 
 
 def test_wide_sides_and_vectors_stay_in_coordinates():

@@ -9,6 +9,8 @@ may have
 
     stochastic                      whether it needs a key; `False` where it does not say
     explain(objective, params)      what it would do and what that costs, an `Explanation`, with nothing computed
+    from_gradient(grad)             the diagonal from the gradient alone: then `with_hessian_diag` needs no loss
+    mix(old, new, share)            how its average takes a new one, array by array; linearly where it does not say
 
 Those of curvax are frozen dataclasses, checked when they are made.
 """

@@ -11,7 +11,7 @@ from curvax.curvature.gauss_newton import explain_sampling, plan_sampling, sampl
 from curvax.curvature.hutchinson import Hutchinson
 from curvax.curvature.method import Method
 from curvax.curvature.scalar import plain
-from curvax.exact import BUDGET, exact_diag, explain, explain_ggn, explain_products, ggn_diag
+from curvax.exact import BUDGET, Explanation, exact_diag, explain, explain_ggn, explain_products, ggn_diag
 from curvax.exact.diagonals import check_objective
 from curvax.exact.units import function_diag
 from curvax.objective import Objective
@@ -143,14 +143,14 @@ class GaussNewton(Method):
         return explain_sampling(objective, params, self.num_samples, self.squares)
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True)
 class SquaredGradients:
     """The root of the mean squared gradient, which Adam and SOAP take for curvature: no pass, and no loss.
 
     Formula:
-      `h_i = sqrt(mean g_i^2)`, with the mean over the refreshes of `with_hessian_diag`: the root of the diagonal of the
-      batch's own Fisher matrix. It ranks parameters as curvature does where gradients are mostly noise, and has no
-      fixed ratio to it: the learning rate means something else.
+      `h_i = sqrt(mean g_i^2)`, with the mean over the refreshes of `with_hessian_diag`. It ranks parameters as
+      curvature does where gradients are mostly noise, and has no fixed ratio to it: the learning rate means something
+      else. For a single loss it is `|g_i|`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -165,20 +165,21 @@ class SquaredGradients:
     stochastic = False
 
     def from_gradient(self, grad: Any) -> Any:
-        """What is averaged."""
-        return jax.tree.map(lambda g: jnp.square(jnp.abs(at_least_float32(g))), grad)
+        """The estimate, from a gradient alone."""
+        return jax.tree.map(lambda g: at_least_float32(jnp.abs(g)), grad)
 
-    def from_average(self, average: Any) -> Any:
-        """What is handed on."""
-        return jax.tree.map(jnp.sqrt, average)
+    def mix(self, old: jax.Array, new: jax.Array, share: jax.Array) -> jax.Array:
+        """The root of the mean square with this share of the new one, whose squares need not be floats."""
+        return jnp.hypot(jnp.sqrt(1 - share) * old, jnp.sqrt(share) * new)
+
+    def explain(self, objective: Any, params: Any) -> Explanation:
+        """That it costs nothing where there is a gradient."""
+        return explain_products(params, [], "squared gradients", "no curvature: the size of the gradient")
 
     def estimate(self, objective: Any, params: Any, key: Any = None) -> Estimate:
         """The same for a loss, as `hessian_diag` asks for it."""
         value, grad = jax.value_and_grad(plain(objective, params))(params)
-        return Estimate(value, grad, self.from_average(self.from_gradient(grad)))
-
-    def __repr__(self) -> str:
-        return "SquaredGradients()"
+        return Estimate(value, grad, self.from_gradient(grad))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

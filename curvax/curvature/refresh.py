@@ -5,7 +5,9 @@ wrapper is the only place that owns it: the scalers inside read `hessian_diag` f
 which optax hands down through `chain`, `masked`, `partition` and `MultiSteps`. One wrapper, outermost, serves them all.
 """
 
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -143,7 +145,7 @@ def with_hessian_diag(
     every = every if isinstance(every, jax.core.Tracer) else int(every)
     inner = check_transformation("inner", inner)
     multi_steps = isinstance(inner, optax.MultiSteps)
-    of_gradient = hasattr(method, "from_gradient")
+    of_gradient, mix = hasattr(method, "from_gradient"), getattr(method, "mix", _mean)
 
     def init_fn(params):
         zeros = (jnp.zeros([], jnp.int32) for _ in range(5))
@@ -180,7 +182,7 @@ def with_hessian_diag(
             num_refreshes=jnp.where(good, number, state.num_refreshes),
             num_skipped=jnp.where(good, state.num_skipped, optax.safe_increment(state.num_skipped)),
             method=jnp.where(good, taken, state.method),
-            hessian_diag=_averaged(state.hessian_diag, fresh, number, decay, good),
+            hessian_diag=_averaged(mix, state.hessian_diag, fresh, number, decay, good),
         )
 
     def refresh_if_due(*args):
@@ -216,8 +218,6 @@ def with_hessian_diag(
             _check_whole(params)
             kept = refresh_if_due(objective, params, usable, own, eigenbasis)
         diag = kept.hessian_diag if hessian_diag is None else hessian_diag
-        if of_gradient and hessian_diag is None:
-            diag = method.from_average(diag)
         given = {"hessian_diag": diag, "obj_fn": obj_fn, "eigenbasis": eigenbasis}
         given = {name: value for name, value in given.items() if value is not None}
         value_fn = value_fn if value_fn is not None or returns_aux(obj_fn, has_aux) else obj_fn
@@ -253,8 +253,12 @@ def _number_of(method: Any) -> jax.Array:
     return jnp.int32(METHODS.index(name if name in METHODS else "other"))
 
 
-@jax.jit
-def _averaged(average: Any, fresh: Any, number: jax.Array, decay: jax.Array, good: jax.Array) -> Any:
+def _mean(old: jax.Array, new: jax.Array, share: jax.Array) -> jax.Array:
+    return (1 - share) * old + share * new
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _averaged(mix: Callable, average: Any, fresh: Any, number: jax.Array, decay: jax.Array, good: jax.Array) -> Any:
     """The average after the `number`-th refresh, if that was good."""
     decay = jnp.asarray(decay, jnp.float32)
     share = jnp.where(number == 1, 1, (1 - decay) / (1 - decay ** number.astype(jnp.float32)))
@@ -262,7 +266,7 @@ def _averaged(average: Any, fresh: Any, number: jax.Array, decay: jax.Array, goo
     def mean(old, new):
         part = share.astype(new.dtype)
         # At share 1 the new one to the bit, however far it is from the old one.
-        mixed = jnp.where(part == 1, new, (1 - part) * old.astype(new.dtype) + part * new)
+        mixed = jnp.where(part == 1, new, mix(old.astype(new.dtype), new, part))
         return jnp.where(good, mixed.astype(old.dtype), old)
 
     return jax.tree.map(mean, average, fresh)

@@ -9,7 +9,7 @@ from typing import Any
 
 from curvax.curvature.hutchinson import Hutchinson
 from curvax.curvature.method import Method
-from curvax.curvature.methods import Auto, Basis, Exact, GaussNewton
+from curvax.curvature.methods import Auto, Basis, Exact, GaussNewton, SquaredGradients
 from curvax.curvature.xdiag import XDiag
 
 SHORT: Mapping[str | None, Callable[..., Method]] = {
@@ -19,6 +19,7 @@ SHORT: Mapping[str | None, Callable[..., Method]] = {
     "ggn_mc": lambda num_samples=1, **options: GaussNewton(num_samples, **options),
     "hutchinson": Hutchinson,
     "xdiag": XDiag,
+    "squares": SquaredGradients,
     None: Auto,
 }
 
