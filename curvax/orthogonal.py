@@ -11,6 +11,9 @@ from curvax.matrices import DimensionNumbers, matrices_of, of_norm_one
 from curvax.meshes import on_auto
 from curvax.trees import check_floats, is_hole, statistics_dtype
 
+#: The coefficients of the iteration in `optax.contrib.muon`.
+JORDAN = (3.4445, -4.7750, 2.0315)
+
 
 def orthogonalize(
     ns_steps: int = 5, *, weight_dimension_numbers: DimensionNumbers = None
@@ -46,7 +49,8 @@ def orthogonalize(
     """
     check_number("ns_steps", ns_steps, "[1, inf)", whole=True)
     dims = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    muon = optax.contrib.scale_by_muon(ns_steps=ns_steps, beta=0.0, nesterov=False, weight_dimension_numbers=dims)
+    # The same coefficients in every step, as a list of them: a loop, where a number of steps would be written out.
+    muon = optax.contrib.scale_by_muon((JORDAN,) * ns_steps, beta=0.0, nesterov=False, weight_dimension_numbers=dims)
 
     # Compiled once, where the iteration by itself would be compiled in each step that is not.
     @functools.partial(jax.jit, static_argnames="of")
