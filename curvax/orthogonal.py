@@ -50,7 +50,9 @@ def orthogonalize(
     check_number("ns_steps", ns_steps, "[1, inf)", whole=True)
     dims = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     # The same coefficients in every step, as a list of them: a loop, where a number of steps would be written out.
-    muon = optax.contrib.scale_by_muon((JORDAN,) * ns_steps, beta=0.0, nesterov=False, weight_dimension_numbers=dims)
+    muon = optax.contrib.scale_by_muon(
+        (JORDAN,) * ns_steps, ns_steps, beta=0.0, nesterov=False, weight_dimension_numbers=dims
+    )
 
     # Compiled once, where the iteration by itself would be compiled in each step that is not.
     @functools.partial(jax.jit, static_argnames="of")
