@@ -85,21 +85,17 @@ def test_norms_medians_and_radii_are_those_of_numpy(exact):
 
 def test_curvature_is_that_of_the_dense_hessian(exact):
     diag = jax.tree.map(lambda x: np.asarray(x, np.float64), curvax.hessian_diag(OBJECTIVE, PARAMS, "basis"))
-    grads = jax.grad(OBJECTIVE)(PARAMS)
     for module in KERNELS:
-        h, g, row = diag[module]["kernel"], np.asarray(grads[module]["kernel"]), rows(exact)[f"{module}/kernel"]
+        h, row = diag[module]["kernel"], rows(exact)[f"{module}/kernel"]
         np.testing.assert_allclose(row["curvature"], h.mean(), rtol=1e-4)
         assert row["curvature_error"] == 0 and row["negative"] == pytest.approx(np.mean(h < 0))
         radius = 1 / (np.abs(h) + 0.1 * np.abs(h).mean())
         np.testing.assert_allclose(row["radius_95"], np.sort(radius.ravel())[int(0.95 * (h.size - 1))], rtol=1e-3)
-        # Newton's direction at the length of LARS.
-        w = PARAMS[module]["kernel"]
-        np.testing.assert_allclose(row["radius_cblr"], np.linalg.norm(w) / np.linalg.norm(g), rtol=1e-3)
 
 
 def test_the_rates_are_those_of_the_layers_over_that_of_all_together(exact):
     """A step of the whole at rate 1 is as long as the layers' steps are together."""
-    for name in ("lars", "mclr", "percent_delta", "cblr"):
+    for name in ("lars", "mclr", "percent_delta"):
         gradient = np.array([row["gradient_norm"] for row in exact.layers])
         rate = np.array([row[f"rate_{name}"] for row in exact.layers])
         np.testing.assert_allclose(np.linalg.norm(rate * gradient), np.linalg.norm(gradient), rtol=1e-5)

@@ -33,7 +33,7 @@ from curvax.wide import Wide, normal, plus, times
 
 #: Parts of a batch between whose gradients the noise is seen; the estimate's own error is about 1 / sqrt(8) of it.
 PARTS = 8
-#: The damping of the radii, and of the step of `cblr`.
+#: The damping of the radii.
 DAMPING = 0.1
 #: What each optimizer makes of a gradient in a step without momentum at the rate 1.
 FIRST_ORDER = {
@@ -41,11 +41,6 @@ FIRST_ORDER = {
     "mclr": functools.partial(optimizers.mclr, 1.0, momentum=0.0),
     "percent_delta": functools.partial(optimizers.percent_delta, 1.0, momentum=0.0),
 }
-# The basis and the polar factor turn the step of a kernel, whose length is the same without them.
-CBLR = functools.partial(
-    optimizers.cblr, 1.0, damping=DAMPING, momentum=0.0, nesterov=False, eigenbasis=False, orthogonal=False
-)
-RULES = (*FIRST_ORDER, "cblr")
 
 Statistics = dict[str, np.ndarray]
 
@@ -189,7 +184,6 @@ def curvature(
     params: Any,
     parts: Parts,
     layers: Layers,
-    gradient_norms: np.ndarray,
     method: Any,
     keys: Sequence[Any],
     stage: Callable,
@@ -200,16 +194,12 @@ def curvature(
     """
     kinds = {"negative": lambda h: h < 0, "zero": lambda h: h == 0, "non_finite": lambda h: ~np.isfinite(h)}
 
-    # Three programs, of which none holds more than two trees like the parameters beside its arguments.
+    # Two programs, of which none holds more than two trees like the parameters beside its arguments.
     @jax.jit
     def draw(params, data, key):
         whole = dataclasses.replace(objective, data=data) if isinstance(objective, Objective) else objective
         found = value_grad_and_hessian_diag(whole, params, method, key=key)
         return found.grad, found.diag
-
-    @jax.jit
-    def squared_steps(params, grad, diag):
-        return _squares(parts.measured, _step(CBLR(layers=layers), params, grad, hessian_diag=diag))
 
     @jax.jit
     def radii(params, grad, diag):
@@ -222,10 +212,9 @@ def curvature(
     for i, key in enumerate(keys or (None,)):
         with stage(f"curvature, draw {i + 1} of {len(keys)}" if keys else "curvature"):
             grad, diag = draw(params, data, key)
-            found = {"radius_cblr": _lengths(squared_steps(params, grad, diag), gradient_norms)}
             of_layer = jax.block_until_ready(radii(params, grad, diag))
             del grad
-            found |= each(parts.measured, lambda r: _quantiles("radius", [x[x != 0] for x in r]), of_layer)
+            found = each(parts.measured, lambda r: _quantiles("radius", [x[x != 0] for x in r]), of_layer)
             del of_layer
             found |= each(parts.measured, lambda h: {"curvature": np.mean(_joined(h))}, diag)
             for name, kind in kinds.items():

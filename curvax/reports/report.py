@@ -106,10 +106,11 @@ def report(
 
     Formula:
       For each layer: norms and medians of w and g; the mean of the Hessian's diagonal h; radii by eq. 23 (LARS), eq.
-      20-22 (MCLR) and eq. 24 (PercentDelta) of Gao & Zhong and by `cblr`: `R_k = norm2(u_k) / norm2(g_k)` with u the
-      step of the optimizer at the rate 1 without momentum, over `R_all = sqrt(sum_k R_k^2 norm2(g_k)^2 / sum_k
-      norm2(g_k)^2)`; quantiles of the radius `1 / (|h| + 0.1 mean|h|)` of the parameters that have a gradient; and the
-      noise scale `tr(Sigma) / |G|^2` of McCandlish et al. 2018, from gradients of eight parts of the batch.
+      20-22 (MCLR) and eq. 24 (PercentDelta) of Gao & Zhong: `R_k = norm2(u_k) / norm2(g_k)` with u the step of the
+      optimizer at the rate 1 without momentum, over `R_all = sqrt(sum_k R_k^2 norm2(g_k)^2 / sum_k norm2(g_k)^2)`
+      (`cblr` turns the step of a layer, and goes as far as LARS); quantiles of the radius `1 / (|h| + 0.1 mean|h|)` of
+      the parameters that have a gradient; and the noise scale `tr(Sigma) / |G|^2` of McCandlish et al. 2018, from
+      gradients of eight parts of the batch.
 
     Args:
       objective: an `Objective`, or any function `params -> scalar`, of which no noise can be told.
@@ -155,7 +156,7 @@ def report(
         dead = measure.dead_units(parts, grad)
     # Large, and computed anew with the curvature.
     del grad
-    second, errors = measure.curvature(scalar, params, parts, layers, first["gradient_norm"], method, keys, clock.stage)
+    second, errors = measure.curvature(scalar, params, parts, layers, method, keys, clock.stage)
     whole = None if isinstance(noise, str) else NoiseScale(*(np.sum(x) for x in noise))
     rows = _rows(groups, leaves, first | second, dead, errors, noise)
     gradients = 1 + max(len(keys), 1)
@@ -190,7 +191,7 @@ def _method(objective: Any, params: Any, method: Any) -> tuple[Any, int, int]:
 
 
 def _rows(groups, leaves, found, dead, errors, noise) -> list[dict[str, Any]]:
-    radii = {name: found[f"radius_{name}"] for name in measure.RULES}
+    radii = {name: found[f"radius_{name}"] for name in measure.FIRST_ORDER}
     squares = found["gradient_norm"] ** 2
     whole = {name: np.sqrt(_over(np.nansum(r**2 * squares), np.nansum(squares))) for name, r in radii.items()}
     scales = None if isinstance(noise, str) else measure.critical_batch_size(noise)

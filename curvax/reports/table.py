@@ -82,7 +82,7 @@ RATES = (
     Column("R 95%", lambda row: number(row["radius_95"])),
     *(
         Column(head, lambda row, name=name: number(row[f"rate_{name}"]))
-        for head, name in (("lars", "lars"), ("mclr", "mclr"), ("p.delta", "percent_delta"), ("cblr", "cblr"))
+        for head, name in (("lars", "lars"), ("mclr", "mclr"), ("p.delta", "percent_delta"))
     ),
 )
 
@@ -103,7 +103,8 @@ def _tables(report):
     matrix = "Gauss-Newton matrix" if report.method.startswith("GaussNewton") else "Hessian"
     yield f"Layers. Curvature is the mean of the {matrix}'s diagonal, by {report.method}.", LAYERS
     yield (
-        "Radii R = 1 / (|h| + 0.1 mean|h|) of parameters; each optimizer's rate for a layer over that for all.",
+        "Radii R = 1 / (|h| + 0.1 mean|h|) of parameters; each optimizer's rate for a layer over that for all. cblr"
+        " goes as far as lars.",
         RATES,
     )
 
