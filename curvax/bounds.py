@@ -1,8 +1,8 @@
 """How far an array may go in the layers of `"kernel"`: neither too far, nor hardly at all.
 
 A bias follows its kernel's radius and a norm's scale that of all kernels, whatever their own gradients are; and the
-median of a gradient says nothing of its largest entries. So no array goes further, at a learning rate of 1, than a few
-times what its kernel's parameters are large, in root mean square. LARS's radius takes a kernel once that far.
+median of a gradient says nothing of its largest entries. So no array moves, at a learning rate of 1, by more than three
+times the root mean square of its kernel's parameters. LARS's radius takes a kernel a third of that far.
 
 And a step in proportion to a kernel that is nearly zero beside the others, as heads of fine-tuned networks begin, would
 leave it there: it takes steps as if it were larger.
@@ -39,7 +39,7 @@ from curvax.wide import (
 
 #: The longest step of an array, in multiples of its kernel's parameters, both in root mean square.
 LONGEST = 3.0
-#: A kernel counts for no smaller than this part of what all kernels are large, in root mean square.
+#: A kernel smaller than this part of the root mean square of all kernels is treated as if it had that size.
 SMALLEST = 0.1
 
 

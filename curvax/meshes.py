@@ -51,7 +51,7 @@ def on_auto(function: Callable[..., Any], *args: Any, like: Any = None) -> Any:
     Args:
         function: of trees of arrays.
         *args: its arguments.
-        like: a tree of arrays like the result, as which that is divided; None for a result that is not.
+        like: a tree of arrays; the result is divided between devices as these are, without it not at all.
 
     Returns:
         What the function returns.

@@ -1,4 +1,4 @@
-"""The methods that are compared, each a chain; those of other authors are optax's own, but for SOAP, which it lacks.
+"""The methods that are compared, each a chain; SOAP is written for it, and Sophia has a step of its own.
 
 The size of a learning rate does not carry over from one method to another: each has its own. Muon and SOAP are for
 matrices, where all axes of a kernel but the last are rows; the other parameters have AdamW, as their authors advise.

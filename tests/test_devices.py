@@ -119,7 +119,7 @@ def test_optimizers_step_alike_on_a_mesh_and_keep_their_state_with_the_parameter
     # What has the shape of a parameter lies where the parameter does, in equal parts; what is smaller lies everywhere.
     shapes = {w.shape: places[k] for k, w in W.items()}
     # The bases of kernels lie where the compiler has put their factors.
-    is_basis = lambda node: isinstance(node, curvax.eigenbasis.Sides)
+    is_basis = lambda node: isinstance(node, curvax.rotations.Sides)
     for leaf in jax.tree.leaves(spread, is_leaf=is_basis):
         if is_basis(leaf):
             continue

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
 import curvax
-from curvax.eigenbasis import Rotation, Sides, in_basis
 from curvax.matrices import matrices_of
+from curvax.rotations import Rotation, Sides, rotated_objective
 
 
 def orthogonal(seed, n):
@@ -111,7 +111,7 @@ def rotation(params, seed=0):
 
 def dense_gauss_newton(objective, params, basis):
     """Its diagonal in the basis, from the Jacobian and the Hessian of each example's loss."""
-    inside, q = in_basis(objective, params, basis)
+    inside, q = rotated_objective(objective, params, basis)
     flat, unravel = jax.flatten_util.ravel_pytree(q)
     outputs = inside.predict(q, inside.data)
     jacobian = jax.jacobian(lambda flat: inside.predict(unravel(flat), inside.data))(flat)
@@ -127,7 +127,7 @@ def test_the_diagonal_in_a_basis_is_that_of_the_rotated_matrix():
     params = problems.mlp_params(sizes=(5, 6, 4))
     basis = rotation(params)
     wanted = dense_gauss_newton(objective, params, basis)
-    inside, q = in_basis(objective, params, basis)
+    inside, q = rotated_objective(objective, params, basis)
     chex.assert_trees_all_close(curvax.hessian_diag(inside, q, "exact"), wanted, rtol=1e-4, atol=1e-6)
     method = curvax.GaussNewton(num_samples=400, squares="batch", chunk_size=100)
     diag, error = curvax.hessian_diag(inside, q, method, key=0, standard_error=True)

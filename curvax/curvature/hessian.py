@@ -15,13 +15,13 @@ from curvax.curvature.eager import once
 from curvax.curvature.estimate import Estimate
 from curvax.curvature.scalar import as_arrays, aux_of, returns_aux, scalar_objective
 from curvax.curvature.short_forms import as_method, needs_key
-from curvax.eigenbasis import in_basis
 from curvax.exact import Explanation, explain_unknown
 from curvax.exact.derivatives import hessian_product
 from curvax.keys import Key, as_key, check_key
 from curvax.layers import path_name
 from curvax.meshes import on_auto_axes
 from curvax.objective import Objective
+from curvax.rotations import rotated_objective
 from curvax.trees import at_least_float32, check_real, leaves_like, like_diag
 
 
@@ -255,7 +255,7 @@ def estimated(method: Any, objective: Any, params: Any, key: jax.Array | None, b
 def _checked(method: Any, objective: Any, params: Any, key: jax.Array | None, basis: Any) -> Estimate:
     """`method.estimate`, which may be a user's own."""
     if basis is not None:
-        objective, params = in_basis(objective, params, basis)
+        objective, params = rotated_objective(objective, params, basis)
     found = method.estimate(objective, params, key)
     if not isinstance(found, Estimate):
         raise ValueError(

@@ -22,9 +22,9 @@ from curvax.curvature.line_search import bound, tolerant
 from curvax.curvature.methods import Auto
 from curvax.curvature.scalar import check_function, returns_aux, scalar_objective, select
 from curvax.curvature.short_forms import as_method
-from curvax.eigenbasis import rotated
 from curvax.keys import Key, as_key
 from curvax.layers import path_name
+from curvax.rotations import rotated
 from curvax.trees import all_finite, diag_dtype, is_hole
 from curvax.varying import AxisName, is_bound, varying_over
 
