@@ -266,15 +266,23 @@ def _changed(moments: Any, vectors: Any) -> Any:
         jnp.logical_or, (jnp.any(x) for x in jax.tree.leaves(is_new) if x.ndim == 3), jnp.array(False)
     )
     # Those with the largest eigenvalues come first, as the iteration leaves them.
-    first = lambda a, new, u: jnp.where(new, jnp.linalg.eigh(a)[1][..., ::-1], u)
+    first = lambda a, new, u: jnp.where(new, _by_matrix(lambda a: jnp.linalg.eigh(a)[1][..., ::-1], a), u)
     vectors = _if(some, lambda: each(first, moments, is_new, vectors), lambda: vectors)
     return each(lambda a, u: jnp.where(with_moments(a), _orthonormal(a @ u), u), moments, vectors)
 
 
 def _orthonormal(a: jax.Array) -> jax.Array:
     """The Q of QR whose R has no negative diagonal, so that vectors move without changing their signs."""
-    q, r = jnp.linalg.qr(a)
+    q, r = _by_matrix(jnp.linalg.qr, a)
     return q * jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1).astype(q.dtype)[..., None, :]
+
+
+def _by_matrix(function: Callable[[jax.Array], Any], stack: jax.Array) -> Any:
+    """A factorisation of each matrix of a stack."""
+    # XLA on CPU lends a stack's matrices to its threads. Several stacks at once wait for each other's threads for ever.
+    if jax.default_backend() == "cpu" and stack.shape[0] > 1:
+        return jax.lax.map(function, stack)
+    return function(stack)
 
 
 def _if(condition: jax.Array, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
 import curvax
+from curvax.exact.trace import equations
 from curvax.matrices import matrices_of
 from curvax.rotations import Rotation, Sides, rotated_objective
 
@@ -370,3 +371,13 @@ def test_curvature_in_coordinates_is_refused_in_a_basis():
     alone = curvax.cblr(0.1)
     by_itself, _ = alone.update(jax.grad(loss)(w), alone.init(w), w, obj_fn=loss)
     chex.assert_trees_all_close(updates["a"], by_itself["a"], rtol=1e-4)
+
+
+def test_no_stack_of_matrices_is_factored_at_once_on_a_cpu():
+    """Where XLA's threads, of which each stack takes some, would wait for each other for ever."""
+    params = {"norm": jnp.ones((3, 4)), "kernels": [jnp.ones((3, 4, 4))] * 4}
+    tx = curvax.cblr(0.1, method="squares")
+    traced = jax.make_jaxpr(tx.update)(params, tx.init(params), params).jaxpr
+    factored = [eqn for eqn in equations(traced) if eqn.primitive.name in ("eigh", "qr", "geqrf")]
+    assert len(factored) >= 16
+    assert all(eqn.invars[0].aval.shape[:-2] in ((), (1,)) for eqn in factored)
