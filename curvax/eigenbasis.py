@@ -89,8 +89,9 @@ def with_eigenbasis(
       max_size: the most rows, or columns, that have a basis of their own; by default 1,024.
       weight_dimension_numbers: which axes are rows and which columns, as for `optax.contrib.muon`: a tree like the
         parameters of `optax.contrib.MuonDimensionNumbers`, with `None` for what is no matrix, or a function that makes
-        one. By default all axes of a kernel but the last are rows, and the first counts matrices where modules are
-        stacked.
+        one. By default all axes of a kernel but the last are rows. The first counts matrices where modules are
+        stacked, which is seen by vectors beside the kernels, norms or biases, with the same first axis: where these are
+        elsewhere, or left to another optimizer, say `optax.contrib.MuonDimensionNumbers(1, 2)`.
 
     Returns:
       A transformation. Where a transformation around it hands on an `eigenbasis`, that is used and nothing is computed.

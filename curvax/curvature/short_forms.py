@@ -46,8 +46,8 @@ def as_method(method: Any, options: Mapping[str, Any]) -> Any:
         return _made(method, options)
     if isinstance(method, type) or not callable(getattr(method, "estimate", None)):
         raise ValueError(
-            f"method={method!r} is no method; pass {_names()}, or an object with estimate(objective, params, key) such"
-            " as curvax.Hutchinson(num_samples=4)."
+            f"method={method!r} is no method; pass {_names()}, or an object with estimate(objective, params, key), as"
+            " curvax.Hutchinson(num_samples=4) makes one: a class has to be called."
         )
     if options:
         raise ValueError(
