@@ -25,7 +25,20 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)
 # The second time round every colour has other marks and dashes.
 PLACES = [(i % 8, (i + 3 * (i // 8)) % 8) for i in range(16)]
 LOOKS = [{"color": COLORS[i], "marker": MARKS[j], "linestyle": DASHES[j]} for i, j in PLACES]
-METHODS = ("lars", "mclr", "percent_delta", "cblr", "sgd", "lamb", "muon", "soap", "adamw", "muon_lars", "sophia")
+METHODS = (
+    "lars",
+    "mclr",
+    "percent_delta",
+    "cblr",
+    "sgd",
+    "lamb",
+    "muon",
+    "soap",
+    "adamw",
+    "muon_lars",
+    "sophia",
+    "cblr_squares",
+)
 METHODS = dict(zip(METHODS, LOOKS, strict=False))
 ESTIMATORS = ("hutchinson", "ggn_mc_of_batches", "xdiag", "ggn_mc", "optax.contrib hutchinson", "matfree hutchinson")
 ESTIMATORS = dict(zip((*ESTIMATORS, "matfree xdiag", "exact"), LOOKS, strict=False))

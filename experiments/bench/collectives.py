@@ -4,6 +4,7 @@ A program for many devices needs a process in which there are so many. `python -
 WIDTH DEPTH` is that process: it prints one JSON object per rule.
 """
 
+import functools
 import json
 import math
 import re
@@ -21,7 +22,9 @@ from jax.sharding import PartitionSpec as P
 
 import curvax
 
-RULES = {name: getattr(curvax, name) for name in ("lars", "percent_delta", "mclr", "lamb", "cblr")}
+RULES = {name: getattr(curvax, name) for name in ("lars", "percent_delta", "mclr", "lamb")}
+# The radius alone: the eigenbasis and the polar factor are products of whole matrices.
+RULES["cblr"] = functools.partial(curvax.cblr, eigenbasis=False, orthogonal=False)
 # What the search for a median of float32 may take at most, see `curvax.selection`; other loops there are none.
 MAX_PASSES = 26
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast")

@@ -78,9 +78,11 @@ def test_one_seed_gives_the_same_numbers_and_another_gives_others():
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["jit", "pmap"])
 def test_one_device_and_eight_agree(way):
-    one, eight = run(RICH), run(dataclasses.replace(RICH, devices=8, parallel=way))
-    np.testing.assert_allclose(column(eight, "loss"), column(one, "loss"), rtol=1e-4)
-    np.testing.assert_allclose(column(eight, "test_loss", "epoch"), column(one, "test_loss", "epoch"), rtol=1e-4)
+    """With curvature, in coordinates: eigenvectors without a gradient, of which a kernel has many, are any."""
+    config = dataclasses.replace(RICH, optimizer="sophia")
+    one, eight = run(config), run(dataclasses.replace(config, devices=8, parallel=way))
+    np.testing.assert_allclose(column(eight, "loss"), column(one, "loss"), rtol=1e-3)
+    np.testing.assert_allclose(column(eight, "test_loss", "epoch"), column(one, "test_loss", "epoch"), rtol=1e-3)
 
 
 @pytest.mark.slow
