@@ -158,7 +158,7 @@ def test_curvature_makes_convergence_independent_of_the_condition_number():
         curvax.mclr(optax.cosine_decay_schedule(0.001, 2000)),
         curvax.percent_delta(optax.cosine_decay_schedule(0.05, 2000)),
         curvax.lamb(optax.cosine_decay_schedule(0.05, 2000)),
-        curvax.cblr(optax.cosine_decay_schedule(0.05, 2000)),
+        curvax.cblr(optax.cosine_decay_schedule(0.05, 400)),
     ],
     ids=["lars", "mclr", "percent_delta", "lamb", "cblr"],
 )
