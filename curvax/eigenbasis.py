@@ -129,12 +129,11 @@ def with_eigenbasis(
         moments, vectors = sides(params, jnp.zeros), sides(params, identity)
         return EigenbasisState(jnp.zeros([], jnp.int32), moments, vectors, inner.init(params))
 
-    def follow(updates, count, moments, vectors):
+    def follow(shapes, updates, count, moments, vectors):
         """The moments with this gradient in them, and the vectors, new ones where a change is due."""
         usable, number = all_finite(updates), count + 1
         leaves, treedef = jax.tree.flatten(updates)
         old = _apart(treedef, moments)
-        shapes = matrices_of(updates, weight_dimension_numbers)
         moments = [_averaged(*each, decay, number, usable) for each in zip(old, leaves, shapes, strict=True)]
         moments = _together(treedef, moments)
         vectors = _if(usable & (count % every == 0), lambda: _changed(moments, vectors), lambda: vectors)
@@ -154,9 +153,9 @@ def with_eigenbasis(
                 " out, as in curvax.cblr(..., eigenbasis=False)."
             )
         _check_alike(updates, state.vectors)
-        count, moments, vectors = on_auto(follow, updates, state.count, state.moments, state.vectors)
-        treedef = jax.tree.structure(updates)
-        shapes = matrices_of(updates, weight_dimension_numbers)
+        treedef, shapes = jax.tree.structure(updates), matrices_of(updates, weight_dimension_numbers)
+        own = updates, state.count, state.moments, state.vectors
+        count, moments, vectors = on_auto(functools.partial(follow, shapes), *own)
         known = [Sides(*(a if _has_basis(a) else None for a in each)) for each in _apart(treedef, vectors)]
         basis = treedef.unflatten(map(Rotation, known, shapes))
         updates, inner_state = inner.update(updates, state.inner_state, params, eigenbasis=basis, **extra_args)

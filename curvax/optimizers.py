@@ -21,6 +21,7 @@ import optax
 
 from curvax.checks import check_number
 from curvax.curvature.refresh import with_hessian_diag
+from curvax.curvature.short_forms import as_method
 from curvax.eigenbasis import in_eigenbasis, with_eigenbasis
 from curvax.keys import Key
 from curvax.layers import Layers
@@ -156,8 +157,9 @@ def cblr(
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+    method = as_method(method, {})
     # Squares of the gradient cost nothing, and are noise for one step.
-    usual_every, usual_decay = (1, 0.95) if method == "squares" or hasattr(method, "from_gradient") else (10, 0.5)
+    usual_every, usual_decay = (1, 0.95) if hasattr(method, "from_gradient") else (10, 0.5)
     tx = with_hessian_diag(
         _in_float32(steps),
         method=method,

@@ -70,8 +70,9 @@ def orthogonalize(
         del params, extra_args
         check_floats(updates)
         leaves, treedef = jax.tree.flatten(updates)
-        shapes = matrices_of(updates, weight_dimension_numbers)
-        if eigenbasis is not None:
+        if eigenbasis is None:
+            shapes = matrices_of(updates, weight_dimension_numbers)
+        else:
             # What a stack is, whole trees show better than the parts of them that `partition` hands on.
             nodes, whole = jax.tree.flatten(updates, is_leaf=is_hole)
             known = zip(nodes, whole.flatten_up_to(eigenbasis), strict=True)

@@ -90,9 +90,5 @@ def rotated_objective(objective: Any, params: Any, basis: Any) -> tuple[Any, Any
 
 def rotated(tree: Any, basis: Any, way: Callable[[Rotation, jax.Array], jax.Array] = Rotation.into) -> Any:
     """The leaves of a tree in the basis, or back, divided between devices as they were."""
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_hole)
-    rotations = treedef.flatten_up_to(basis)
-    turn = lambda x, rotation: on_auto(
-        lambda x, vectors: way(dataclasses.replace(rotation, vectors=vectors), x), x, rotation.vectors, like=x
-    )
-    return treedef.unflatten([x if is_hole(x) else turn(x, r) for x, r in zip(leaves, rotations, strict=True)])
+    turn = lambda x, rotation: on_auto(lambda x, rotation: way(rotation, x), x, rotation, like=x)
+    return jax.tree.map(lambda x, rotation: x if is_hole(x) else turn(x, rotation), tree, basis, is_leaf=is_hole)

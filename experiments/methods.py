@@ -51,10 +51,10 @@ def sgd(learning_rate, weight_decay, momentum, nesterov) -> optax.GradientTransf
     return optax.chain(*parts, optax.trace(momentum, nesterov))
 
 
-def adamw(config, learning_rate, nesterov: bool = False) -> optax.GradientTransformation:
+def adamw(config, learning_rate) -> optax.GradientTransformation:
     """optax's, with the decays of the configuration."""
     decays = {"b1": config.momentum, "b2": config.b2, "weight_decay": config.weight_decay}
-    return optax.adamw(learning_rate, **decays, nesterov=nesterov)
+    return optax.adamw(learning_rate, **decays)
 
 
 def dimension_numbers(params):

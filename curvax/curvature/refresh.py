@@ -170,7 +170,7 @@ def with_hessian_diag(
         diag, taken = _fresh(method, where, has_aux, objective, params, key, basis)
         return jax.lax.pmean(diag, axis_name), taken
 
-    def refresh(source, params, usable, state, basis):
+    def refresh(state, source, params, usable, basis):
         draw = None if key is None else jax.random.fold_in(as_key(key), state.num_refreshes)
         fresh, taken = compute(source, params, draw, basis)
         good = usable & all_finite(fresh, param_axis_name)
@@ -185,15 +185,14 @@ def with_hessian_diag(
             hessian_diag=_averaged(mix, state.hessian_diag, fresh, number, decay, good),
         )
 
-    def refresh_if_due(*args):
-        state = args[3]
+    def refresh_if_due(state, *others):
         due = state.count >= state.next_refresh
         # XLA on CPU runs convolutions inside a branch many times slower, so that none is made without need.
         if not isinstance(every, jax.core.Tracer) and every == 1 and not multi_steps:
-            return refresh(*args)
+            return refresh(state, *others)
         if not isinstance(due, jax.core.Tracer):
-            return refresh(*args) if due else state
-        return jax.lax.cond(due, lambda: refresh(*args), lambda: state)
+            return refresh(state, *others) if due else state
+        return jax.lax.cond(due, lambda: refresh(state, *others), lambda: state)
 
     def update_fn(
         updates, state, params=None, *, hessian_diag=None, obj_fn=None, value_fn=None, eigenbasis=None, **extra_args
@@ -210,13 +209,13 @@ def with_hessian_diag(
         if hessian_diag is not None:
             kept = own
         elif of_gradient:
-            kept = refresh_if_due(updates, params, usable, own, eigenbasis)
+            kept = refresh_if_due(own, updates, params, usable, eigenbasis)
         elif objective is None:
             stored, kept = _stored(own), own
         else:
             check_function("obj_fn" if obj_fn is not None else "value_fn", objective)
             _check_whole(params)
-            kept = refresh_if_due(objective, params, usable, own, eigenbasis)
+            kept = refresh_if_due(own, objective, params, usable, eigenbasis)
         diag = kept.hessian_diag if hessian_diag is None else hessian_diag
         given = {"hessian_diag": diag, "obj_fn": obj_fn, "eigenbasis": eigenbasis}
         given = {name: value for name, value in given.items() if value is not None}
