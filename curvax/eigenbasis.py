@@ -30,7 +30,7 @@ from curvax.layers import path_name
 from curvax.matrices import DimensionNumbers, Matrices, matrices_of, of_norm_one
 from curvax.meshes import on_auto
 from curvax.rotations import Rotation, Sides, rotated
-from curvax.trees import all_finite, check_floats, statistics_dtype
+from curvax.trees import all_finite, check_floats, in_float32, statistics_dtype
 from curvax.varying import varies_over
 
 #: The most rows, or columns, of a kernel that have a basis unless the caller says: more would cost more than the step.
@@ -193,20 +193,16 @@ def in_eigenbasis(inner: optax.GradientTransformation) -> optax.GradientTransfor
     """
     inner = check_transformation("inner", inner)
 
-    def init_fn(params):
-        return inner.init(jax.tree.map(lambda x: jnp.zeros_like(x, statistics_dtype(x.dtype)), params))
-
-    def update_fn(updates, state, params=None, *, eigenbasis=None, **extra_args):
+    def rotate(updates, state, params=None, *, eigenbasis=None, **extra_args):
         if eigenbasis is None:
             raise ValueError(
                 "the eigenbasis of layers is missing; wrap the optimizer in curvax.with_eigenbasis, outermost."
             )
         into = lambda tree: None if tree is None else rotated(tree, eigenbasis, Rotation.into)
         found, state = inner.update(into(updates), state, into(params), **extra_args)
-        found = rotated(found, eigenbasis, Rotation.back)
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), found, updates), state
+        return rotated(found, eigenbasis, Rotation.back), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return in_float32(optax.GradientTransformationExtraArgs(inner.init, rotate))
 
 
 def _sides(x: Any, of: Matrices | None, max_size: int, make: Callable[[tuple[int, ...], Any], jax.Array]) -> Sides:

@@ -15,7 +15,6 @@ import operator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -34,7 +33,7 @@ from curvax.transforms import (
     scale_by_median_curvature,
     scale_by_percent_delta,
 )
-from curvax.trees import statistics_dtype
+from curvax.trees import in_float32
 from curvax.varying import AxisName
 
 
@@ -161,7 +160,7 @@ def cblr(
     # Squares of the gradient cost nothing, and are noise for one step.
     usual_every, usual_decay = (1, 0.95) if hasattr(method, "from_gradient") else (10, 0.5)
     tx = with_hessian_diag(
-        _in_float32(steps),
+        in_float32(steps),
         method=method,
         every=usual_every if every is None else every,
         decay=usual_decay if hessian_decay is None else hessian_decay,
@@ -396,32 +395,13 @@ def lamb(
         ("eps_root", eps_root, "[0, inf)"),
     ):
         check_number(name, value, interval)
-    return _in_float32(
+    return in_float32(
         optax.chain(
             optax.scale_by_adam(b1, b2, eps, eps_root),
             scale_by_lars(weight_decay, mask, layers=layers, param_axis_name=param_axis_name),
             optax.scale_by_learning_rate(learning_rate),
         )
     )
-
-
-def _in_float32(inner):
-    """The same on parameters and gradients of at least float32: a state has their types, and halves lose averages."""
-
-    def init_fn(params):
-        # Of the parameters, which may be shapes alone, a state takes no more than the place.
-        return inner.init(jax.tree.map(lambda x: jnp.zeros_like(x, statistics_dtype(x.dtype)), params))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        params = None if params is None else _widened(params)
-        found, state = inner.update(_widened(updates), state, params, **extra_args)
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), found, updates), state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _widened(tree):
-    return jax.tree.map(lambda x: x.astype(statistics_dtype(x.dtype)), tree)
 
 
 def _check_rate(learning_rate: Any) -> None:

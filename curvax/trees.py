@@ -114,3 +114,22 @@ def check_real(params: Any) -> None:
                 f"the parameter '{path_name(path)}' is {jnp.result_type(leaf)}, and has no second derivative; leave it"
                 " out with where=..., or split a complex one into real and imaginary parts."
             )
+
+
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The same on parameters and gradients of at least float32: a state has their types, and halves lose averages."""
+
+    def init_fn(params):
+        # Of the parameters, which may be shapes alone, a state takes no more than the place.
+        return inner.init(jax.tree.map(lambda x: jnp.zeros_like(x, statistics_dtype(x.dtype)), params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        params = None if params is None else _widened(params)
+        found, state = inner.update(_widened(updates), state, params, **extra_args)
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), found, updates), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _widened(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(statistics_dtype(x.dtype)), tree)

@@ -381,3 +381,13 @@ def test_no_stack_of_matrices_is_factored_at_once_on_a_cpu():
     factored = [eqn for eqn in equations(traced) if eqn.primitive.name in ("eigh", "qr", "geqrf")]
     assert len(factored) >= 16
     assert all(eqn.invars[0].aval.shape[:-2] in ((), (1,)) for eqn in factored)
+
+
+def test_what_is_in_the_basis_sees_float32_at_least():
+    """Vectors, which are not rotated, as well."""
+    seen = []
+    look = optax.stateless(lambda g, _: (seen.extend(x.dtype for x in jax.tree.leaves(g)), g)[1])
+    params = {"w": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.ones(3, jnp.bfloat16)}
+    (updates,), _ = steps(curvax.with_eigenbasis(curvax.in_eigenbasis(look)), params, [params])
+    assert set(seen) == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
