@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax.order_statistics import population_size
-from curvax.radii import Leaves, Rule, Scalar, TreeRule, together
-from curvax.sums import squares, squares_and_moving, totals
+from curvax.radii import Leaves, Rule, Scalar, TreeRule, pairs, squared_norms, together
+from curvax.sums import squares_and_moving, totals
 from curvax.varying import AxisName
 from curvax.wide import (
     Wide,
@@ -133,8 +133,7 @@ def _measured(rule: Rule, kernels: Sequence[Leaves], axis_name: AxisName) -> tup
     """What is known of all kernels, and their radii by the rule."""
 
     def of_kind(layers: Sequence[Leaves]):
-        pairs = [list(zip(x.w, x.g, strict=True)) for x in layers]
-        return (*totals(squares_and_moving, pairs, axis_name), rule(layers))
+        return (*totals(squares_and_moving, [pairs(x.w, x.g) for x in layers], axis_name), rule(layers))
 
     size, slope, moving, own = together(of_kind, kernels)
     counts = [population_size(x.w, axis_name) for x in kernels]
@@ -144,9 +143,8 @@ def _measured(rule: Rule, kernels: Sequence[Leaves], axis_name: AxisName) -> tup
 
 def _slopes(leaves: Sequence[jax.Array], axis_name: AxisName) -> Wide:
     """The root mean square of each."""
-    of_kind = lambda layers: totals(squares, [[(x.g[0],)] for x in layers], axis_name)
-    (found,) = together(of_kind, [Leaves((), [g], ()) for g in leaves])
-    return _root_mean(found, [population_size(g, axis_name) for g in leaves])
+    squared = squared_norms([[g] for g in leaves], axis_name)
+    return _root_mean(squared, [population_size(g, axis_name) for g in leaves])
 
 
 def _root_mean(squared: Wide, counts: Sequence[int]) -> Wide:

@@ -31,7 +31,7 @@ from curvax.matrices import DimensionNumbers, Matrices, matrices_of, of_norm_one
 from curvax.meshes import on_auto
 from curvax.rotations import Rotation, Sides, rotated
 from curvax.trees import all_finite, check_floats, in_float32, statistics_dtype
-from curvax.varying import varies_over
+from curvax.varying import varies_over, varying_beyond
 
 #: The most rows, or columns, of a kernel that have a basis unless the caller says: more would cost more than the step.
 MAX_SIZE = 1024
@@ -230,14 +230,12 @@ def _apart(treedef: Any, trees: Sides) -> list[Sides]:
 def _check_alike(updates: Any, vectors: Sides) -> None:
     """Raises a ValueError if a gradient is seen to differ between devices that share the bases."""
     known = [varies_over(a) for a in jax.tree.leaves(vectors) if _has_basis(a)]
-    for path, g in jax.tree_util.tree_leaves_with_path(updates) if known else ():
-        own = tuple(sorted(varies_over(g) - frozenset.intersection(*known)))
-        if own:
-            raise ValueError(
-                f"the gradient of '{path_name(path)}' differs between the devices along {own}, which have one basis for"
-                " all; inside shard_map pass the mean of gradients (jax.lax.pmean) of whole parameters, or divide these"
-                " under jit."
-            )
+    for path, own in varying_beyond(updates, frozenset.intersection(*known)) if known else ():
+        raise ValueError(
+            f"the gradient of '{path_name(path)}' differs between the devices along {own}, which have one basis for"
+            " all; inside shard_map pass the mean of gradients (jax.lax.pmean) of whole parameters, or divide these"
+            " under jit."
+        )
 
 
 def _averaged(old: Sides, g: jax.Array, of: Matrices | None, decay: Any, number: jax.Array, usable: jax.Array) -> Sides:

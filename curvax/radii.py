@@ -36,7 +36,7 @@ import numpy as np
 from curvax import order_statistics
 from curvax.magnitudes import stacks
 from curvax.selection import SAMPLE
-from curvax.sums import magnitudes_and_moving, slopes, squares_and_moving, totals
+from curvax.sums import magnitudes_and_moving, slopes, squares, squares_and_moving, totals
 from curvax.varying import AxisName, varies_over
 from curvax.wide import (
     Factors,
@@ -119,6 +119,18 @@ def together(rule: Callable[[Sequence[Leaves]], Sequence[Wide]], layers: Sequenc
     return [take(concatenate(column), places) if len(kinds) > 1 else column[0] for column in found]
 
 
+def squared_norms(groups: Sequence[Arrays], axis_name: AxisName) -> Wide:
+    """The squared norm of the arrays of each group."""
+    of_kind = lambda layers: totals(squares, [[(x,) for x in layer.g] for layer in layers], axis_name)
+    (found,) = together(of_kind, [Leaves((), group, ()) for group in groups])
+    return found
+
+
+def pairs(x: Arrays, y: Arrays) -> list[tuple[jax.Array, jax.Array]]:
+    """Arrays of two kinds side by side."""
+    return list(zip(x, y, strict=True))
+
+
 def _kinds(layers: Sequence[Leaves]) -> list[list[int]]:
     """Which layers are alike in dtype and in the axes of a mesh over which they vary."""
     kinds = {}
@@ -169,7 +181,7 @@ def _curvature(g: jax.Array, h: jax.Array, least: Wide, max_radius: Scalar | Non
 def _mean_curvatures(layers: Sequence[Leaves], axis_name: AxisName) -> Wide:
     """The mean of each layer, of no less than `NOISE` times that of the tree; and last that of the tree."""
 
-    sums = lambda kernels: totals(magnitudes_and_moving, [_pairs(x.h, x.g) for x in kernels], axis_name)
+    sums = lambda kernels: totals(magnitudes_and_moving, [pairs(x.h, x.g) for x in kernels], axis_name)
     found, count = together(sums, layers)
     mean = lambda a, count: Wide(a.value / jnp.maximum(count, 1), a.exponent)
     tree = mean(total(normal(found)), jnp.sum(count.value))
@@ -199,7 +211,7 @@ def lars(trust_coefficient: Scalar, eps: Scalar, axis_name: AxisName) -> Rule:
 
 @functools.partial(jax.jit, static_argnames="axis_name")
 def _lars(layers: Sequence[Leaves], trust: Scalar, eps: Scalar | None, axis_name: AxisName) -> Wide:
-    w, g, _ = totals(squares_and_moving, [_pairs(x.w, x.g) for x in layers], axis_name)
+    w, g, _ = totals(squares_and_moving, [pairs(x.w, x.g) for x in layers], axis_name)
     return _ratio(_of_norms, w, g, trust, eps)
 
 
@@ -215,7 +227,7 @@ def percent_delta(trust_coefficient: Scalar, axis_name: AxisName) -> Rule:
 
 @functools.partial(jax.jit, static_argnames="axis_name")
 def _percent_delta(layers: Sequence[Leaves], trust: Scalar, axis_name: AxisName) -> Wide:
-    found, count = totals(slopes, [_pairs(x.w, x.g) for x in layers], axis_name)
+    found, count = totals(slopes, [pairs(x.w, x.g) for x in layers], axis_name)
     return _ratio(quotient, count, found, trust)
 
 
@@ -275,10 +287,6 @@ def _root_of_ratio(x: jax.Array, y: jax.Array) -> jax.Array:
     is_zero = (x == 0) | (y == 0)
     # NaN is not zero, and passed on.
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)) / jnp.sqrt(jnp.where(is_zero, 1, y)))
-
-
-def _pairs(x: Arrays, y: Arrays) -> list[tuple[jax.Array, jax.Array]]:
-    return list(zip(x, y, strict=True))
 
 
 def _bounded(numerator: Wide, denominator: Wide, max_radius: Scalar | None) -> Wide:

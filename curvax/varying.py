@@ -5,7 +5,8 @@ to it what differs between devices, or a derivative with respect to replicated p
 that is marked as varying. Elsewhere, `pmap` included, nothing varies and these functions do nothing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 
@@ -35,6 +36,13 @@ def varying_like(x: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Ar
 def varies_over(x: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:
     """The axes over which `x` varies."""
     return jax.typeof(x).manual_axis_type.varying
+
+
+def varying_beyond(tree: Any, axes: frozenset[str]) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """The leaves that vary over other axes than these: their paths, and which axes."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if own := varies_over(x) - axes:
+            yield path, tuple(sorted(own))
 
 
 def _varying(x: jax.Array, names: Iterable[str]) -> jax.Array:

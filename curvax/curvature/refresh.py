@@ -26,7 +26,7 @@ from curvax.keys import Key, as_key
 from curvax.layers import path_name
 from curvax.rotations import rotated
 from curvax.trees import all_finite, diag_dtype, is_hole
-from curvax.varying import AxisName, is_bound, varying_over
+from curvax.varying import AxisName, is_bound, varies_over, varying_beyond, varying_over
 
 NOTHING_STORED = (
     "curvature needs the loss: pass obj_fn=..., an Objective or a function params -> scalar, to update; or"
@@ -288,15 +288,12 @@ def _check_bound(axis_name: AxisName) -> None:
 
 def _check_alike(diag: Any, params: Any) -> None:
     """Raises a ValueError if devices are seen to have curvatures of their own for parameters that they share."""
-    shared = set().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(params)))
-    for path, h in jax.tree_util.tree_leaves_with_path(diag):
-        own = tuple(sorted(jax.typeof(h).manual_axis_type.varying - shared))
-        if own:
-            raise ValueError(
-                f"the curvature of '{path_name(path)}' differs between the devices along {own}, as if these split the"
-                f" examples; pass axis_name={(own[0] if len(own) == 1 else own)!r} to cblr or with_hessian_diag, which"
-                " then takes the mean."
-            )
+    for path, own in varying_beyond(diag, frozenset().union(*map(varies_over, jax.tree.leaves(params)))):
+        raise ValueError(
+            f"the curvature of '{path_name(path)}' differs between the devices along {own}, as if these split the"
+            f" examples; pass axis_name={(own[0] if len(own) == 1 else own)!r} to cblr or with_hessian_diag, which"
+            " then takes the mean."
+        )
 
 
 def _stored(state: HessianDiagState) -> jax.Array | bool:

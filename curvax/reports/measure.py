@@ -25,8 +25,7 @@ from curvax.layers import Layer, Layers
 from curvax.noise_scale import NoiseScale, noise_scale
 from curvax.objective import Objective
 from curvax.probes import QUANTILES
-from curvax.radii import Leaves, together
-from curvax.sums import squares, totals
+from curvax.radii import squared_norms
 from curvax.transforms import scale_by_curvature_radius
 from curvax.trees import statistics_dtype
 from curvax.wide import Wide, normal, plus, times
@@ -105,11 +104,9 @@ def _squares(groups: Sequence[tuple[int, ...]], tree: Any) -> Wide:
 
     def of_group(group):
         dtype = jnp.finfo(statistics_dtype(*[leaves[i].dtype for i in group])).dtype
-        return Leaves((), [jnp.abs(leaves[i]).astype(dtype) for i in group], ())
+        return [jnp.abs(leaves[i]).astype(dtype) for i in group]
 
-    of_kind = lambda layers: totals(squares, [[(x,) for x in layer.g] for layer in layers], None)
-    (found,) = together(of_kind, [of_group(group) for group in groups])
-    return found
+    return squared_norms([of_group(group) for group in groups], None)
 
 
 def _float64(x: Wide) -> np.ndarray:
