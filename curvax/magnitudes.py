@@ -99,7 +99,7 @@ def is_local(x: Any) -> bool:
 
 def stacks(
     populations: Sequence[Sequence[Sequence[jax.Array]]], most: int = 1024
-) -> tuple[list[tuple[list[int], list[jax.Array]]], list[int]]:
+) -> tuple[list[list[jax.Array]], list[int], np.ndarray]:
     """Small populations as rows of matrices, filled up with zeros: what is done to many of them compiles once.
 
     Args:
@@ -107,7 +107,8 @@ def stacks(
       most: how many numbers a small population has at most.
 
     Returns:
-      Which populations are in a stack, and the stack of each column; and which others there are.
+      The stacks, each by its columns; which other populations there are; and where each population stands in the rows
+      of all stacks, followed by the others.
     """
     widths: dict[int, list[int]] = {}
     for i, columns in enumerate(populations):
@@ -121,11 +122,12 @@ def stacks(
         return jnp.concatenate([x for row in parts for x in row if x.size]).reshape(-1, width)
 
     found = [
-        (members, [stacked(rows, width) for rows in zip(*(populations[i] for i in members), strict=True)])
+        [stacked(rows, width) for rows in zip(*(populations[i] for i in members), strict=True)]
         for width, members in widths.items()
     ]
-    chosen = {i for members in widths.values() for i in members}
-    return found, [i for i in range(len(populations)) if i not in chosen]
+    order = [i for members in widths.values() for i in members]
+    others = [i for i in range(len(populations)) if i not in set(order)]
+    return found, others, np.argsort(order + others)
 
 
 def _word(dtype: np.dtype) -> np.dtype:

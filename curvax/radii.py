@@ -239,10 +239,9 @@ def median(trust_coefficient: Scalar, of_ratios: bool, axis_name: AxisName) -> R
 
 @functools.partial(jax.jit, static_argnames=("middle", "axis_name"))
 def _median(layers: Sequence[Leaves], trust: Scalar, middle: Callable, axis_name: AxisName) -> Wide:
-    stacked, others = stacks([(x.w, x.g) for x in layers], SAMPLE)
-    found = [jax.vmap(lambda w, g: middle([w], [g], axis_name))(*columns) for _, columns in stacked]
+    stacked, others, places = stacks([(x.w, x.g) for x in layers], SAMPLE)
+    found = [jax.vmap(lambda w, g: middle([w], [g], axis_name))(*columns) for columns in stacked]
     found += [jax.tree.map(lambda x: x[None], middle(layers[i].w, layers[i].g, axis_name)) for i in others]
-    places = np.argsort([*(i for members, _ in stacked for i in members), *others])
     return _ratio(quotient, *(take(concatenate(column), places) for column in zip(*found, strict=True)), trust)
 
 

@@ -118,15 +118,14 @@ def _totals_jvp(terms, axis_name, primals, tangents):
 def _sums(terms: Terms, layers: Sequence[Layer]) -> list[list[jax.Array]]:
     """For each of the terms its sums, vectors over the layers: at the three scales, or of ones alone."""
     arrays = [x for layer in layers for x in layer]
-    stacked, others = stacks([[[x] for x in columns] for columns in arrays])
-    order = [i for members, _ in stacked for i in members] + others
-    parts = [_one_pass(_values(terms, columns), (1,)) for _, columns in stacked]
+    stacked, others, standing = stacks([[[x] for x in columns] for columns in arrays])
+    parts = [_one_pass(_values(terms, columns), (1,)) for columns in stacked]
     parts += [jax.tree.map(lambda x: x[None], _added(_values(terms, arrays[i]))) for i in others]
     # Each layer's arrays in the order in which they were summed, filled up with a zero.
-    where = iter(np.argsort(order))
+    where = iter(standing)
     places = [[next(where) for _ in layer] for layer in layers]
     width = max(map(len, places))
-    places = np.array([row + [len(order)] * (width - len(row)) for row in places])
+    places = np.array([row + [len(arrays)] * (width - len(row)) for row in places])
     return jax.tree.map(lambda *x: jnp.sum(jnp.concatenate([*x, jnp.zeros_like(x[0][:1])])[places], 1), *parts)
 
 

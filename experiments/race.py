@@ -65,15 +65,11 @@ def race(config: RaceConfig):
         for method in entrants:
             for seed in range(seeds):
                 if not where(results.rows, kind="run", method=method, seed=seed, **chosen[method]):
-                    own = dataclasses.replace(
-                        one, optimizer=method, seed=seed, **chosen[method], **SEARCHES[method].also
-                    )
+                    own = entry(one, method, chosen[method], seed)
                     row = outcome(run(own, f"{method:>13}, seed {seed}"))
                     results.add({"kind": "run", "method": method, "seed": seed, **chosen[method], **row, **memory(own)})
         if config.time:
-            time_in_turns(
-                {m: dataclasses.replace(one, optimizer=m, **chosen[m], **SEARCHES[m].also) for m in entrants}, results
-            )
+            time_in_turns({method: entry(one, method, chosen[method]) for method in entrants}, results)
         show(config, results, entrants, seeds, about(one, trial, seeds, problem))
 
 
@@ -90,6 +86,11 @@ def configs(config: RaceConfig) -> tuple[TrainConfig, TrainConfig]:
     return one, problem.settled(one.batch_size, epochs, kept, holdout=problem.holdout, **changes)
 
 
+def entry(config: TrainConfig, method: str, chosen: Mapping[str, float], seed: int = 0) -> TrainConfig:
+    """What a method runs with: its hyper-parameters, and what its authors advise."""
+    return dataclasses.replace(config, optimizer=method, seed=seed, **chosen, **SEARCHES[method].also)
+
+
 class Results:
     """The file of a race: its rows but for the settings, which must be those that are asked for."""
 
@@ -100,8 +101,7 @@ class Results:
         shared = problems.RESULTS / self.path.name
         if not self.path.exists() and shared.exists():
             # Who races for themselves need not tune anew.
-            with_same = [row for row in read(shared, self._settings, strict=False) if row["kind"] == "trial"]
-            self.rows = with_same
+            self.rows = [row for row in read(shared, self._settings, strict=False) if row["kind"] == "trial"]
         if config.like:
             self.rows = [row for row in self.rows if row["kind"] == "run"]
             others = problems.RESULTS / f"{config.like}.jsonl"
@@ -143,13 +143,7 @@ def tune(method: str, point: tuple[float, float], trial: TrainConfig, seeds: int
     """One trial."""
     chosen = dict(zip(("learning_rate", SEARCHES[method].other), point, strict=True))
     label = f"{method:>13} {point[0]:<8g}"
-    ends = []
-    for seed in range(seeds):
-        ends.append(
-            outcome(
-                run(dataclasses.replace(trial, optimizer=method, seed=seed, **chosen, **SEARCHES[method].also), label)
-            )
-        )
+    ends = [outcome(run(entry(trial, method, chosen, seed), label)) for seed in range(seeds)]
     accuracy, loss = (statistics.fmean(end[key] for end in ends) for key in ("test_accuracy", "loss"))
     row = {**chosen, "accuracy": round(accuracy, 4), "loss": round(loss, 4) if loss < 1e30 else None}
     results.add({"kind": "trial", "method": method, **row})

@@ -75,19 +75,14 @@ def test_weight_decay_of_mclr_is_that_of_equation_22():
     np.testing.assert_allclose(tx.update(g, tx.init(w), w)[0], expected, rtol=1e-5)
 
 
+# The radius of curvature alone, anew in every step.
+RADIUS = {"damping": 0.0, "eigenbasis": False, "orthogonal": False, "norm_ratio": False, "momentum": 0.0}
+RADIUS |= {"every": 1, "hessian_decay": 0.0}
+
+
 def test_cblr_can_be_the_paper_s_equations():
     w, g, h = (jax_tree(i) for i in range(3))
-    pure = curvax.cblr(
-        0.5,
-        damping=0.0,
-        slope_term=True,
-        eigenbasis=False,
-        orthogonal=False,
-        norm_ratio=False,
-        momentum=0.0,
-        every=1,
-        hessian_decay=0.0,
-    )
+    pure = curvax.cblr(0.5, slope_term=True, **RADIUS)
     updates, _ = pure.update(g, pure.init(w), w, hessian_diag=h)
 
     def reference(g, h):
@@ -134,17 +129,7 @@ def distance_after(tx, steps, w):
 def test_curvature_makes_convergence_independent_of_the_condition_number():
     """Newton shrinks the error by 1 - gamma a step in all directions, descent by 1 - 1/1000 in the flattest."""
     start = jnp.array([[2.0, 2.0, 2.0, 2.0]])
-    newton = curvax.cblr(
-        0.1,
-        damping=0.0,
-        eigenbasis=False,
-        orthogonal=False,
-        norm_ratio=False,
-        momentum=0.0,
-        every=1,
-        hessian_decay=0.0,
-        method="hutchinson",
-    )
+    newton = curvax.cblr(0.1, method="hutchinson", **RADIUS)
     assert distance_after(newton, 50, start) == pytest.approx(2 * 0.9**50, rel=1e-2)
     descent = optax.with_extra_args_support(optax.sgd(1e-3))
     by_eigenvalue = (1 - 1e-3 * np.asarray(SPECTRUM)) ** 50
