@@ -132,7 +132,9 @@ def _matrices(path: Any, x: Any, rows: Any, columns: Any) -> Matrices | None:
             f"'{path_name(path)}' has rows {rows!r} and columns {columns!r}; pass the number of an axis, or several."
         ) from None
     if any(not -len(shape) <= i < len(shape) for axes in given for i in axes):
-        raise ValueError(f"'{path_name(path)}' has the shape {shape}, and no axes {given[0]} and {given[1]}.")
+        raise ValueError(
+            f"'{path_name(path)}' has the shape {shape}, and no axes {given[0]} and {given[1]}; pass its own."
+        )
     rows, columns = (tuple(i % len(shape) for i in axes) for axes in given)
     if len({*rows, *columns}) < len(rows) + len(columns) or not rows or not columns:
         raise ValueError(f"'{path_name(path)}' has rows {given[0]} and columns {given[1]}; each axis is one of them.")
