@@ -1,6 +1,7 @@
 """Eight CPU devices and quick compilation for every test, and JAX made strict for those of the library."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -21,6 +22,8 @@ if jax.__version_info__ < (0, 11):
     # Later ones end the process, for they do not know it.
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_num_cpu_devices", 8)
+# Tracing makes many objects and few cycles.
+gc.set_threshold(50_000, 20, 20)
 
 # Where other people's code runs, which promises nothing of the kind: Flax, optax's Adam, schedules and MultiSteps.
 NOT_STRICT = {
@@ -33,6 +36,12 @@ NOT_STRICT = {
     "test_refresh.py",
     "test_with_hessian_diag.py",
 }
+
+
+def pytest_collection_finish():
+    """What has been imported is never garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

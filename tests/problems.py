@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
 from curvax import Objective
 
@@ -25,14 +26,14 @@ def random_tree(seed, dtype=np.float32, zeros=0.0):
 
 
 def mlp_params(seed=0, sizes=(6, 5, 4), dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
+    """Drawn by NumPy, as are the data: JAX compiles a program for each shape."""
+    rng = np.random.default_rng(seed)
 
-    def layer(key, fan_in, fan_out):
-        kernel_key, bias_key = jax.random.split(key)
-        kernel = jax.random.normal(kernel_key, (fan_in, fan_out), dtype) / np.sqrt(fan_in).astype(dtype)
-        return {"kernel": kernel, "bias": 0.1 * jax.random.normal(bias_key, (fan_out,), dtype)}
+    def layer(fan_in, fan_out):
+        kernel = rng.normal(size=(fan_in, fan_out)) / np.sqrt(fan_in)
+        return {"kernel": jnp.asarray(kernel, dtype), "bias": jnp.asarray(0.1 * rng.normal(size=fan_out), dtype)}
 
-    return [layer(*arguments) for arguments in zip(keys, sizes[:-1], sizes[1:], strict=True)]
+    return [layer(*sizes[i : i + 2]) for i in range(len(sizes) - 1)]
 
 
 def mlp(params, data):
@@ -55,12 +56,12 @@ def squared_error(outputs, data):
 
 
 def classification(seed=0, examples=24, features=6, classes=4, dtype=jnp.float32):
-    x_key, y_key, w_key = jax.random.split(jax.random.key(seed), 3)
+    rng = np.random.default_rng([seed, 1])
     return {
-        "x": jax.random.normal(x_key, (examples, features), dtype),
-        "y": jax.random.randint(y_key, (examples,), 0, classes),
-        "weight": jax.random.uniform(w_key, (examples,), dtype, 0.2, 2.0),
-        "target": jax.random.normal(y_key, (examples, classes), dtype),
+        "x": jnp.asarray(rng.normal(size=(examples, features)), dtype),
+        "y": jnp.asarray(rng.integers(0, classes, examples), jnp.int32),
+        "weight": jnp.asarray(rng.uniform(0.2, 2.0, examples), dtype),
+        "target": jnp.asarray(rng.normal(size=(examples, classes)), dtype),
     }
 
 
@@ -70,21 +71,23 @@ def mlp_objective(loss=cross_entropy, **kwargs):
 
 def dense_hessian_diag(f, params):
     """The diagonal of `jax.hessian` on the flattened parameters."""
-    flat, unflatten = jax.flatten_util.ravel_pytree(params)
-    return unflatten(jax.jit(lambda flat: jnp.diag(jax.hessian(lambda v: f(unflatten(v)))(flat)))(flat))
+    return _dense_hessian_diag(f if isinstance(f, Objective) else jax.tree_util.Partial(f), params)
 
 
+# Both are compiled once for all objectives of the same functions and shapes.
+@jax.jit
+def _dense_hessian_diag(f, params):
+    flat, unflatten = ravel_pytree(params)
+    return unflatten(jnp.diag(jax.hessian(lambda v: f(unflatten(v)))(flat)))
+
+
+@jax.jit
 def dense_ggn_diag(objective, params):
     """The diagonal of `mean_b J_b^T (d^2 loss_b) J_b`, from dense Jacobians."""
-    flat, unflatten = jax.flatten_util.ravel_pytree(params)
-
-    @jax.jit
-    def diagonal(flat):
-        outputs = objective.predict(unflatten(flat), objective.data)
-        jacobian = jax.jacobian(lambda v: objective.predict(unflatten(v), objective.data))(flat)
-        total = jax.hessian(lambda z: jnp.sum(objective.loss(z, objective.data)))(outputs)
-        batch = jnp.arange(len(outputs))
-        curvature = total[batch, :, batch, :]
-        return jnp.einsum("bip,bij,bjp->p", jacobian, curvature, jacobian) / len(outputs)
-
-    return unflatten(diagonal(flat))
+    flat, unflatten = ravel_pytree(params)
+    outputs = objective.predict(params, objective.data)
+    jacobian = jax.jacobian(lambda v: objective.predict(unflatten(v), objective.data))(flat)
+    total = jax.hessian(lambda z: jnp.sum(objective.loss(z, objective.data)))(outputs)
+    batch = jnp.arange(len(outputs))
+    curvature = total[batch, :, batch, :]
+    return unflatten(jnp.einsum("bip,bij,bjp->p", jacobian, curvature, jacobian) / len(outputs))
