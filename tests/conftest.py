@@ -23,7 +23,7 @@ if jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_num_cpu_devices", 8)
 # Tracing makes many objects and few cycles.
-gc.set_threshold(50_000, 20, 20)
+gc.set_threshold(50_000, 20, 100)
 
 # Where other people's code runs, which promises nothing of the kind: Flax, optax's Adam, schedules and MultiSteps.
 NOT_STRICT = {
@@ -36,12 +36,6 @@ NOT_STRICT = {
     "test_refresh.py",
     "test_with_hessian_diag.py",
 }
-
-
-def pytest_collection_finish():
-    """What has been imported is never garbage."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -52,6 +52,10 @@ def network(p, d):
     return jax.nn.relu(d["x"] @ p["w"]) @ p["v"]
 
 
+def linear(w, d):
+    return d["x"] @ w
+
+
 def ce(z, d):
     return optax.softmax_cross_entropy_with_integer_labels(z, d["label"])
 
@@ -101,6 +105,11 @@ def dense(objective, params):
     jacobian = jax.jacobian(lambda v: outputs(v)[0])(flat)
     curvature = jax.hessian(lambda z: jnp.mean(objective.example_losses(shape(z), objective.data)))(z)
     return unflatten(jnp.einsum("ip,ij,jp->p", jacobian, curvature, jacobian))
+
+
+dense_of = jax.jit(dense)
+draw = jax.jit(sampled_gauss_newton, static_argnames=("num_samples", "squares", "micro_batches"))
+diag_of = jax.jit(lambda objective, params: exact_diag(objective, params)[2])
 
 
 def assert_within_errors(found, error, expected, errors=5.5):
@@ -157,10 +166,10 @@ def test_atoms_that_cancel_each_other_are_factored_where_outputs_are_few(loss, o
     assert "few outputs" in str(curvax.explain(objective, w, None))
     one = lambda w, row: loss((row["x"] @ w)[None], jax.tree.map(lambda x: x[None], row))[0]
     hessian = lambda row: jnp.diag(jax.hessian(one)(w, row).reshape(w.size, w.size))
-    of_examples = jax.jit(jax.vmap(hessian))(batch())
+    of_examples = np.asarray(jax.jit(jax.vmap(hessian))(batch()))
     keys = jax.random.split(jax.random.key(0), 500)
-    draw = jax.jit(jax.vmap(lambda key: sampled_gauss_newton(objective, w, key).diag.ravel()))
-    squares = np.asarray(draw(keys) - of_examples.mean(0)) ** 2
+    many = jax.jit(jax.vmap(lambda key: sampled_gauss_newton(objective, w, key).diag.ravel()))
+    squares = (np.asarray(many(keys)) - of_examples.mean(0)) ** 2
     most = 2 * np.sum(of_examples**2, 0) / EXAMPLES**2 if outputs > 1 else np.zeros(w.size)
     # A polynomial of second degree in signs has a fourth moment of 81 times the square of its second at most.
     assert np.all(squares.mean(0) <= most * (1 + 5 * 9 / np.sqrt(len(keys))) + 1e-20), squares.mean(0) / most
@@ -187,10 +196,9 @@ def test_unlikely_classes_keep_their_curvature(classes):
         p = np.exp(logits - np.max(logits))
         p /= p.sum()
         others = np.array([np.delete(p, k).sum() for k in range(classes)])
-        objective = Objective(lambda w, d: d["x"] @ w, ce, {"x": jnp.ones((2, 1)), "label": jnp.array([0, 1])})
+        objective = Objective(linear, ce, {"x": jnp.ones((2, 1)), "label": jnp.array([0, 1])})
         w = jnp.asarray(logits[None], jnp.float32)
-        diag = jax.jit(lambda w, objective=objective: exact_diag(objective, w)[2])(w)
-        np.testing.assert_allclose(diag[0], p * others, rtol=1e-4)
+        np.testing.assert_allclose(diag_of(objective, w)[0], p * others, rtol=1e-4)
         assert explain(objective, w).passes == classes - 1
 
 
@@ -199,7 +207,7 @@ def test_small_entries_of_a_factored_hessian_keep_their_precision():
     loss = lambda z, d: jax.nn.logsumexp(z, -1) ** 2
     objective = Objective(lambda w, d: d["x"] @ w, loss, {"x": jnp.ones((2, 1))})
     w = jnp.array([[3.0, 3.0, -14.0]])
-    diag = jax.jit(lambda w: exact_diag(objective, w)[2])(w)
+    diag = diag_of(objective, w)
     z = np.array([3.0, 3.0, -14.0])
     p = np.exp(z) / np.exp(z).sum()
     expected = 2 * np.log(np.exp(z).sum()) * p * (1 - p) + 2 * p**2
@@ -220,15 +228,16 @@ def test_outputs_of_any_size_keep_their_curvature(name):
     """The loss takes back the scale of its outputs, whose square leaves float32: all is as if there were none."""
     data, w = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), batch()), jnp.ones((4, CLASSES)) / 3
 
+    @jax.jit
     def found(scale):
-        loss = lambda z, d: SCALED[name](z / scale, d)
-        objective = Objective(lambda w, d: (d["x"] @ w) * scale, loss, data)
-        draw = lambda w: sampled_gauss_newton(objective, w, jax.random.key(0)).diag
-        return jax.jit(lambda w: (exact_diag(objective, w)[2], ggn_diag(objective, w)[2], draw(w)))(w)
+        loss = lambda z, d: SCALED[name](z / d["scale"], d)
+        objective = Objective(lambda w, d: (d["x"] @ w) * d["scale"], loss, data | {"scale": scale})
+        sampled = sampled_gauss_newton(objective, w, jax.random.key(0)).diag
+        return exact_diag(objective, w)[2], ggn_diag(objective, w)[2], sampled
 
-    unscaled = Objective(lambda w, d: d["x"] @ w, SCALED[name], data)
+    unscaled = Objective(linear, SCALED[name], data)
     with jax.enable_x64(True):
-        expected = np.asarray(dense(unscaled, w.astype(jnp.float64)))
+        expected = np.asarray(dense_of(unscaled, w.astype(jnp.float64)))
     drawn = found(1.0)[2]
     for scale in (1e25, 1e-25):
         exact, ggn, estimate = found(scale)
@@ -261,15 +270,15 @@ def test_logits_at_zero_have_the_curvature_that_jax_gives_them():
     """Where the parts of a softplus have a kink, its own rule has none."""
     objective = Objective(lambda w, d: d["x"] @ w, LOSSES["binary"][0], batch())
     w = jnp.zeros((4, CLASSES))
-    hessian = jax.hessian(objective)(w).reshape(w.size, w.size)
-    np.testing.assert_allclose(exact_diag(objective, w)[2].ravel(), jnp.diag(hessian), rtol=1e-5)
+    hessian = jax.jit(jax.hessian(lambda w: objective(w)))(w).reshape(w.size, w.size)
+    np.testing.assert_allclose(diag_of(objective, w).ravel(), np.diag(hessian), rtol=1e-5)
 
 
 def test_nan_is_passed_on():
     data = batch() | {"weight": np.where(np.arange(EXAMPLES) == 2, np.nan, 1.0)}
     objective = Objective(network, LOSSES["temperature and weights of either sign"][0], data)
     for squares in ("example", "batch"):
-        diag = sampled_gauss_newton(objective, parameters(), jax.random.key(0), squares=squares).diag
+        diag = draw(objective, parameters(), jax.random.key(0), squares=squares).diag
         assert all(jnp.isnan(x).any() for x in jax.tree.leaves(diag))
 
 
@@ -285,7 +294,7 @@ def test_a_backward_rule_that_is_no_derivative_has_no_gauss_newton_matrix():
     """Clipped gradients: their derivative is exact, and nothing is summed before it is clipped."""
     objective = Objective(lambda w, d: clipped(d["x"] @ w, 0.3), lambda z, d: z[:, 0] ** 2, batch())
     w = jnp.ones((4, 1)) / 7
-    expected = jnp.diag(jax.jacrev(jax.grad(objective))(w).reshape(4, 4))
+    expected = np.diag(jax.jit(jax.jacrev(jax.grad(objective)))(w).reshape(4, 4))
     for method in ("exact", "basis"):
         np.testing.assert_allclose(hessian_diag(objective, w, method).ravel(), expected, rtol=1e-5)
     for method in ("ggn", "ggn_mc"):
@@ -431,16 +440,16 @@ def test_functions_with_rules_of_their_own_are_the_mean_over_parts(name, x64):
     found = curvax.value_grad_and_hessian_diag(objective, params, curvax.Basis(micro_batches=3))
     flat, unflatten = ravel_pytree(params)
     function = lambda flat: objective(unflatten(flat))
-    gradient, hessian = jax.grad(function)(flat), jax.jacrev(jax.grad(function))(flat)
+    gradient, hessian = jax.jit(lambda flat: (jax.grad(function)(flat), jax.jacrev(jax.grad(function))(flat)))(flat)
     np.testing.assert_allclose(ravel_pytree(found.grad)[0], gradient, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(ravel_pytree(found.diag)[0], jnp.diag(hessian), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(ravel_pytree(found.diag)[0], np.diag(hessian), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["cotangents by the size", "centred tangents", "clipped cotangents"])
 def test_derivatives_that_a_split_would_change_are_of_the_whole_batch(name):
     objective, params = Objective(*SPLITS[name][:2], jax.tree.map(jnp.asarray, batch())), parameters()
     found = curvax.value_grad_and_hessian_diag(objective, params, None, key=0)
-    expected = jax.grad(objective)(params)
+    expected = jax.jit(jax.grad(objective))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found.grad, expected)
     with pytest.raises(ValueError, match=SPLITS[name][2]):
         hessian_diag(objective, params, "basis", micro_batches=2)
@@ -451,11 +460,11 @@ def test_parts_have_two_examples_at_least(x64):
     objective, params = Objective(network, ce, jax.tree.map(jnp.asarray, batch())), parameters()
     assert micro_batches.number_of_parts(objective, params, EXAMPLES) == EXAMPLES // 2
     found = hessian_diag(objective, params, curvax.Exact(micro_batches=EXAMPLES))
-    expected = dense(objective, params)
+    expected = dense_of(objective, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, expected)
     alone = dataclasses.replace(objective, data=jax.tree.map(lambda x: jnp.asarray(x)[:1], batch()))
     found = hessian_diag(alone, params, curvax.Exact(micro_batches=2))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, dense(alone, params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, dense_of(alone, params))
 
 
 def test_coupled_examples_are_seen_as_one_batch():
@@ -463,8 +472,8 @@ def test_coupled_examples_are_seen_as_one_batch():
     data = jax.tree.map(jnp.asarray, batch())
     coupled = Objective(lambda p, d: network(p, d) - network(p, d).mean(0), ce, data)
     assert plan_sampling(coupled, parameters()).form == "batch"
-    whole = sampled_gauss_newton(coupled, parameters(), jax.random.key(0), micro_batches=1).diag
-    found = sampled_gauss_newton(coupled, parameters(), jax.random.key(0)).diag
+    whole = draw(coupled, parameters(), jax.random.key(0), micro_batches=1).diag
+    found = draw(coupled, parameters(), jax.random.key(0)).diag
     jax.tree.map(np.testing.assert_array_equal, found, whole)
     with pytest.raises(ValueError, match="independent"):
         sampled_gauss_newton(coupled, parameters(), jax.random.key(0), micro_batches=2)
@@ -492,14 +501,14 @@ def test_memory_stays_near_the_gradients_with_a_large_vocabulary(name):
 
     squares = "batch" if name == "squared by batch" else None
     gradient = held(lambda p, words: jax.grad(Objective(predict, loss, words))(p))
-    draw = lambda p, words: sampled_gauss_newton(Objective(predict, loss, words), p, jax.random.key(0), squares=squares)
-    assert held(lambda p, words: draw(p, words)[:3]) < 1.3 * gradient
+    method = functools.partial(sampled_gauss_newton, key=jax.random.key(0), squares=squares)
+    assert held(lambda p, words: method(Objective(predict, loss, words), p)[:3]) < 1.3 * gradient
 
 
 def test_one_example_alone_has_its_column():
     """Nothing tells its outputs' axis from others, and no other example's; its gradient squared is exact."""
     one, params = {"x": jnp.array([[1.0, -2.0, 3.0]])}, jnp.array([0.5, 1.0, 1.0])
     objective = Objective(lambda p, d: jnp.tanh(d["x"] @ p), lambda z, d: 2 * z**2, one)
-    found = sampled_gauss_newton(objective, params, jax.random.key(0), squares="batch")
+    found = draw(objective, params, jax.random.key(0), squares="batch")
     slope = 1 - np.tanh(1.5) ** 2
     np.testing.assert_allclose(found.diag, 4 * slope**2 * np.array([1, 4, 9]), rtol=1e-5)
