@@ -40,7 +40,7 @@ from curvax.transforms import (
     scale_by_percent_delta,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Auto",
