@@ -31,6 +31,7 @@ from curvax.orthogonal import orthogonalize
 from curvax.probes import ProbeState, held_out_stride, with_probes
 from curvax.reports.report import Report, report
 from curvax.schedules import BatchSchedule, Phase, growing_batches, legw, seesaw, small_batch_start
+from curvax.stacks import Stacked
 from curvax.transforms import (
     discard_small_gradients,
     scale_by_approximate_radius,
@@ -59,6 +60,7 @@ __all__ = [
     "ProbeState",
     "Report",
     "SquaredGradients",
+    "Stacked",
     "XDiag",
     "cblr",
     "discard_random_losses",

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax.order_statistics import population_size
-from curvax.radii import Leaves, Rule, Scalar, TreeRule, pairs, squared_norms, together
+from curvax.radii import Leaves, Rule, Scalar, TreeRule, along, count, entries, pairs, squared_norms, together
 from curvax.sums import squares_and_moving, totals
 from curvax.varying import AxisName
 from curvax.wide import (
+    Factors,
     Wide,
     append,
     cast,
@@ -107,25 +108,52 @@ def bounded(rule: Rule, trust_coefficient: Scalar, follow_all: bool, axis_name: 
             radius = append(select(is_zero, radius_of_all, radius), radius_of_all)
             size = append(select(is_zero, size_of_all, kernels.size), size_of_all)
             slopes = [kernels.slope]
-        # The last entry is for what follows no kernel.
-        places, kernel = [], 0
+        # For each slice of each scaled leaf its kernel; the last entry is for what follows none.
+        last, start = sum(map(count, measured)), 0
+        leaves, places = [], []
         for of_layer, scaled in layers:
-            places += [kernel if of_layer.w else len(measured)] * len(scaled.g)
-            kernel += bool(of_layer.w)
-        leaves = [g for _, scaled in layers for g in scaled.g]
-        # A kernel's own slope is known.
-        known = {id(x.g[0]): i for i, x in enumerate(measured) if len(x.g) == 1}
-        others = [g for g in leaves if id(g) not in known]
-        slopes += [_slopes(others, axis_name)] if others else []
-        others = iter(range(len(measured), len(measured) + len(others)))
-        slopes = take(concatenate(slopes), [known[id(g)] if id(g) in known else next(others) for g in leaves])
+            number = count(of_layer) if of_layer.w else 0
+            leaves += scaled.g
+            for g in scaled.g:
+                places += range(start, start + number) if number else [last] * g.shape[0]
+            start += number
+        slopes = _all_slopes(leaves, measured, slopes, axis_name)
         radius, size = (cast(take(x, places), slopes.value.dtype) for x in (radius, size))
         found = _at_most(radius, longest(size), slopes)
-        dtypes = [jnp.finfo(g.dtype).dtype for g in leaves]
-        found = {dtype: factors(cast(found, dtype)) for dtype in dict.fromkeys(dtypes)}
-        each = iter([take(found[dtype], i) for i, dtype in enumerate(dtypes)])
-        return [[next(each) for _ in scaled.g] for _, scaled in layers]
+        return _apart(found, [scaled.g for _, scaled in layers])
 
+    return radii
+
+
+def _all_slopes(
+    leaves: Sequence[jax.Array], kernels: Sequence[Leaves], slopes: Sequence[Wide], axis_name: AxisName
+) -> Wide:
+    """The root mean square of each slice of the leaves, where those of the kernels are known."""
+    starts = np.cumsum([0, *map(count, kernels)])
+    known = {id(x.g[0]): start for x, start in zip(kernels, starts[:-1], strict=True) if len(x.g) == 1}
+    others = [g for g in leaves if id(g) not in known]
+    start, places = int(starts[-1]), []
+    for g in leaves:
+        first = known.get(id(g), start)
+        places += range(first, first + g.shape[0])
+        start += 0 if id(g) in known else g.shape[0]
+    found = [*slopes, *([_slopes(others, axis_name)] if others else [])]
+    return take(concatenate(found), places)
+
+
+def _apart(found: Wide, layers: Sequence[Sequence[jax.Array]]) -> list[list[Factors]]:
+    """For each leaf of each layer its entries, in its dtype, as they multiply it."""
+    dtypes = {jnp.finfo(g.dtype).dtype for leaves in layers for g in leaves}
+    in_dtype = {dtype: factors(cast(found, dtype)) for dtype in dtypes}
+    of_leaves = {
+        d: entries(f, [Leaves((), (g,), ()) for leaves in layers for g in leaves]) for d, f in in_dtype.items()
+    }
+    radii = []
+    for leaves in layers:
+        radii.append([])
+        for g in leaves:
+            own = {dtype: next(each) for dtype, each in of_leaves.items()}[jnp.finfo(g.dtype).dtype]
+            radii[-1].append(Factors(*(along(x, g) for x in own)))
     return radii
 
 
@@ -136,7 +164,7 @@ def _measured(rule: Rule, kernels: Sequence[Leaves], axis_name: AxisName) -> tup
         return (*totals(squares_and_moving, [pairs(x.w, x.g) for x in layers], axis_name), rule(layers))
 
     size, slope, moving, own = together(of_kind, kernels)
-    counts = [population_size(x.w, axis_name) for x in kernels]
+    counts = [n for x in kernels for n in _counts(x.w, axis_name)]
     size, slope = (_root_mean(x, counts) for x in (size, slope))
     return _Kernels(size, slope, moving.value, jnp.asarray(np.maximum(counts, 1), size.value.dtype)), own
 
@@ -144,7 +172,13 @@ def _measured(rule: Rule, kernels: Sequence[Leaves], axis_name: AxisName) -> tup
 def _slopes(leaves: Sequence[jax.Array], axis_name: AxisName) -> Wide:
     """The root mean square of each."""
     squared = squared_norms([[g] for g in leaves], axis_name)
-    return _root_mean(squared, [population_size(g, axis_name) for g in leaves])
+    return _root_mean(squared, [n for g in leaves for n in _counts([g], axis_name)])
+
+
+def _counts(arrays: Sequence[jax.Array], axis_name: AxisName) -> list[int]:
+    """How many entries each slice has, over all devices."""
+    number = arrays[0].shape[0]
+    return [population_size(arrays, axis_name) // number] * number
 
 
 def _root_mean(squared: Wide, counts: Sequence[int]) -> Wide:

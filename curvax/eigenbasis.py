@@ -91,7 +91,7 @@ def with_eigenbasis(
         parameters of `optax.contrib.MuonDimensionNumbers`, with `None` for what is no matrix, or a function that makes
         one. By default all axes of a kernel but the last are rows. The first counts matrices where modules are
         stacked, which is seen by vectors beside the kernels, norms or biases, with the same first axis: where these are
-        elsewhere, or left to another optimizer, say `optax.contrib.MuonDimensionNumbers(1, 2)`.
+        elsewhere, or left to another optimizer, say `curvax.Stacked({"^blocks/": 0})`.
 
     Returns:
       A transformation. Where a transformation around it hands on an `eigenbasis`, that is used and nothing is computed.
@@ -207,7 +207,7 @@ def in_eigenbasis(inner: optax.GradientTransformation) -> optax.GradientTransfor
 
 def _sides(x: Any, of: Matrices | None, max_size: int, make: Callable[[tuple[int, ...], Any], jax.Array]) -> Sides:
     none = lambda: jnp.zeros((1,), jnp.float32)
-    if of is None or jnp.issubdtype(x.dtype, jnp.complexfloating):
+    if of is None or not of.rows or jnp.issubdtype(x.dtype, jnp.complexfloating):
         return Sides(none(), none())
     count, *sizes = of.dims
     dtype = statistics_dtype(x.dtype)

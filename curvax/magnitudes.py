@@ -97,37 +97,45 @@ def is_local(x: Any) -> bool:
     return not is_automatic and all(axis is None for axis in sharding.spec)
 
 
-def stacks(
+def rows_of(
     populations: Sequence[Sequence[Sequence[jax.Array]]], most: int = 1024
 ) -> tuple[list[list[jax.Array]], list[int], np.ndarray]:
     """Small populations as rows of matrices, filled up with zeros: what is done to many of them compiles once.
 
     Args:
-      populations: each as columns, which are sequences of arrays; those of a population have the same shapes.
+      populations: each as columns, which are sequences of arrays `(number, ...)`; those of a population have the same
+        shapes, and are as many populations as their first axis counts.
       most: how many numbers a small population has at most.
 
     Returns:
-      The stacks, each by its columns; which other populations there are; and where each population stands in the rows
-      of all stacks, followed by the others.
+      The matrices, each by its columns; which other populations there are; and where each single population stands in
+      the rows of all matrices, followed by the others.
     """
+    numbers = [columns[0][0].shape[0] for columns in populations]
+    size_of = lambda arrays: sum(math.prod(x.shape[1:]) for x in arrays)
     widths: dict[int, list[int]] = {}
     for i, columns in enumerate(populations):
-        if population_size(columns[0]) <= most and all(is_local(x) for column in columns for x in column):
+        if size_of(columns[0]) <= most and all(is_local(x) for column in columns for x in column):
             # A power of two: networks have layers of many sizes.
-            widths.setdefault(1 << max(population_size(columns[0]) - 1, 0).bit_length(), []).append(i)
+            widths.setdefault(1 << max(size_of(columns[0]) - 1, 0).bit_length(), []).append(i)
 
-    def stacked(rows, width):
-        filling = [np.zeros(width - population_size(row), row[0].dtype) for row in rows]
-        parts = [[*(x.reshape(-1) for x in row), rest] for row, rest in zip(rows, filling, strict=True)]
-        return jnp.concatenate([x for row in parts for x in row if x.size]).reshape(-1, width)
+    def filled(arrays, width):
+        number = arrays[0].shape[0]
+        parts = [x.reshape(number, -1) for x in arrays if x.size]
+        parts.append(np.zeros((number, width - size_of(arrays)), arrays[0].dtype))
+        # Of one population the parts are joined with those of all.
+        return [x.reshape(-1) for x in (parts if number == 1 else [jnp.concatenate(parts, 1)]) if x.size]
 
     found = [
-        [stacked(rows, width) for rows in zip(*(populations[i] for i in members), strict=True)]
+        [
+            jnp.concatenate([x for arrays in column for x in filled(arrays, width)]).reshape(-1, width)
+            for column in zip(*(populations[i] for i in members), strict=True)
+        ]
         for width, members in widths.items()
     ]
     order = [i for members in widths.values() for i in members]
     others = [i for i in range(len(populations)) if i not in set(order)]
-    return found, others, np.argsort(order + others)
+    return found, others, np.argsort([i for i in order + others for _ in range(numbers[i])], kind="stable")
 
 
 def _word(dtype: np.dtype) -> np.dtype:

@@ -17,12 +17,13 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from curvax.layers import kernels, path_name
+from curvax.layers import group, path_name
+from curvax.stacks import Stacked
 from curvax.trees import is_hole
 
 #: A tree like the parameters of `MuonDimensionNumbers`, with `None` for what is no matrix; a function from parameters
-#: to such a tree; or `None` for the rule of `matrices_of`.
-DimensionNumbers = Any | Callable[[optax.Params], Any] | None
+#: to such a tree; `curvax.Stacked`, which says what counts matrices; or `None` for the rule of `matrices_of`.
+DimensionNumbers = Any | Callable[[optax.Params], Any] | Stacked | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Matrices:
     Attributes:
       shape: of the array.
       stack: the axes that count matrices.
-      rows: the axes of the inputs.
+      rows: the axes of the inputs; none of a vector.
       columns: the axes of the outputs.
     """
 
@@ -61,11 +62,12 @@ class Matrices:
 
 
 def matrices_of(tree: Any, dimension_numbers: DimensionNumbers = None) -> list[Matrices | None]:
-    """How each leaf of a tree is taken for matrices; None for vectors, scalars and what is empty.
+    """How each leaf of a tree is taken for matrices; None for what is empty.
 
     Formula:
       Without dimension numbers a kernel of `layers.group` has its last axis for columns and all axes before it for
-      rows; the first axis of a stack of modules, as `scan` and `vmap` make them, counts matrices.
+      rows; the axes of a stack that count layers, as `scan` and `vmap` over modules make them, count matrices. A vector
+      is a matrix without rows.
 
     Args:
       tree: a pytree of arrays.
@@ -80,16 +82,15 @@ def matrices_of(tree: Any, dimension_numbers: DimensionNumbers = None) -> list[M
     Example:
       >>> import jax.numpy as jnp
       >>> convolution, stack = jnp.ones((3, 3, 8, 16)), {"bias": jnp.ones((5, 9)), "kernel": jnp.ones((5, 8, 9))}
-      >>> [found.dims for found in matrices_of({"a": convolution, "b": stack}) if found]
-      [(1, 72, 16), (5, 8, 9)]
+      >>> [found.dims for found in matrices_of({"a": convolution, "b": stack})]
+      [(1, 72, 16), (5, 1, 9), (5, 8, 9)]
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    if dimension_numbers is None:
-        found = kernels(leaves)
-        return [
-            _matrices(path, x, tuple(range(found[i], x.ndim - 1)), (x.ndim - 1,)) if i in found else None
-            for i, (path, x) in enumerate(leaves)
-        ]
+    if dimension_numbers is None or isinstance(dimension_numbers, Stacked):
+        found = group(leaves, "kernel" if dimension_numbers is None else dimension_numbers)
+        kernels = {i for layer in found for i in layer.measured}
+        axes = {i: stack for layer in found for i, stack in zip(layer.scaled, layer.axes, strict=True)}
+        return [_by_layer(x.shape, axes[i], i in kernels) for i, (_, x) in enumerate(leaves)]
     numbers = dimension_numbers(tree) if callable(dimension_numbers) else dimension_numbers
     nodes, treedef = jax.tree.flatten(tree, is_leaf=is_hole)
     try:
@@ -105,8 +106,17 @@ def matrices_of(tree: Any, dimension_numbers: DimensionNumbers = None) -> list[M
                 f"the dimension numbers of '{path_name(path)}' are {said!r}; pass optax.contrib.MuonDimensionNumbers,"
                 " or None for what is no matrix."
             )
-        found.append(None if said is None else _matrices(path, x, said.reduction_axis, said.output_axis))
+        found.append(
+            _by_layer(x.shape, (), False) if said is None else _matrices(path, x, said.reduction_axis, said.output_axis)
+        )
     return found
+
+
+def _by_layer(shape: tuple[int, ...], stack: tuple[int, ...], is_kernel: bool) -> Matrices | None:
+    """The last axis of what is no stack for columns; of a vector all axes."""
+    rest = tuple(i for i in range(len(shape)) if i not in stack)
+    rows = rest[:-1] if is_kernel else ()
+    return Matrices(shape, stack, rows, rest[len(rows) :]) if math.prod(shape) else None
 
 
 def of_norm_one(m: jax.Array) -> jax.Array:

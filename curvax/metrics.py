@@ -20,9 +20,10 @@ def metrics(state: Any) -> dict[str, float]:
     Formula:
       Of `with_probes` and its layers `probes/loss_stride/<layer>` and so on, `probes/radius_quantiles/<layer>/<i>` for
       the i-th quantile; of `with_noise_scale` the critical batch sizes `noise_scale` of all and `noise_scale/<layer>`;
-      of `with_hessian_diag`, which is in `cblr`, `curvature/mean_abs/<array>`, the mean of |h| over an array,
-      `curvature/num_refreshes` and `curvature/num_skipped`. Where a state has several of a kind, those after the first
-      are `probes_1`, `probes_2` and so on.
+      `<layer>[k]` is the k-th layer of a stack; of `with_hessian_diag`, which is in `cblr`,
+      `curvature/mean_abs/<array>`, the mean of |h| over an array, `curvature/num_refreshes` and
+      `curvature/num_skipped`. Where a state has several of a kind, those after the first are `probes_1`, `probes_2` and
+      so on.
 
     Args:
       state: of any optimizer that has such transformations in it. Its arrays are copied to the host at once.
@@ -61,16 +62,26 @@ def _parts(state: Any) -> Iterator[KINDS]:
 def _of_probes(state: ProbeState) -> Iterator[tuple[str, jax.Array]]:
     for field in ("mean_abs_gradient", "parameter_stride", "loss_stride"):
         for layer, value in getattr(state, field).items():
-            yield f"{field}/{layer}", value
+            for name, own in _of_layers(layer, value, 0):
+                yield f"{field}/{name}", own
     for layer, values in state.radius_quantiles.items():
-        for i in range(values.shape[0]):
-            yield f"radius_quantiles/{layer}/{i}", values[i]
+        for name, own in _of_layers(layer, values, 1):
+            for i in range(own.shape[0]):
+                yield f"radius_quantiles/{name}/{i}", own[i]
+
+
+def _of_layers(name: str, values: jax.Array, ndim: int) -> Iterator[tuple[str, jax.Array]]:
+    """The values of each layer: of a stack they have one axis more."""
+    if values.ndim == ndim:
+        yield name, values
+    else:
+        yield from ((f"{name}[{k}]", values[k]) for k in range(values.shape[0]))
 
 
 def _of_noise(state: NoiseScaleState) -> Iterator[tuple[str, jax.Array]]:
     yield "", state.whole.critical_batch_size
     for layer, scale in state.layers.items():
-        yield layer, scale.critical_batch_size
+        yield from _of_layers(layer, scale.critical_batch_size, 0)
 
 
 def _of_curvature(state: HessianDiagState) -> Iterator[tuple[str, jax.Array]]:

@@ -5,6 +5,8 @@ example. Seen at two batch sizes, it tells both (McCandlish et al. 2018). Who ac
 over devices, has gradients of two sizes in every step: `with_noise_scale` compares them, at the price of their norms.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +14,11 @@ import jax.numpy as jnp
 import optax
 
 from curvax.checks import check_number, check_transformation
-from curvax.layers import Layers, group, path_name
+from curvax.layers import Layer, Layers, group, path_name
+from curvax.meshes import on_auto
+from curvax.stacks import slices
 from curvax.sums import squares, totals
-from curvax.trees import leaves_like, statistics_dtype
+from curvax.trees import all_finite, leaves_like, statistics_dtype
 from curvax.varying import AxisName
 from curvax.wide import Wide, cast, normal, plus, take, times, to_float, wide
 
@@ -116,7 +120,8 @@ class NoiseScaleState(NamedTuple):
     """State of `with_noise_scale`.
 
     Attributes:
-      layers: the `NoiseScale` of each layer, averaged over the steps so far; zeros before the first.
+      layers: the `NoiseScale` of each layer, averaged over the steps so far; zeros before the first. Scalars,
+        or vectors for stacks of layers.
       num_estimates: how many steps that were, int32.
       small: the sum of squared norms over the micro-batches of this step so far, for each layer.
       inner_state: that of the wrapped transformation, or of the `optax.MultiSteps` that accumulates for it.
@@ -140,7 +145,7 @@ class NoiseScaleState(NamedTuple):
     @property
     def whole(self) -> NoiseScale:
         """That of the whole gradient."""
-        return NoiseScale(*(sum(column) for column in zip(*self.layers.values(), strict=True)))
+        return NoiseScale(*(sum(map(jnp.sum, column)) for column in zip(*self.layers.values(), strict=True)))
 
 
 def with_noise_scale(
@@ -199,9 +204,8 @@ def with_noise_scale(
     steps = inner if accumulate == 1 else optax.MultiSteps(inner, int(accumulate))
 
     def init_fn(params):
-        names = [layer.name for layer in group(jax.tree_util.tree_leaves_with_path(params), layers)]
         norms = _norms(jax.tree.map(jnp.zeros_like, params), layers)
-        zeros = {name: jnp.zeros((), norms[name].value.dtype) for name in names}
+        zeros = {name: jnp.zeros_like(norm.value) for name, norm in norms.items()}
         scales = {name: NoiseScale(zero, zero) for name, zero in zeros.items()}
         return NoiseScaleState(scales, jnp.zeros((), jnp.int32), zeros, steps.init(params))
 
@@ -228,8 +232,7 @@ def with_noise_scale(
             name: NoiseScale(*map(to_float, noise_scale(wide(x / accumulate), large[name], *sizes)))
             for name, x in small.items()
         }
-        finite = jnp.all(jnp.stack([jnp.isfinite(x) for x in jax.tree.leaves(found)]))
-        return stepped, _averaged(state, found, is_last, is_last & finite, decay)
+        return stepped, _averaged(state, found, is_last, is_last & all_finite(found), decay)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -260,7 +263,13 @@ def _averaged(state: NoiseScaleState, found, is_last, is_good, decay) -> NoiseSc
 def _norms(grads: Any, layers: Layers, axis_name: AxisName = None) -> dict[str, Wide]:
     """The squared norm of each layer, or the sum of those of all devices."""
     leaves = jax.tree_util.tree_leaves_with_path(grads)
-    return {x.name: squared_norm([leaves[i][1] for i in x.scaled], axis_name) for x in group(leaves, layers)}
+
+    def norm(layer: Layer) -> Wide:
+        arrays = [slices(leaves[i][1], axes) for i, axes in zip(layer.scaled, layer.axes, strict=True)]
+        found = on_auto(functools.partial(_squared_norms, axis_name=axis_name), arrays)
+        return found if any(layer.axes) else take(found, 0)
+
+    return {layer.name: norm(layer) for layer in group(leaves, layers)}
 
 
 def noise_scale(small: Wide, large: Wide, small_batch_size, large_batch_size) -> tuple[Wide, Wide]:
@@ -280,6 +289,12 @@ def noise_scale(small: Wide, large: Wide, small_batch_size, large_batch_size) ->
 def squared_norm(grads: Any, axis_name: AxisName = None) -> Wide:
     """The squared norm, or the sum of those of all devices."""
     leaves = jax.tree.leaves(grads)
-    dtype = jnp.finfo(statistics_dtype(*[x.dtype for x in leaves])).dtype
-    columns = [(jnp.abs(x).astype(dtype),) for x in leaves]
-    return take(totals(squares, [columns], axis_name)[0], 0) if columns else wide(jnp.zeros((), dtype))
+    if not leaves:
+        return wide(jnp.zeros((), jnp.float32))
+    return take(_squared_norms([slices(x, ()) for x in leaves], axis_name), 0)
+
+
+def _squared_norms(arrays: Sequence[jax.Array], axis_name: AxisName) -> Wide:
+    """Those of the slices of arrays `(number, ...)` together."""
+    dtype = jnp.finfo(statistics_dtype(*[x.dtype for x in arrays])).dtype
+    return totals(squares, [[(jnp.abs(x).astype(dtype),) for x in arrays]], axis_name)[0]

@@ -26,6 +26,7 @@ from curvax.keys import Key
 from curvax.layers import Layers
 from curvax.matrices import DimensionNumbers
 from curvax.orthogonal import orthogonalize
+from curvax.stacks import Stacked
 from curvax.transforms import (
     Mask,
     scale_by_curvature_radius,
@@ -97,7 +98,8 @@ def cblr(
       layers: the layers of the norm ratio and of the mean curvature; without `"kernel"` nothing is bounded.
       basis_every: number of steps between two changes of the basis.
       max_size: the most rows, or columns, of a kernel that have an eigenbasis; by default 1,024.
-      weight_dimension_numbers: which axes are rows and which columns, as in `with_eigenbasis`.
+      weight_dimension_numbers: which axes are rows and which columns, as in `with_eigenbasis`; by default what `layers`
+        says of stacks decides.
       method: how curvature is computed, as in `hessian_diag`: a string, or a method such as
         `curvax.Hutchinson(num_samples=4)`; `None` for the estimate that the objective allows (`curvax.Auto`). With
         `curvax.SquaredGradients()` no loss is needed, and `cblr` takes the place of `optax.adamw` in a line.
@@ -144,6 +146,8 @@ def cblr(
     _check_flags(orthogonal=orthogonal, norm_ratio=norm_ratio)
     check_number("momentum", momentum, "[0, 1)")
     check_number("weight_decay", weight_decay, "[0, inf)")
+    if weight_dimension_numbers is None and isinstance(layers, Stacked):
+        weight_dimension_numbers = layers
     split = {"layers": layers, "param_axis_name": param_axis_name}
     radius = scale_by_curvature_radius(damping, max_radius, slope_term=slope_term, **split)
     # What the polar factor leaves of a step is its direction; else it is a Newton step, and 1 is its length.

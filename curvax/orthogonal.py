@@ -59,9 +59,11 @@ def orthogonalize(
     def direction(g, of):
         x = g.astype(statistics_dtype(g.dtype))
         if of is None:
-            return of_norm_one(x.reshape(1, -1)).reshape(g.shape).astype(g.dtype)
+            return g
         # No square overflows after this, nor does the iteration's own epsilon count.
         x = of_norm_one(of.split(x))
+        if not of.rows:
+            return of.join(x).astype(g.dtype)
         # Without momentum it has no state.
         with jax.numpy_dtype_promotion("standard"):
             return of.join(muon.update(x, muon.init(x))[0]).astype(g.dtype)

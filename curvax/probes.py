@@ -9,6 +9,8 @@ Under `jit` on a mesh nothing needs a name. Under `shard_map` or `pmap` give the
 means over the batch, as any optimizer wants them, and name the axes that split *parameters*, if any do.
 """
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +22,9 @@ import optax
 from curvax import order_statistics
 from curvax.checks import check_number, check_transformation
 from curvax.curvature.scalar import scalar_objective
-from curvax.layers import Layer, Layers, group
+from curvax.layers import Layer, Layers, checked, group
+from curvax.meshes import on_auto
+from curvax.stacks import for_each, sizes, slices
 from curvax.sums import falls_and_rises, magnitudes, totals
 from curvax.trees import leaves_like, statistics_dtype
 from curvax.varying import AxisName
@@ -37,7 +41,7 @@ class ProbeState(NamedTuple):
       mean_abs_gradient: mean of |g|, scalars; eq. 4.
       parameter_stride: mean of |u|, scalars; eq. 6.
       loss_stride: mean of -u g, the first-order decrease of the loss per parameter, scalars; eq. 8.
-      radius_quantiles: of |w / g|, `(num_quantiles,)`; eq. 17.
+      radius_quantiles: of |w / g|, `(num_quantiles,)`; eq. 17. For a stack of layers all have one axis more in front.
       inner_state: that of the wrapped transformation.
 
     Example:
@@ -100,10 +104,11 @@ def with_probes(
     if not isinstance(quantiles, Sequence | np.ndarray) or isinstance(quantiles, str):
         raise ValueError(f"quantiles={quantiles!r} are no sequence; pass several, as in quantiles=(0.5,).")
     quantiles = tuple(quantiles)
-    if layers == "kernel" and param_axis_name is not None:
+    how = checked(layers)
+    if (how.layers == "kernel" or how.axes) and param_axis_name is not None:
         raise ValueError(
-            "layers='kernel' is told by the shapes of whole arrays, of which a device sees parts; pass layers='array',"
-            " 'module' or rules beside param_axis_name."
+            f"layers={layers!r} is told by the shapes of whole arrays, of which a device sees parts; pass"
+            " layers='array', 'module' or rules beside param_axis_name."
         )
     for q in quantiles:
         check_number("quantiles", q, "[0, 1]")
@@ -116,9 +121,11 @@ def with_probes(
             # Layers of a placeholder have no names: one leaf, which is no parameter, stands for all.
             if isinstance(params, _Placeholder):
                 return jnp.zeros(shape)
-            return {x.name: jnp.zeros(shape, _dtype([leaves[i][1] for i in x.scaled])) for x in groups}
+            of = lambda layer: [leaves[i][1] for i in layer.scaled]
+            number = lambda layer: [math.prod(sizes(of(layer)[0].shape, layer.axes[0]))] if any(layer.axes) else []
+            return {x.name: jnp.zeros((*number(x), *shape), _dtype(of(x))) for x in groups}
 
-        return ProbeState(zeros(()), zeros(()), zeros(()), zeros(len(quantiles)), inner.init(params))
+        return ProbeState(zeros(()), zeros(()), zeros(()), zeros((len(quantiles),)), inner.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         gradients = jax.tree_util.tree_leaves_with_path(updates)
@@ -133,7 +140,10 @@ def with_probes(
         values = {}
         for layer in group(gradients, layers):
             # A state keeps its types, whatever those of the gradients are.
-            measured = _measure(*_arrays(layer, g, u, w), quantiles, param_axis_name)
+            measure = functools.partial(_measure, quantiles=quantiles, axis_name=param_axis_name)
+            arrays = _arrays(layer, g, u, w)
+            is_stack = any(layer.axes)
+            measured = on_auto(measure, *arrays) if is_stack else [x[0] for x in measure(*arrays)]
             before = state.loss_stride.get(layer.name, measured[0])
             values[layer.name] = [x.astype(before.dtype) for x in measured]
         columns = ({name: row[i] for name, row in values.items()} for i in range(4))
@@ -172,26 +182,24 @@ def held_out_stride(value_fn: Callable[[Any], jax.Array], params: Any, updates: 
 
 
 def _arrays(layer: Layer, *columns: Sequence[jax.Array]) -> list[list[jax.Array]]:
-    """Each column's arrays of a layer, in the one dtype of its measurements."""
-    chosen = [[column[i] for i in layer.scaled] for column in columns]
+    """Each column's arrays of a layer by slices, in the one dtype of its measurements."""
+    chosen = [[slices(column[i], axes) for i, axes in zip(layer.scaled, layer.axes, strict=True)] for column in columns]
     dtype = statistics_dtype(*[x.dtype for column in chosen for x in column])
     return [[x.astype(dtype) for x in column] for column in chosen]
 
 
 def _measure(g, u, w, quantiles: Sequence[float], axis_name: AxisName) -> tuple[jax.Array, ...]:
-    def means(terms, *columns):
-        size = max(order_statistics.population_size(g, axis_name), 1)
-        sums = totals(terms, [list(zip(*columns, strict=True))], axis_name)
-        return [to_float(Wide(total.value[0] / size, total.exponent[0])) for total in sums]
+    """Vectors with an entry for each slice."""
 
-    radii = approximate_radii(w, g)
-    spread = lower_quantiles(radii, quantiles, axis_name)
+    def means(terms, *columns):
+        number = g[0].shape[0]
+        size = max(order_statistics.population_size(g, axis_name) // number, 1)
+        sums = totals(terms, [list(zip(*columns, strict=True))], axis_name)
+        return [to_float(Wide(total.value / size, total.exponent)) for total in sums]
+
+    spread = for_each(lambda radii: lower_quantiles(radii, quantiles, axis_name), approximate_radii(w, g))
     fall, rise = means(falls_and_rises, u, g)
-    return (
-        *means(magnitudes, g, u),
-        fall - rise,
-        jnp.stack(spread) if spread else jnp.zeros(0, radii[0].dtype),
-    )
+    return (*means(magnitudes, g, u), fall - rise, spread)
 
 
 def approximate_radii(w: Sequence[jax.Array], g: Sequence[jax.Array]) -> list[jax.Array]:
@@ -200,11 +208,12 @@ def approximate_radii(w: Sequence[jax.Array], g: Sequence[jax.Array]) -> list[ja
     return [jnp.where((x == 0) & (y == 0), 0, jnp.abs(x) / jnp.abs(y)) for x, y in zip(w, g, strict=True)]
 
 
-def lower_quantiles(x: Sequence[jax.Array], quantiles: Sequence[float], axis_name: AxisName) -> list[jax.Array]:
+def lower_quantiles(x: Sequence[jax.Array], quantiles: Sequence[float], axis_name: AxisName) -> jax.Array:
     """Not interpolated: between a finite and an infinite radius there is nothing."""
     last = order_statistics.population_size(x, axis_name) - 1
     ranks = [order_statistics.count_of(q, max(last, 0)) for q in quantiles]
-    return [order_statistics.order_statistics(x, rank, axis_name)[0] for rank in ranks]
+    found = [order_statistics.order_statistics(x, rank, axis_name)[0] for rank in ranks]
+    return jnp.stack(found) if found else jnp.zeros(0, x[0].dtype)
 
 
 def _dtype(leaves: Sequence[jax.Array]) -> Any:

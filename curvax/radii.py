@@ -18,7 +18,8 @@ have to be zero or infinite: radii, and all that leads to them, are wide numbers
 derivative of this 1 is 0. NaN is passed on: it is somebody's bug, and must be seen.
 
 A rule is a function from the leaves on which layers are measured to their radii: one vector for all, in which layers of
-small arrays are measured together, so that many of them compile as one. `one_for_all` makes of it a rule for a tree,
+small arrays are measured together, so that many of them compile as one. Every array has one axis more in front, which
+counts layers (`stacks`): 1, or more where slices are layers of their own. `one_for_all` makes of it a rule for a tree,
 from `(measured, scaled)` leaves of each layer (see `layers`) to one radius for each scaled leaf, a scalar or an array.
 An entry whose gradient is exactly zero, such as those of an embedding's rows that were not looked up and the weights of
 a dead unit, does not move, and is not measured: a rule is given zeros in its place, and does not count it. All sums,
@@ -26,7 +27,7 @@ counts and sizes run over `axis_name` too, the mesh axes (of `shard_map` or `pma
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -34,8 +35,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax import order_statistics
-from curvax.magnitudes import stacks
+from curvax.magnitudes import rows_of
 from curvax.selection import SAMPLE
+from curvax.stacks import for_each
 from curvax.sums import magnitudes_and_moving, slopes, squares, squares_and_moving, totals
 from curvax.varying import AxisName, varies_over
 from curvax.wide import (
@@ -64,7 +66,7 @@ Scalar = jax.typing.ArrayLike
 
 
 class Leaves(NamedTuple):
-    """Some leaves of a layer, all of one dtype of at least float32.
+    """Some leaves of a layer, or of as many layers as their first axis counts, of one dtype of at least float32.
 
     Attributes:
       w: the parameters.
@@ -77,7 +79,7 @@ class Leaves(NamedTuple):
     h: Arrays
 
 
-#: From layers of one dtype, with one leaf each at least, to the vector of their radii.
+#: From layers of one dtype, with one leaf each at least, to the vector of the radii of all their slices.
 Rule = Callable[[Sequence[Leaves]], Wide]
 #: From the measured and scaled leaves of every layer to a radius for each scaled leaf.
 TreeRule = Callable[[Sequence[tuple[Leaves, Leaves]]], list[list[Wide | Factors]]]
@@ -95,32 +97,54 @@ def one_for_all(rule: Rule) -> TreeRule:
     """A rule that gives all scaled leaves the radius of the measured ones, and 1 where nothing is measured."""
 
     def radii(layers: Sequence[tuple[Leaves, Leaves]]):
-        found = iter(scalars(rule, [measured for measured, _ in layers if measured.w]))
+        found = iter(by_layer(rule, [measured for measured, _ in layers if measured.w]))
         one = lambda scaled: wide(jnp.ones((), jnp.finfo(scaled.w[0].dtype).dtype))
-        return [[next(found) if measured.w else one(scaled)] * len(scaled.w) for measured, scaled in layers]
+        return [_of_leaves(next(found) if measured.w else one(scaled), scaled) for measured, scaled in layers]
+
+    def _of_leaves(radius: Wide | Factors, scaled: Leaves):
+        return [type(radius)(*(along(x, g) for x in radius)) for g in scaled.g]
 
     return radii
 
 
-def scalars(rule: Rule, layers: Sequence[Leaves]) -> list[Factors]:
+def by_layer(rule: Rule, layers: Sequence[Leaves]) -> list[Factors]:
     """The radius of each layer, in its own dtype, and varying over its own axes of a mesh only."""
     found = {}
     for members in _kinds(layers):
         radius = factors(rule([layers[i] for i in members]))
-        found |= {i: take(radius, place) for place, i in enumerate(members)}
+        found |= dict(zip(members, entries(radius, [layers[i] for i in members]), strict=True))
     return [found[i] for i in range(len(layers))]
+
+
+def entries(vector: Wide | Factors, layers: Sequence[Leaves]) -> Iterator[Wide | Factors]:
+    """A vector's entries for each layer: a scalar, or a vector where it is many."""
+    start = 0
+    for layer in layers:
+        number = count(layer)
+        yield take(vector, start if number == 1 else range(start, start + number))
+        start += number
+
+
+def count(layer: Leaves) -> int:
+    """Of how many layers these are the leaves."""
+    return next(x for column in layer for x in column).shape[0]
+
+
+def along(of_layers: jax.Array, x: jax.Array) -> jax.Array:
+    """An entry for each layer, as an array that multiplies `(number of layers, ...)`."""
+    return of_layers.reshape(-1, *[1] * (x.ndim - 1)) if of_layers.ndim else of_layers
 
 
 def together(rule: Callable[[Sequence[Leaves]], Sequence[Wide]], layers: Sequence[Leaves]) -> list[Wide]:
     """Vectors that a rule makes for all layers, of whatever dtypes, in the widest of these."""
     kinds = _kinds(layers)
     found = zip(*(rule([layers[i] for i in members]) for members in kinds), strict=True)
-    places = np.argsort(np.concatenate(kinds))
+    places = np.argsort([i for members in kinds for i in members for _ in range(count(layers[i]))], kind="stable")
     return [take(concatenate(column), places) if len(kinds) > 1 else column[0] for column in found]
 
 
 def squared_norms(groups: Sequence[Arrays], axis_name: AxisName) -> Wide:
-    """The squared norm of the arrays of each group."""
+    """The squared norm of the arrays of each group, `(number of layers, ...)` each."""
     of_kind = lambda layers: totals(squares, [[(x,) for x in layer.g] for layer in layers], axis_name)
     (found,) = together(of_kind, [Leaves((), group, ()) for group in groups])
     return found
@@ -154,18 +178,20 @@ def curvature(damping: Scalar, max_radius: Scalar | None, slope_term: bool | Non
 
     def radii(layers: Sequence[tuple[Leaves, Leaves]]):
         kernels = [Leaves((), measured.g, measured.h) for measured, _ in layers if measured.h]
-        # Without any measured leaf there is one layer.
-        means = _mean_curvatures(kernels or [Leaves((), layers[0][1].g, layers[0][1].h)], axis_name)
-        own = iter(range(len(kernels)))
-        # The last entry is that of the tree.
-        places = [next(own) if measured.h else -1 for measured, _ in layers]
-        least = normal(times(damping, take(means, places)))
+        # Without any measured leaf all are one layer.
+        together = lambda column: [jax.lax.expand_dims(x, (0,)) for x in column]
+        _, alone = layers[0]
+        means = _mean_curvatures(kernels or [Leaves((), together(alone.g), together(alone.h))], axis_name)
+        least = normal(times(damping, means))
+        own, of_tree = entries(least, kernels), take(least, -1)
 
-        def of_leaf(g: jax.Array, h: jax.Array, layer: int):
-            return _curvature(slope(g), h, cast(take(least, layer), h.dtype), max_radius)
+        def of_leaf(g: jax.Array, h: jax.Array, least: Wide):
+            return _curvature(slope(g), h, cast(Wide(*(along(x, h) for x in least)), h.dtype), max_radius)
 
+        least_of = [next(own) if measured.h else of_tree for measured, _ in layers]
         return [
-            [of_leaf(g, h, i) for g, h in zip(scaled.g, scaled.h, strict=True)] for i, (_, scaled) in enumerate(layers)
+            [of_leaf(g, h, least) for g, h in pairs(scaled.g, scaled.h)]
+            for least, (_, scaled) in zip(least_of, layers, strict=True)
         ]
 
     return radii
@@ -239,9 +265,9 @@ def median(trust_coefficient: Scalar, of_ratios: bool, axis_name: AxisName) -> R
 
 @functools.partial(jax.jit, static_argnames=("middle", "axis_name"))
 def _median(layers: Sequence[Leaves], trust: Scalar, middle: Callable, axis_name: AxisName) -> Wide:
-    stacked, others, places = stacks([(x.w, x.g) for x in layers], SAMPLE)
+    stacked, others, places = rows_of([(x.w, x.g) for x in layers], SAMPLE)
     found = [jax.vmap(lambda w, g: middle([w], [g], axis_name))(*columns) for columns in stacked]
-    found += [jax.tree.map(lambda x: x[None], middle(layers[i].w, layers[i].g, axis_name)) for i in others]
+    found += [for_each(lambda w, g: middle(w, g, axis_name), layers[i].w, layers[i].g) for i in others]
     return _ratio(quotient, *(take(concatenate(column), places) for column in zip(*found, strict=True)), trust)
 
 

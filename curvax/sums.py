@@ -6,6 +6,8 @@ have to be known before the first pass. The sums of all layers are vectors: what
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from curvax.magnitudes import SUM, is_local, one_pass, stacks
+from curvax.magnitudes import SUM, is_local, one_pass, rows_of
 from curvax.varying import AxisName
 from curvax.wide import Wide, power_of_two
 
 #: `terms(half, *arrays)`: for each sum its terms, not negative, times `half**2`; or booleans, of which the true are
 #: counted. All are zero or false where all arrays are zero.
 Terms = Callable[..., Sequence[jax.Array]]
-#: Tuples of arrays of one shape, over all of which a sum is taken.
+#: Tuples of arrays of one shape `(number, ...)`, over all but the first axis of which a sum is taken.
 Layer = Sequence[tuple[jax.Array, ...]]
 
 # As many numbers are added one by one: that rounds no worse than anything else.
@@ -86,7 +88,7 @@ def totals(terms: Terms, layers: Sequence[Layer], axis_name: AxisName) -> list[W
 
     Args:
       terms: one of the functions above.
-      layers: for each the arrays over which it is taken, at least one; all of one dtype.
+      layers: for each the arrays over which it is taken, at least one; all of one dtype. The first axis counts layers.
       axis_name: mesh axes (of `shard_map` or `pmap`) that split every array.
 
     Returns:
@@ -106,26 +108,36 @@ def _totals_jvp(terms, axis_name, primals, tangents):
         # The terms of a sum of zeros have ordinary derivatives, which would not be so at the scale for small terms.
         exponents = [jnp.where(s.value == 0, 0, -s.exponent >> 1) for s in sums]
         halves = [power_of_two(e, s.value.dtype) for e, s in zip(exponents, sums, strict=True)]
-        of_layer = lambda i, half, layer: sum(jnp.sum(terms(half, *x)[i].astype(half.dtype)) for x in layer)
-        values = [jnp.stack([of_layer(i, *x) for x in zip(half, layers, strict=True)]) for i, half in enumerate(halves)]
+
+        def of_layer(i, half, layer):
+            along = lambda x: half.reshape(-1, *[1] * (x.ndim - 1))
+            total = lambda x: jnp.sum(x.astype(half.dtype), tuple(range(1, x.ndim)))
+            return sum(total(terms(along(x[0]), *x)[i]) for x in layer)
+
+        starts = np.cumsum([0, *(layer[0][0].shape[0] for layer in layers)])
+        apart = lambda half: [half[a:b] for a, b in itertools.pairwise(starts)]
+        values = [
+            jnp.concatenate([of_layer(i, *x) for x in zip(apart(half), layers, strict=True)])
+            for i, half in enumerate(halves)
+        ]
         return values if axis_name is None else lax.psum(values, axis_name)
 
     _, slopes = jax.jvp(at_its_scale, primals, tangents)
-    nothing = np.zeros(len(primals[0]), jax.dtypes.float0)
-    return sums, [Wide(slope, nothing) for slope in slopes]
+    return sums, [Wide(slope, np.zeros(slope.shape, jax.dtypes.float0)) for slope in slopes]
 
 
 def _sums(terms: Terms, layers: Sequence[Layer]) -> list[list[jax.Array]]:
     """For each of the terms its sums, vectors over the layers: at the three scales, or of ones alone."""
     arrays = [x for layer in layers for x in layer]
-    stacked, others, standing = stacks([[[x] for x in columns] for columns in arrays])
-    parts = [_one_pass(_values(terms, columns), (1,)) for columns in stacked]
-    parts += [jax.tree.map(lambda x: x[None], _added(_values(terms, arrays[i]))) for i in others]
+    matrices, others, standing = rows_of([[[x] for x in columns] for columns in arrays])
+    parts = [_one_pass(_values(terms, columns), (1,)) for columns in matrices]
+    parts += [_added(_values(terms, arrays[i])) for i in others]
     # Each layer's arrays in the order in which they were summed, filled up with a zero.
-    where = iter(standing)
-    places = [[next(where) for _ in layer] for layer in layers]
+    where, places = iter(standing), []
+    for layer in layers:
+        places += zip(*([next(where) for _ in range(x[0].shape[0])] for x in layer), strict=True)
     width = max(map(len, places))
-    places = np.array([row + [len(arrays)] * (width - len(row)) for row in places])
+    places = np.array([[*row, *[len(standing)] * (width - len(row))] for row in places])
     return jax.tree.map(lambda *x: jnp.sum(jnp.concatenate([*x, jnp.zeros_like(x[0][:1])])[places], 1), *parts)
 
 
@@ -138,18 +150,19 @@ def _values(terms: Terms, arrays: Sequence[jax.Array]) -> list[list[jax.Array]]:
 
 
 def _added(values: list[list[jax.Array]]) -> list[list[jax.Array]]:
-    """The sums of all entries."""
+    """The sums over all axes but the first."""
     first = values[0][0]
     if jax.default_backend() != "cpu" or not is_local(first):
         # Compilers of accelerators make one pass of these. Where devices hold parts, each adds up its own.
-        return jax.tree.map(jnp.sum, values)
-    size = first.size
+        return jax.tree.map(lambda x: jnp.sum(x, tuple(range(1, x.ndim))), values)
+    number, size = first.shape[0], math.prod(first.shape[1:])
     width = min(size, _BLOCK)
     rows = -(-size // width)
-    in_rows = lambda x: jnp.pad(x.reshape(-1), (0, rows * width - size)).reshape(rows, width)
+    filling = ((0, 0), (0, rows * width - size))
+    in_rows = lambda x: jnp.pad(x.reshape(number, size), filling).reshape(number * rows, width)
     # XLA's CPU compiler would make a pass and copies of each sum. Rows also are what it divides between threads.
-    sums = _one_pass(jax.tree.map(in_rows, values), (1,))
-    return _added(sums) if rows > 1 else jax.tree.map(lambda x: x[0], sums)
+    sums = jax.tree.map(lambda x: x.reshape(number, rows), _one_pass(jax.tree.map(in_rows, values), (1,)))
+    return _added(sums) if rows > 1 else jax.tree.map(lambda x: x.reshape(number), sums)
 
 
 def _one_pass(values: list[list[jax.Array]], axes: tuple[int, ...]) -> list[list[jax.Array]]:

@@ -11,7 +11,7 @@ Statistics are float32 (float64 for float64 parameters) whatever the dtype of th
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,8 @@ from curvax import order_statistics, radii
 from curvax.bounds import bounded
 from curvax.checks import check_number
 from curvax.layers import Layer, Layers, WholeLayers, checked, group, of_parts, path_name
+from curvax.meshes import on_auto
+from curvax.stacks import Axes, for_each, joined, slices
 from curvax.trees import check_floats, is_hole, leaves_like, statistics_dtype, with_curvature
 from curvax.varying import AxisName, is_bound
 from curvax.wide import product, wide
@@ -283,12 +285,16 @@ def discard_small_gradients(
     """
     check_number("fraction", fraction, "[0, 1)")
 
-    def kept(measured: radii.Leaves, scaled: radii.Leaves):
-        population = measured.g or scaled.g
+    def threshold(population: Sequence[jax.Array]):
         rank = order_statistics.count_of(fraction, order_statistics.population_size(population, param_axis_name))
-        threshold, _ = order_statistics.order_statistics(population, rank, param_axis_name)
+        return order_statistics.order_statistics(population, rank, param_axis_name)[0]
+
+    def kept(measured: radii.Leaves, scaled: radii.Leaves):
+        # What follows nothing is cut at the quantile of all that does not, stacks and other arrays together.
+        thresholds = for_each(threshold, measured.g or [jax.lax.expand_dims(g, (0,)) for g in scaled.g])
         # Below is discarded, rather than above kept: NaN compares false, and has to be seen.
-        return [wide(jnp.where(jnp.abs(g) < threshold, 0, 1).astype(threshold.dtype)) for g in scaled.g]
+        keep = lambda g: jnp.where(jnp.abs(g) < radii.along(thresholds, g), 0, 1).astype(thresholds.dtype)
+        return [wide(keep(g)) for g in scaled.g]
 
     return _scale_by_radius(radii.each(kept), layers, None, param_axis_name, needs_params=False)
 
@@ -310,7 +316,7 @@ def _scale_by_layer(
     """For the rules with one radius for all of a layer."""
     check_number("weight_decay", weight_decay, "[0, inf)")
     check_number("trust_coefficient", trust_coefficient, "[0, inf)")
-    is_bounded = isinstance(layers, str) and layers == "kernel"
+    is_bounded = checked(layers).layers == "kernel"
     rule = bounded(rule, trust_coefficient, follow_all, param_axis_name) if is_bounded else radii.one_for_all(rule)
     # A number that is not zero, or one that may change.
     decays = not isinstance(weight_decay, float | int) or weight_decay != 0
@@ -341,21 +347,21 @@ def _scale_by_radius(
     needs_curvature: bool = False,
     needs_params: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    layers = checked(layers)
-    by_whole_shapes = layers == "kernel" and param_axis_name is not None
+    how = checked(layers)
+    by_whole_shapes = param_axis_name is not None and (how.layers == "kernel" or bool(how.axes))
 
     def init_fn(params):
         inner = optax.EmptyState() if decay is None else decay.init(params)
         if not by_whole_shapes or is_bound(param_axis_name):
             return inner
         _teach_flax()
-        return SplitState(WholeLayers.of(jax.tree_util.tree_leaves_with_path(params)), inner)
+        return SplitState(WholeLayers.of(jax.tree_util.tree_leaves_with_path(params), layers), inner)
 
     def layers_of(leaves, state):
         if isinstance(state, SplitState):
             return state.layers.among(leaves)
         is_split = by_whole_shapes and is_bound(param_axis_name)
-        return of_parts(leaves, jax.lax.axis_size(param_axis_name)) if is_split else group(leaves, layers)
+        return of_parts(leaves, layers, jax.lax.axis_size(param_axis_name)) if is_split else group(leaves, layers)
 
     def update_fn(updates, state, params=None, *, hessian_diag=None, **extra_args):
         del extra_args
@@ -382,13 +388,15 @@ def _scale_by_radius(
             _check_real(leaves)
             h = leaves_like("hessian_diag", hessian_diag, updates, "gradient")
 
-        def measured(indices):
-            masks = [moving[i] for i in indices]
-            return masks if decay is None else _or_all(masks, param_axis_name)
-
-        scaled = treedef.unflatten(
-            _scaled(rule, layers_of(leaves, state), radii.Leaves(w, g, h), measured, decay is not None)
-        )
+        groups = layers_of(leaves, state)
+        scale = functools.partial(_scaled, rule, groups, decays=decay is not None, param_axis_name=param_axis_name)
+        columns = radii.Leaves(w, g, h)
+        if any(axes for layer in groups for axes in layer.axes):
+            # What slices are divided by has no name where all layers are a vector.
+            scaled = on_auto(scale, columns, moving, like=g)
+        else:
+            scaled = scale(columns, moving)
+        scaled = treedef.unflatten(scaled)
         state = state._replace(inner_state=inner) if isinstance(state, SplitState) else inner
         return jax.tree.map(lambda new, g: g if is_hole(new) else new, scaled, everything, is_leaf=is_hole), state
 
@@ -399,32 +407,35 @@ def _scaled(
     rule: radii.TreeRule,
     groups: Sequence[Layer],
     leaves: radii.Leaves,
-    masks: Callable[[Sequence[int]], Sequence[jax.Array]],
+    moving: Sequence[jax.Array],
     decays: bool,
+    param_axis_name: AxisName,
 ) -> list[jax.Array]:
-    """The updates. `masks` says which entries of leaves that are measured together are measured at all."""
-    updates = list(leaves.g)
+    """The updates. `moving` says which entries of the leaves have a gradient; others are not measured."""
+    updates, axes_of = list(leaves.g), {i: axes for x in groups for i, axes in zip(x.scaled, x.axes, strict=True)}
     layers = [(layer.measured, layer.scaled) for layer in groups if layer.measured]
     # What has no measured leaves is the same everywhere, and taken together.
     alone = tuple(i for layer in groups if not layer.measured for i in layer.scaled)
     layers += [((), alone)] if alone else []
 
-    def measurable(indices, dtype):
-        chosen = masks(indices)
+    def measurable(scaled: radii.Leaves, places: Sequence[int], indices: Sequence[int]):
+        w, g, h = ([column[k] for k in places] if column else [] for column in scaled)
+        masks = [slices(moving[i], axes_of[i]) for i in indices]
+        masks = _or_all(masks, param_axis_name) if decays else masks
         # Not every rule sees a curvature.
-        keep = lambda column: [jnp.where(m, x, 0) for m, x in zip(chosen, column, strict=True)] if column else []
-        w, g, h = _at(indices, leaves, dtype)
+        keep = lambda column: [jnp.where(m, x, 0) for m, x in zip(masks, column, strict=True)] if column else []
         # A gradient that does not decay is zero already where it is not measured: what is one array is summed once.
         return radii.Leaves(keep(w), keep(g) if decays else g, keep(h))
 
     arrays = []
-    for measured, scaled in layers:
-        dtype = _dtype_of((*measured, *scaled), leaves)
-        arrays.append((measurable(measured, dtype), _at(scaled, leaves, dtype)))
+    for measured, indices in layers:
+        scaled = _at(indices, leaves, axes_of, _dtype_of(indices, leaves))
+        arrays.append((measurable(scaled, [indices.index(i) for i in measured], measured), scaled))
     found = rule(arrays) if layers else []
     for (_, indices), (_, scaled), of_layer in zip(layers, arrays, found, strict=True):
-        for index, g, radius in zip(indices, scaled.g, of_layer, strict=True):
-            updates[index] = product(radius, g).astype(leaves.g[index].dtype)
+        for i, g, radius in zip(indices, scaled.g, of_layer, strict=True):
+            update = product(radius, g).astype(leaves.g[i].dtype)
+            updates[i] = joined(update, leaves.g[i].shape, axes_of[i])
     return updates
 
 
@@ -432,9 +443,10 @@ def _or_all(masks: Sequence[jax.Array], param_axis_name: AxisName) -> Sequence[j
     """The masks; where none has an entry, all entries: a layer without a gradient decays by all that it is."""
     if not masks:
         return masks
-    some = functools.reduce(jnp.logical_or, [jnp.any(mask) for mask in masks])
+    any_of = lambda mask: jnp.any(mask, tuple(range(1, mask.ndim)))
+    some = functools.reduce(jnp.logical_or, map(any_of, masks))
     some = some if param_axis_name is None else jax.lax.pmax(some.astype(jnp.int32), param_axis_name) > 0
-    return [mask | ~some for mask in masks]
+    return [mask | ~radii.along(some, mask) for mask in masks]
 
 
 def _dtype_of(indices: Sequence[int], leaves: radii.Leaves) -> Any:
@@ -442,14 +454,14 @@ def _dtype_of(indices: Sequence[int], leaves: radii.Leaves) -> Any:
     return statistics_dtype(*[column[i].dtype for i in indices for column in (leaves.g, leaves.w)])
 
 
-def _at(indices: Sequence[int], leaves: radii.Leaves, dtype: Any) -> radii.Leaves:
-    def cast(x):
+def _at(indices: Sequence[int], leaves: radii.Leaves, axes_of: Mapping[int, Axes], dtype: Any) -> radii.Leaves:
+    def cast(x, axes):
         # Magnitudes are all that a radius sees.
         x = jnp.abs(x) if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating) else x
-        return x.astype(dtype)
+        return slices(x.astype(dtype), axes)
 
-    w, g = ([cast(x[i]) for i in indices] for x in (leaves.w, leaves.g))
-    h = [leaves.h[i].astype(jnp.finfo(dtype).dtype) for i in indices] if leaves.h else []
+    w, g = ([cast(x[i], axes_of[i]) for i in indices] for x in (leaves.w, leaves.g))
+    h = [slices(leaves.h[i].astype(jnp.finfo(dtype).dtype), axes_of[i]) for i in indices] if leaves.h else []
     return radii.Leaves(w, g, h)
 
 

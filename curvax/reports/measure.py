@@ -8,6 +8,7 @@ standard error and one sample of the curvature is held at a time.
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,10 +23,12 @@ from curvax.curvature.hessian import value_grad_and_hessian_diag
 from curvax.curvature.micro_batches import micro_batch, num_examples, number_of_parts, shuffled
 from curvax.exact.independence import example_axes
 from curvax.layers import Layer, Layers
+from curvax.meshes import on_auto
 from curvax.noise_scale import NoiseScale, noise_scale
 from curvax.objective import Objective
 from curvax.probes import QUANTILES
 from curvax.radii import squared_norms
+from curvax.stacks import Axes, sizes, slices
 from curvax.transforms import scale_by_curvature_radius
 from curvax.trees import statistics_dtype
 from curvax.wide import Wide, normal, plus, times
@@ -44,32 +47,43 @@ FIRST_ORDER = {
 Statistics = dict[str, np.ndarray]
 
 
+#: Leaves of a layer, as indices into those of a tree, and the axes of each that count layers.
+Members = Sequence[tuple[int, Axes]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The layers of a tree, as their indices into its leaves.
+    """The layers of a tree; where one is a stack, every number that is said of it is said of each of its slices.
 
     Attributes:
       measured: those on which a layer is measured, its kernels where it has some.
       scaled: all that are of a layer; every leaf is of one.
     """
 
-    measured: Sequence[tuple[int, ...]]
-    scaled: Sequence[tuple[int, ...]]
+    measured: Sequence[Members]
+    scaled: Sequence[Members]
 
     @classmethod
     def of(cls, layers: Sequence[Layer]) -> "Parts":
-        return cls([layer.measured or layer.scaled for layer in layers], [layer.scaled for layer in layers])
+        scaled = [list(zip(layer.scaled, layer.axes, strict=True)) for layer in layers]
+        kernels = lambda layer, members: [(i, axes) for i, axes in members if i in (layer.measured or layer.scaled)]
+        return cls([kernels(*each) for each in zip(layers, scaled, strict=True)], scaled)
 
 
-def each(groups: Sequence[tuple[int, ...]], function: Callable[..., dict[str, Any]], *trees: Any) -> Statistics:
-    """What `function` says of the arrays of each group, on the host, one below the other."""
-    columns = [jax.tree.leaves(tree) for tree in trees]
-    rows = [function(*([_host(column[i]) for i in group] for column in columns)) for group in groups]
+def each(layers: Sequence[Members], function: Callable[..., dict[str, Any]], *trees: Any) -> Statistics:
+    """What `function` says of the arrays of each layer, on the host, one below the other."""
+    columns, rows = [jax.tree.leaves(tree) for tree in trees], []
+    for members in layers:
+        arrays = [[_host(column[i], axes) for i, axes in members] for column in columns]
+        rows += [function(*([x[k] for x in column] for column in arrays)) for k in range(len(arrays[0][0]))]
     return {name: np.array([row[name] for row in rows], np.float64) for name in rows[0]}
 
 
-def _host(x: jax.Array) -> np.ndarray:
-    return np.asarray(x).astype(statistics_dtype(x.dtype), copy=False).ravel()
+def _host(x: jax.Array, axes: Axes) -> np.ndarray:
+    """The slices in rows."""
+    x = np.asarray(x).astype(statistics_dtype(x.dtype), copy=False)
+    number = math.prod(sizes(x.shape, axes))
+    return np.moveaxis(x, axes, range(len(axes))).reshape(number, -1)
 
 
 def gradient(objective: Any, params: Any, parts: Parts, stage: Callable) -> tuple[Any, Any, NoiseScale | str]:
@@ -98,15 +112,14 @@ def gradient(objective: Any, params: Any, parts: Parts, stage: Callable) -> tupl
     return value, grad, NoiseScale(*map(_float64, noise_scale(small, large, size // number, size)))
 
 
-def _squares(groups: Sequence[tuple[int, ...]], tree: Any) -> Wide:
-    """The squared norm of the arrays of each group."""
-    leaves = jax.tree.leaves(tree)
+def _squares(layers: Sequence[Members], tree: Any) -> Wide:
+    """The squared norm of the arrays of each layer."""
 
-    def of_group(group):
-        dtype = jnp.finfo(statistics_dtype(*[leaves[i].dtype for i in group])).dtype
-        return [jnp.abs(leaves[i]).astype(dtype) for i in group]
+    def of_layer(leaves, members):
+        dtype = jnp.finfo(statistics_dtype(*[leaves[i].dtype for i, _ in members])).dtype
+        return [jnp.abs(slices(leaves[i], axes)).astype(dtype) for i, axes in members]
 
-    return squared_norms([of_group(group) for group in groups], None)
+    return on_auto(lambda leaves: squared_norms([of_layer(leaves, x) for x in layers], None), jax.tree.leaves(tree))
 
 
 def _float64(x: Wide) -> np.ndarray:
@@ -159,9 +172,12 @@ def first_order(parts: Parts, layers: Layers, params: Any, grad: Any) -> Statist
 
 def dead_units(parts: Parts, grad: Any) -> list[int]:
     """How many columns of each layer's arrays have no gradient at all."""
-    leaves = jax.tree.leaves(grad)
-    columns = [jnp.all(x == 0, tuple(range(x.ndim - 1))) if x.ndim > 1 else jnp.zeros(0, bool) for x in leaves]
-    return [sum(int(np.sum(columns[i])) for i in group) for group in parts.measured]
+    leaves, found = jax.tree.leaves(grad), []
+    for members in parts.measured:
+        own = [slices(leaves[i], axes) == 0 for i, axes in members]
+        columns = [jnp.all(x, tuple(range(1, x.ndim - 1))) for x in own if x.ndim > 2]
+        found += sum((np.sum(np.asarray(x), 1) for x in columns), np.zeros(own[0].shape[0], int)).tolist()
+    return found
 
 
 def _step(tx: optax.GradientTransformationExtraArgs, params: Any, grad: Any, **extra: Any) -> Any:

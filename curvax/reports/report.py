@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import math
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from curvax.layers import Layer, Layers, group, path_name
 from curvax.noise_scale import NoiseScale
 from curvax.objective import Objective
 from curvax.reports import advice, measure, plot, table
+from curvax.stacks import sizes, without
 
 #: Passes and products up to which curvature is computed exactly: an estimate in four draws takes eight.
 CHEAP = 32
@@ -196,14 +198,14 @@ def _rows(groups, leaves, found, dead, errors, noise) -> list[dict[str, Any]]:
     whole = {name: np.sqrt(_over(np.nansum(r**2 * squares), np.nansum(squares))) for name, r in radii.items()}
     scales = None if isinstance(noise, str) else measure.critical_batch_size(noise)
     rows = []
-    for i, layer in enumerate(groups):
-        arrays = [leaves[j][1] for j in layer.measured or layer.scaled]
-        units = sum(x.shape[-1] for x in arrays if x.ndim > 1)
-        numbers = {name: float(column[i]) for name, column in found.items()}
+    for name, layer, shapes in _single_layers(groups, leaves):
+        i = len(rows)
+        units = sum(shapes[j][-1] for j in layer.measured or layer.scaled if len(shapes[j]) > 1)
+        numbers = {column: float(values[i]) for column, values in found.items()}
         rows.append(
             {
-                "layer": layer.name or _name_of(layer, leaves),
-                "params": sum(leaves[j][1].size for j in layer.scaled),
+                "layer": name,
+                "params": sum(map(math.prod, shapes.values())),
                 "is_kernel": bool(layer.measured),
                 "units": units,
                 "dead": dead[i] / units if units else 0.0,
@@ -214,6 +216,16 @@ def _rows(groups, leaves, found, dead, errors, noise) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _single_layers(groups: Sequence[Layer], leaves: Any) -> Iterator[tuple[str, Layer, dict[int, tuple[int, ...]]]]:
+    """The layers by name, each of a stack apart, with the shapes of their arrays."""
+    for layer in groups:
+        shapes = {i: without(leaves[i][1].shape, axes) for i, axes in zip(layer.scaled, layer.axes, strict=True)}
+        name = layer.name or _name_of(layer, leaves)
+        counts = sizes(leaves[layer.scaled[0]][1].shape, layer.axes[0])
+        for place in np.ndindex(counts):
+            yield name + (f"[{', '.join(map(str, place))}]" if place else ""), layer, shapes
 
 
 def _name_of(layer: Layer, leaves: Any) -> str:
