@@ -11,6 +11,7 @@ the operands themselves stand. A backward rule is transposed to be read so, and 
 gradients of means over fewer examples, which are larger.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from curvax.exact.backward_rules import nonlinear_backward
 from curvax.exact.dataflow import differentiable_slots, meet, operand_axes
-from curvax.exact.indices import FOLDS, Counted, counted_dimensions
+from curvax.exact.indices import FOLDS, counted_dimensions
+from curvax.exact.loops import LOOPS, Unproved, bodies, over_examples, rebuilt, seeds
+from curvax.exact.loops import operand_axes as loop_axes
 from curvax.exact.primitives import Axis
 from curvax.exact.trace import (
     INLINED,
@@ -39,7 +42,6 @@ from curvax.exact.trace import (
 from curvax.objective import Objective
 
 CALLS = ("custom_jvp_call", "custom_vjp_call")
-LOOPS = frozenset("scan while cond".split())
 # Parameters that say no more than the shapes of operands and results, which are compared.
 SHAPES = frozenset("shape new_sizes sizes slice_sizes limit_indices out_sharding sharding length".split())
 # How often an objective is differentiated; a rule may call functions that have rules.
@@ -65,18 +67,17 @@ def example_axes(objective: Objective, params: Any, parts: int) -> list[Axis | N
     closed = _losses(objective, treedef, leaves)
     try:
         program = _with_rules(closed)
-    except _Unproved as unproved:
+        num_examples = closed.out_avals[0].shape[0]
+        axes = _axes(program, {i: Axis(0) for i in range(len(program.jaxpr.outvars))}, num_examples)
+    except Unproved as unproved:
         return str(unproved)
     jaxpr, num_params = program.jaxpr, len(jax.tree.leaves(params))
-    num_examples = jaxpr.outvars[0].aval.shape[0]
-    counted = counted_dimensions(jaxpr, program.consts)
-    axes = _axes(jaxpr, counted, num_examples)
     found = [axes.get(var) for var in jaxpr.invars]
     if any(axis is not None for axis in found[:num_params]):
         return "a parameter has an entry for each example"
     if any(axes.get(var) is not None for var in jaxpr.constvars):
         return "the objective closes over an array with an entry for each example; pass it in data"
-    reason = _position(jaxpr, axes, counted)
+    reason, _ = _position(program, axes)
     if reason:
         return reason
     part = [_shortened(leaf, axis, parts) for leaf, axis in zip(leaves, found, strict=True)]
@@ -100,10 +101,6 @@ def _losses(objective: Objective, treedef, leaves: Sequence[Any]) -> ClosedJaxpr
     return jax.make_jaxpr(losses)(*leaves)
 
 
-class _Unproved(Exception):
-    """Says of which rule nothing is proved."""
-
-
 def _with_rules(closed: ClosedJaxpr) -> ClosedJaxpr:
     """A flat program that reads all that the losses and their derivatives read: it is not one to be run."""
     _check_backward(closed)
@@ -114,7 +111,7 @@ def _with_rules(closed: ClosedJaxpr) -> ClosedJaxpr:
 def _check_backward(closed: ClosedJaxpr) -> None:
     name = nonlinear_backward(closed.jaxpr)
     if name is not None:
-        raise _Unproved(f"the backward rule of {name!r} is not proved to be linear, and gradients of a part are larger")
+        raise Unproved(f"the backward rule of {name!r} is not proved to be linear, and gradients of a part are larger")
 
 
 def _read_rules(closed: ClosedJaxpr, inputs: Sequence[jax.Array], order: int) -> list:
@@ -122,7 +119,9 @@ def _read_rules(closed: ClosedJaxpr, inputs: Sequence[jax.Array], order: int) ->
     env |= zip(closed.jaxpr.invars, inputs, strict=True)
     for eqn in closed.jaxpr.eqns:
         values = [read(env, atom) for atom in eqn.invars]
-        if eqn.primitive.name not in (*INLINED, *CALLS):
+        if eqn.primitive.name in LOOPS:
+            results = rebuilt(eqn, values, functools.partial(_read_rules, order=order))
+        elif eqn.primitive.name not in (*INLINED, *CALLS):
             results = apply(eqn, *values)
         else:
             results = _read_rules(callee(eqn), values, order)
@@ -151,7 +150,7 @@ def _rule(eqn: JaxprEqn, slots: Sequence[int]) -> ClosedJaxpr:
         closed = jax.make_jaxpr(rule)(operands, [operands[slot] for slot in slots])
     except Exception as error:  # Whatever a rule raises that is traced by itself.
         name = callee(eqn).jaxpr.debug_info.func_name
-        raise _Unproved(f"nothing is proved of the derivative rule of {name!r}") from error
+        raise Unproved(f"nothing is proved of the derivative rule of {name!r}") from error
     _check_backward(closed)
     return closed
 
@@ -163,27 +162,44 @@ def _shortened(leaf: Any, axis: Axis | None, parts: int) -> jax.ShapeDtypeStruct
     return jax.typeof(leaf).update(shape=tuple(shape))
 
 
-def _axes(jaxpr: Jaxpr, counted: Counted, num_examples: int) -> dict[Var, Axis | None]:
+def _axes(program: ClosedJaxpr, results: Mapping[int, Axis | None], num_examples: int) -> dict[Var, Axis | None]:
     """For every variable from which a loss is computed, the axis along which each slice reaches one loss alone."""
-    axes = {var: Axis(0) for var in jaxpr.outvars if isinstance(var, Var)}
-    for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
-        results = {result: axes[var] for result, var in enumerate(eqn.outvars) if var in axes}
-        slots = [slot for slot, operand in enumerate(eqn.invars) if isinstance(operand, Var)]
-        for slot, axis in operand_axes(eqn, slots, results, num_examples, counted.get(index, {})).items():
-            axes[eqn.invars[slot]] = meet(axes, eqn.invars[slot], axis)
-    return axes
+    axes, counted = seeds(program, results), counted_dimensions(program.jaxpr, program.consts)
+    inside: dict[Var, Axis | None] = {}
+    walk = functools.partial(_axes, num_examples=num_examples)
+    for index, eqn in reversed(list(enumerate(program.jaxpr.eqns))):
+        found = {result: axes[var] for result, var in enumerate(eqn.outvars) if var in axes}
+        if not found:
+            continue
+        if eqn.primitive.name in LOOPS:
+            operands, inner = loop_axes(eqn, found, walk)
+            # A body may be that of several loops.
+            inside |= {var: meet(inside, var, axis) for var, axis in inner.items()}
+        else:
+            slots = [slot for slot, operand in enumerate(eqn.invars) if isinstance(operand, Var)]
+            operands = operand_axes(eqn, slots, found, num_examples, counted.get(index, {}))
+        for slot, axis in operands.items():
+            if isinstance(eqn.invars[slot], Var):
+                axes[eqn.invars[slot]] = meet(axes, eqn.invars[slot], axis)
+    return axes | inside
 
 
-def _position(jaxpr: Jaxpr, axes: Axes, counted: Counted) -> str | None:
-    """Why a loss depends on its example's place in the batch, which a split changes; None if it does not."""
+def _position(program: ClosedJaxpr, axes: Axes) -> tuple[str | None, set[Var]]:
+    """Why a loss depends on its example's place in the batch, which a split changes; None if it does not.
+
+    With what holds the places, for the loop of which the program is the body.
+    """
     places: set[Var] = set()
-    for index, eqn in enumerate(jaxpr.eqns):
+    counted = counted_dimensions(program.jaxpr, program.consts)
+    for index, eqn in enumerate(program.jaxpr.eqns):
         name, read = eqn.primitive.name, [atom for atom in eqn.invars if isinstance(atom, Var) and atom in places]
         results = [var for var in eqn.outvars if axes.get(var) is not None]
-        if name in LOOPS and results:
-            return "an entry for each example is computed in a loop or a branch, of which nothing is known"
+        for body in bodies(eqn) if name in LOOPS else ():
+            reason, inside = _position(body, axes)
+            if reason or inside.intersection(var for var in body.jaxpr.outvars if isinstance(var, Var)):
+                return reason or "a loss depends on its example's place in the batch", places
         if name in RANDOM and results:
-            return "random numbers are drawn for each example; other parts would draw others"
+            return "random numbers are drawn for each example; other parts would draw others", places
         if name == "iota" and results and eqn.params["dimension"] == axes[results[0]].dim:
             places.update(results)
         # `logits[jnp.arange(B), labels]` is each example's own row, wherever it stands.
@@ -191,9 +207,9 @@ def _position(jaxpr: Jaxpr, axes: Axes, counted: Counted) -> str | None:
             continue
         folded = name in FOLDS and all(not jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)
         if results and not (folded and len(read) == 1):
-            return "a loss depends on its example's place in the batch"
+            return "a loss depends on its example's place in the batch", places
         places.update(results)
-    return None
+    return None, places
 
 
 def _alike(batch: ClosedJaxpr, part: ClosedJaxpr, axes: Axes, parts: int) -> bool:
@@ -202,12 +218,24 @@ def _alike(batch: ClosedJaxpr, part: ClosedJaxpr, axes: Axes, parts: int) -> boo
         return False
     if not _equal(batch.consts, part.consts):
         return False
+    for ours, theirs in zip(equations(batch.jaxpr), equations(part.jaxpr), strict=True):
+        # As many steps, unless they are the examples.
+        is_scan = ours.primitive.name == "scan" and ours.params["length"] != theirs.params["length"]
+        if is_scan and not over_examples(ours, {i: axes.get(var) for i, var in enumerate(ours.outvars)}):
+            return False
     pairs = zip(_variables(batch.jaxpr), _variables(part.jaxpr), strict=True)
     return all(theirs.aval.shape == _shape(ours, axes, parts) for ours, theirs in pairs if ours in axes)
 
 
 def _variables(jaxpr: Jaxpr) -> list[Var]:
-    return [*jaxpr.constvars, *jaxpr.invars, *(var for eqn in jaxpr.eqns for var in eqn.outvars)]
+    inner = (
+        var
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name in LOOPS
+        for body in bodies(eqn)
+        for var in _variables(body.jaxpr)
+    )
+    return [*jaxpr.constvars, *jaxpr.invars, *(var for eqn in jaxpr.eqns for var in eqn.outvars), *inner]
 
 
 def _shape(var: Var, axes: Axes, parts: int) -> tuple[int, ...]:
