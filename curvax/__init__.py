@@ -30,6 +30,7 @@ from curvax.order_statistics import median, quantile
 from curvax.orthogonal import orthogonalize
 from curvax.probes import ProbeState, held_out_stride, with_probes
 from curvax.reports.report import Report, report
+from curvax.scans import find_stacks
 from curvax.schedules import BatchSchedule, Phase, growing_batches, legw, seesaw, small_batch_start
 from curvax.stacks import Stacked
 from curvax.transforms import (
@@ -67,6 +68,7 @@ __all__ = [
     "discard_small_gradients",
     "discard_small_losses",
     "explain",
+    "find_stacks",
     "growing_batches",
     "held_out_stride",
     "hessian_diag",

@@ -309,3 +309,33 @@ def test_the_matrix_is_named(exact):
     assert "the Hessian's diagonal" in str(exact)
     of_outputs = dataclasses.replace(exact, method=f"{curvax.GaussNewton(1)!r}, 2 draws")
     assert "the Gauss-Newton matrix's diagonal" in str(of_outputs)
+
+
+def test_a_scanned_network_has_the_rows_of_its_layers_in_a_list():
+    """Noise, curvature and radii of every layer; where there is no vector beside the kernels the trace shows them."""
+    normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape) / 2
+    scan = {"blocks": {"w": normal(0, 3, 4, 4), "v": normal(1, 3, 4, 4)}, "head": normal(2, 4, 2)}
+    in_list = {"blocks": [jax.tree.map(lambda x, i=i: x[i], scan["blocks"]) for i in range(3)], "head": scan["head"]}
+    block = lambda h, p: (jax.nn.relu(h @ p["w"]) @ p["v"], None)
+    x = normal(3, 16, 4)
+
+    def scanned(params, data):
+        return jax.lax.scan(block, data, params["blocks"])[0] @ params["head"]
+
+    def written_out(params, data):
+        for p in params["blocks"]:
+            data, _ = block(data, p)
+        return data @ params["head"]
+
+    of = lambda predict, params: curvax.report(
+        curvax.Objective(predict, lambda z, d: jnp.sum(z**2, 1), x), params, method="ggn"
+    )
+    found, wanted = of(scanned, scan), of(written_out, in_list)
+    layers = [(f"blocks/{name}[{i}]", f"blocks/{i}/{name}") for name in "wv" for i in range(3)] + [("head", "head")]
+    for ours, theirs in layers:
+        numbers = {k: v for k, v in rows(wanted)[theirs].items() if k != "layer"}
+        for name, value in numbers.items():
+            np.testing.assert_allclose(rows(found)[ours][name], value, rtol=2e-4, atol=1e-6, err_msg=f"{ours} {name}")
+    assert found.critical_batch_size == pytest.approx(wanted.critical_batch_size, rel=1e-3)
+    assert found.hidden_stacks == ("blocks/v", "blocks/w") and not wanted.hidden_stacks
+    assert "a scan runs over their layers" in str(found) and "scan" not in str(wanted)

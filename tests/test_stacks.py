@@ -212,3 +212,34 @@ def test_one_stack_in_another_is_one_stack():
     with pytest.raises(ValueError, match="give all axes in one"):
         curvax.mclr(0.1, layers=curvax.Stacked({"a": 0}, curvax.Stacked({"b": 0})))
     assert curvax.Stacked({"a": 0}) == curvax.Stacked((("a", (0,)),))
+
+
+def in_scan(read):
+    """A network that scans over what `read` makes of its blocks."""
+
+    def predict(params, x):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, read(params["blocks"]))[0]
+
+    return curvax.Objective(predict, lambda z, x: jnp.sum(z**2, 1), jnp.ones((2, 3)))
+
+
+def twice(params, x):
+    inner = lambda h, ws: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, ws)
+    return jax.lax.scan(lambda h, ws: (inner(h, ws)[0], None), x, params["blocks"])[0]
+
+
+FOUND = {
+    "a scan": (in_scan(lambda w: w), (3, 3, 3), (0,)),
+    "a scan over casts": (in_scan(lambda w: w.astype(jnp.bfloat16).astype(jnp.float32)), (3, 3, 3), (0,)),
+    "a scan along the last axis": (in_scan(lambda w: jnp.moveaxis(w, 2, 0)), (3, 3, 3), (2,)),
+    "a scan in a scan": (curvax.Objective(twice, lambda z, x: z[:, 0], jnp.ones((2, 3))), (4, 2, 3, 3), (0, 1)),
+    "scanned and read whole": (in_scan(lambda w: w - jnp.mean(w)), (3, 3, 3), ()),
+    "turned around": (in_scan(lambda w: w[::-1]), (3, 3, 3), ()),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_the_trace_shows_over_which_axis_a_scan_runs(name):
+    objective, shape, axes = FOUND[name]
+    wanted = curvax.Stacked({"^blocks$": axes} if axes else {})
+    assert curvax.find_stacks(objective, {"blocks": jnp.ones(shape)}) == wanted

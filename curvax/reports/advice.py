@@ -26,6 +26,7 @@ def findings(report) -> Iterator[str]:
     report = dataclasses.replace(report, layers=named)
     yield from _broken(report)
     yield from _unreached(report)
+    yield from _stacks(report)
     yield from _spread(report)
     yield from _batch(report)
     yield from _dead(report)
@@ -53,6 +54,14 @@ def _unreached(report):
         yield (
             f"No derivative reaches {_list(report.unreached)}: these arrays never train. Freeze them,"
             " by optax.set_to_zero, or look for a stop_gradient or an output that is not used."
+        )
+
+
+def _stacks(report):
+    if report.hidden_stacks:
+        yield (
+            f"{_list(report.hidden_stacks)}: a scan runs over their layers, which shapes alone do not show. Tell the"
+            " optimizer: layers=curvax.find_stacks(objective, params)."
         )
 
 

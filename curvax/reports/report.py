@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import re
 import sys
 import threading
 import time
@@ -20,11 +21,12 @@ from curvax.curvature.micro_batches import num_examples
 from curvax.curvature.scalar import scalar_objective
 from curvax.curvature.short_forms import as_method, needs_key
 from curvax.keys import Key, as_key
-from curvax.layers import Layer, Layers, group, path_name
+from curvax.layers import Layer, Layers, checked, group, path_name
 from curvax.noise_scale import NoiseScale
 from curvax.objective import Objective
 from curvax.reports import advice, measure, plot, table
-from curvax.stacks import sizes, without
+from curvax.scans import scanned_axes
+from curvax.stacks import Stacked, sizes, without
 
 #: Passes and products up to which curvature is computed exactly: an estimate in four draws takes eight.
 CHEAP = 32
@@ -46,6 +48,7 @@ class Report:
         where it is not known, for `noise_reason`.
       method: how the curvature was computed.
       unreached: the paths of arrays that no derivative reaches.
+      hidden_stacks: the paths of arrays that hold many layers, as the trace shows, and their shapes alone do not.
       cost: a line.
 
     Example:
@@ -63,6 +66,7 @@ class Report:
     noise_reason: str
     method: str
     unreached: tuple[str, ...]
+    hidden_stacks: tuple[str, ...]
     cost: str
 
     @property
@@ -91,7 +95,8 @@ class Report:
           `{"layers": [...], "findings": [...], ...}`; `pandas.DataFrame(report.to_dict()["layers"])` is a table.
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**fields, "unreached": list(self.unreached), "findings": self.findings}
+        lists = {name: list(value) for name, value in fields.items() if isinstance(value, tuple)}
+        return {**fields, **lists, "findings": self.findings}
 
 
 def report(
@@ -121,7 +126,8 @@ def report(
         it costs 32 passes at most, and else `num_samples` draws of the estimate that the objective allows.
       num_samples: draws of an estimate; two at least for a standard error.
       layers: `"array"`, `"module"`, `"kernel"` or rules from path regex to layer name, see `layers.group`. A layer is
-        measured on its kernels, but for the noise; what follows none, on itself.
+        measured on its kernels, but for the noise; what follows none, on itself. Each layer of a stack has a row of its
+        own; for `"kernel"` and an `Objective` stacks are also found by `find_stacks`.
       key: a seed or a `jax.random.key`, of the draws.
       has_aux: whether the objective returns other output too.
 
@@ -146,6 +152,7 @@ def report(
         raise ValueError("there are no parameters to report on; pass the tree of arrays that you train.")
     scalar, params = scalar_objective(objective, params, None, has_aux)
     leaves = jax.tree_util.tree_leaves_with_path(params)
+    layers, hidden = _with_scans(scalar, params, layers)
     groups = [layer for layer in group(leaves, layers) if any(leaves[i][1].size for i in layer.scaled)]
     parts = measure.Parts.of(groups)
     with clock.stage("plan"):
@@ -176,8 +183,24 @@ def report(
         noise_reason=noise if isinstance(noise, str) else "",
         method=repr(method) + (f", {len(keys)} draws" if keys else ""),
         unreached=tuple(path_name(leaves[i][0]) for i in dark),
+        hidden_stacks=hidden,
         cost=f"Cost: {time.perf_counter() - start:.1f} s with compilation; {gradients} gradients, {curvature}.",
     )
+
+
+def _with_scans(objective: Any, params: Any, layers: Layers) -> tuple[Layers, tuple[str, ...]]:
+    """The grouping with the stacks that the trace shows, and the paths of those that shapes do not show."""
+    if checked(layers).axes is not None or not isinstance(objective, Objective):
+        return layers, ()
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    seen = {i: axes for x in group(leaves, layers) for i, axes in zip(x.scaled, x.axes, strict=True)}
+    read = dict(enumerate(scanned_axes(objective, params)))
+    names = {i: path_name(path) for i, (path, _) in enumerate(leaves)}
+    hidden = [i for i, axes in read.items() if axes and axes != seen[i]]
+    if not hidden:
+        return layers, ()
+    axes = {f"^{re.escape(names[i])}$": read[i] or seen[i] for i in read}
+    return Stacked(axes, "kernel"), tuple(names[i] for i in hidden)
 
 
 def _method(objective: Any, params: Any, method: Any) -> tuple[Any, int, int]:

@@ -1,0 +1,78 @@
+"""Which arrays are stacks of layers, read off the trace of the network: those over whose slices a scan runs."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import Jaxpr, JaxprEqn, Var
+
+from curvax.exact.trace import trace
+from curvax.layers import Layers, checked, path_name
+from curvax.objective import Objective
+from curvax.stacks import Axes, Stacked
+
+# What leaves every entry where it is.
+_SAME = ("convert_element_type", "copy", "optimization_barrier", "pvary", "reshard", "sharding_constraint")
+
+
+def find_stacks(objective: Objective, params: Any, layers: Layers = "kernel") -> Stacked:
+    """The stacks of a network that scans over its layers, for the `layers` of any optimizer.
+
+    Formula:
+      An axis of an array counts layers if the network reads the array by `lax.scan` along it alone, whatever casts and
+      transpositions come before; of a scan in a scan two axes do. Nothing is said of experts and heads, along which
+      products run all at once: name these by `Stacked`.
+
+    Args:
+      objective: network, loss and data; only traced.
+      params: a pytree of arrays, or of their shapes.
+      layers: how the slices are grouped.
+
+    Returns:
+      The grouping, with a rule for each array that is a stack.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, curvax
+      >>> def predict(params, x):
+      ...   return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["blocks"])[0] @ params["head"]
+      >>> objective = curvax.Objective(predict, lambda z, x: jnp.sum(z**2, 1), jnp.ones((4, 3)))
+      >>> params = {"blocks": jnp.ones((5, 3, 3)), "head": jnp.ones((3, 2))}
+      >>> curvax.find_stacks(objective, params)
+      Stacked(axes=(('^blocks$', (0,)),), layers='kernel')
+    """
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    found = zip(paths, scanned_axes(objective, params), strict=True)
+    return Stacked(tuple((f"^{re.escape(path)}$", axes) for path, axes in found if axes), checked(layers).layers)
+
+
+def scanned_axes(objective: Objective, params: Any) -> list[Axes]:
+    """For each leaf of the parameters the axes along which scans run; none where it is read otherwise, too."""
+    program = trace(objective, params)
+    return [_axes(program.jaxpr, var, tuple(range(var.aval.ndim))) for var in program.params]
+
+
+def _axes(jaxpr: Jaxpr, var: Var, dims: Sequence[int]) -> Axes:
+    """The axes of an array along which scans run, if all do that read `var`, whose dimensions are these of it."""
+    found = {
+        axes
+        for eqn in jaxpr.eqns
+        for slot, atom in enumerate(eqn.invars)
+        if atom is var
+        for axes in [_read(jaxpr, eqn, slot, dims)]
+    }
+    return found.pop() if len(found) == 1 and var not in jaxpr.outvars else ()
+
+
+def _read(jaxpr: Jaxpr, eqn: JaxprEqn, slot: int, dims: Sequence[int]) -> Axes:
+    """The same, if `eqn` reads the variable."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan" and slot >= params["num_consts"] + params["num_carry"]:
+        body = params["jaxpr"].jaxpr
+        # A scan in the scan, over what one step reads, has an axis more.
+        return (dims[0], *_axes(body, body.invars[slot], dims[1:]))
+    if name in _SAME:
+        return _axes(jaxpr, eqn.outvars[slot], dims)
+    if name == "transpose":
+        return _axes(jaxpr, eqn.outvars[0], [dims[i] for i in params["permutation"]])
+    return ()
