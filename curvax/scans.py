@@ -54,13 +54,8 @@ def scanned_axes(objective: Objective, params: Any) -> list[Axes]:
 
 def _axes(jaxpr: Jaxpr, var: Var, dims: Sequence[int]) -> Axes:
     """The axes of an array along which scans run, if all do that read `var`, whose dimensions are these of it."""
-    found = {
-        axes
-        for eqn in jaxpr.eqns
-        for slot, atom in enumerate(eqn.invars)
-        if atom is var
-        for axes in [_read(jaxpr, eqn, slot, dims)]
-    }
+    reads = [(eqn, slot) for eqn in jaxpr.eqns for slot, atom in enumerate(eqn.invars) if atom is var]
+    found = {_read(jaxpr, eqn, slot, dims) for eqn, slot in reads}
     return found.pop() if len(found) == 1 and var not in jaxpr.outvars else ()
 
 
