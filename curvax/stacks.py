@@ -6,6 +6,7 @@ radii are given arrays with one axis more in front, `(number of layers, ...)`; w
 """
 
 import dataclasses
+import math
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -130,7 +131,8 @@ def _as_axes(said: Any) -> Axes:
 
 
 def _of_array(path: str, shape: tuple[int, ...], rules: tuple[tuple[str, Axes], ...]) -> Axes:
-    said = next((axes for pattern, axes in rules if re.search(pattern, path)), ())
+    # An empty array holds nothing to measure.
+    said = next((axes for pattern, axes in rules if math.prod(shape) and re.search(pattern, path)), ())
     if any(not -len(shape) <= i < len(shape) for i in said) or len({i % len(shape) for i in said}) < len(said):
         raise ValueError(
             f"'{path}' has the shape {shape}, of which axes {said} cannot count layers; give its own axes, each once,"
