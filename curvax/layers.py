@@ -154,14 +154,11 @@ def of_parts(leaves: Sequence[tuple[Any, jax.Array]], layers: Layers, number: in
     first = [(path, as_if((number * x.shape[0], *x.shape[1:]) if x.shape else (), x.dtype)) for path, x in leaves]
     last = [(path, as_if((*x.shape[:-1], number * x.shape[-1]) if x.shape else (), x.dtype)) for path, x in leaves]
     found = [group(shapes, layers) for shapes in (parts, first, last)]
-    cure = (
-        " call init(params) outside of shard_map, on whole parameters, and pass its state in, or give layers as rules,"
-        " such as layers={'dense.*': 'dense', '.*': 'rest'}."
-    )
     for i, axes in ((i, axes) for layer in found[0] for i, axes in zip(layer.scaled, layer.axes, strict=True)):
         if axes:
             raise ValueError(
-                f"'{path_name(leaves[i][0])}' is a stack of layers, of which a device sees parts here;{cure}"
+                f"'{path_name(leaves[i][0])}' is a stack of layers, of which a device sees parts here; call"
+                " init(params) outside of shard_map, on whole parameters, and pass its state in."
             )
     kernels = {tuple(sorted(i for layer in groups for i in layer.measured)) for groups in found}
     if len(kernels) == 1 and len(*kernels) == 1:
@@ -170,7 +167,8 @@ def of_parts(leaves: Sequence[tuple[Any, jax.Array]], layers: Layers, number: in
         if of_each.count(of_each[0]) < len(of_each):
             raise ValueError(
                 f"which kernel '{path_name(path)}' belongs to is told by the shapes of whole arrays, of which a device"
-                f" sees parts here;{cure}"
+                " sees parts here; call init(params) outside of shard_map, on whole parameters, and pass its state in,"
+                " or give layers as rules, such as layers={'dense.*': 'dense', '.*': 'rest'}."
             )
     return found[0]
 

@@ -1,6 +1,7 @@
 """The pages say what the source does: every public name has its place, and no link leads nowhere."""
 
 import ast
+import builtins
 import re
 from collections import Counter
 from pathlib import Path
@@ -45,8 +46,8 @@ def messages(module: ast.Module) -> set[str]:
         said = node.exc if isinstance(node, ast.Raise) else node
         says = isinstance(node, ast.Raise) and isinstance(said, ast.Call) and not caught
         warns = isinstance(said, ast.Call) and ast.unparse(said.func) == "warnings.warn"
-        # An exception of a private class, or one that is caught where it is raised, does not reach a user.
-        if (says and not ast.unparse(said.func).startswith("_")) or warns:
+        # An exception of a class of curvax's own, or one that is caught where it is raised, does not reach a user.
+        if (says and hasattr(builtins, ast.unparse(said.func))) or warns:
             found.add(re.sub(f"{HOLE}+", HOLE, _text(said.args[0], names)))
         for field, value in ast.iter_fields(node):
             tried = isinstance(node, ast.Try) and field == "body" and any(map(_catches_all, node.handlers))
