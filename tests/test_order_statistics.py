@@ -187,20 +187,30 @@ def test_ranks_beyond_those_of_float32():
     # Element k has pattern 2**29 + 4 k, and so rank k; four, so that no rounding hides a wrong rank.
     size = 2**24 + 4
     x = jax.lax.bitcast_convert_type(2**29 + 4 * jnp.arange(size, dtype=jnp.int32), jnp.float32)
-    for rank in [0, 2**24 - 1, 2**24 + 1, size - 1]:
-        found, above = (int(np.asarray(a).view(np.int32)) for a in order_statistics(x, rank))
-        assert (found, above) == (2**29 + 4 * rank, 2**29 + 4 * min(rank + 1, size - 1))
+    found, above = (int(np.asarray(a).view(np.int32)) for a in order_statistics(x, 2**24 + 1))
+    assert (found, above) == (2**29 + 4 * (2**24 + 1), 2**29 + 4 * (2**24 + 2))
     # (1 - 2**-24) (n - 1) lies between rank 2**24 + 1, odd, and the next, nearer to which than float32 can tell.
     assert abs(int(np.asarray(quantile(x, np.float32(1 - 2**-24))).view(np.int32)) - (2**29 + 4 * (2**24 + 2))) <= 1
     # (n - 1) / 2 lies halfway between ranks 2**23 + 1 and 2**23 + 2.
     assert abs(int(np.asarray(quantile(x, 0.5)).view(np.int32)) - (2**29 + 4 * (2**23 + 1) + 2)) <= 1
     assert abs(int(np.asarray(median(x)).view(np.int32)) - (2**29 + 4 * (2**23 + 1) + 2)) <= 1
-    assert quantile(x, 1.0) == x[-1] and quantile(x, 0.0) == x[0]
+
+
+def test_ranks_around_those_of_float32():
+    """64 copies of an element each, by their axis."""
+    x = jax.lax.bitcast_convert_type(2**29 + 4 * jnp.arange(2**18 + 1, dtype=jnp.int32), jnp.float32)
+    last = 64 * x.size - 1
+    copies = lambda function: np.asarray(jax.vmap(function, axis_name="copies", axis_size=64)())[..., 0].view(np.int32)
+    for rank in [0, 2**24 - 65, 2**24 - 1, 2**24, 2**24 + 1, last]:
+        found = copies(lambda rank=rank: order_statistics(x, rank, "copies"))
+        assert found.tolist() == [2**29 + 4 * (rank // 64), 2**29 + 4 * (min(rank + 1, last) // 64)]
+    ends = [copies(lambda q=q: quantile(x, q, "copies")) for q in (0.0, 1.0)]
+    assert ends == [2**29, 2**29 + 4 * 2**18]
 
 
 def test_ranks_beyond_those_of_signed_integers():
-    # 200 copies of 2**24 elements, which vmap adds up but does not store: element k has the ranks 200 k to 200 k + 199.
-    x = jax.lax.bitcast_convert_type(jnp.arange(2**24, dtype=jnp.int32), jnp.float32)
+    # Copies of 2**21 elements, which vmap adds up but does not store: of 1600, element k has ranks from 1600 k on.
+    x = jax.lax.bitcast_convert_type(jnp.arange(2**21, dtype=jnp.int32), jnp.float32)
 
     @functools.partial(jax.jit, static_argnames="copies")
     def statistics(rank, copies):
@@ -209,11 +219,11 @@ def test_ranks_beyond_those_of_signed_integers():
 
         return jax.vmap(ranked, axis_name="copies")(jnp.zeros(copies))
 
-    for rank in [2**31 - 1, 2**31 + 5, 200 * 2**24 - 201]:
-        found, above = (int(np.asarray(a)[0].view(np.int32)) for a in statistics(np.uint32(rank), 200))
-        assert (found, above) == (rank // 200, (rank + 1) // 200)
+    for rank in [2**31 - 1, 2**31 + 5, 1600 * 2**21 - 1601]:
+        found, above = (int(np.asarray(a)[0].view(np.int32)) for a in statistics(np.uint32(rank), 1600))
+        assert (found, above) == (rank // 1600, (rank + 1) // 1600)
     with pytest.raises(OverflowError, match="Enable 64-bit types"):
-        statistics(np.uint32(0), 256)
+        statistics(np.uint32(0), 2048)
 
 
 def test_long_multiplication_is_that_of_python():
