@@ -54,6 +54,7 @@ def mesh(axis_type):
     return jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
 
 
+@pytest.mark.slow_but_for("median-")
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("rule", RULES)
@@ -67,6 +68,7 @@ def test_sharded_parameters_under_jit(rule, spec, axis_type):
         assert x.sharding.is_equivalent_to(NamedSharding(m, SPECS[spec][name]), x.ndim)
 
 
+@pytest.mark.slow_but_for("median-")
 @pytest.mark.parametrize("spec", ["first_axis", "last_axis"])
 @pytest.mark.parametrize("rule", RULES)
 def test_axis_name_of_split_parameters(rule, spec):
@@ -75,6 +77,7 @@ def test_axis_name_of_split_parameters(rule, spec):
     chex.assert_trees_all_close(jax.jit(sharded)(G, W, H), on_one_device(rule), rtol=1e-5)
 
 
+@pytest.mark.slow_but_for("median]")
 @pytest.mark.parametrize("rule", RULES)
 def test_axis_name_of_split_parameters_under_pmap(rule):
     scaler = functools.partial(update, RULES[rule](param_axis_name="x"))
@@ -114,6 +117,7 @@ def three_steps_on_one_device(name):
     return jax.device_get(three_steps(name, W, G, H))
 
 
+@pytest.mark.slow_but_for("mclr")
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_step_alike_on_a_mesh_and_keep_their_state_with_the_parameters(name, axis_type):
@@ -172,6 +176,7 @@ def error(diag, method):
 TOLERANCE = {"basis": 1e-5, "exact": 1e-5, "hutchinson": 0.1, "ggn_mc": 0.1, "ggn_of_batches": 0.04}
 
 
+@pytest.mark.slow_but_for("exact")
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_axis_name_of_split_examples_under_shard_map(method, check_vma):
@@ -180,6 +185,7 @@ def test_axis_name_of_split_examples_under_shard_map(method, check_vma):
     assert error(jax.jit(run)(PARAMS, OBJECTIVE), method) < TOLERANCE[method]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [curvax.Hutchinson(), curvax.GaussNewton(1, "batch", micro_batches=1)])
 def test_probes_that_differ_between_shards_lower_the_variance(method):
     """Eight shards of equal examples: one set of probes for all errs as one device does, eight sets 8 times less."""
@@ -202,6 +208,7 @@ def test_probes_that_differ_between_shards_lower_the_variance(method):
     assert 0.5 / 8 < ratio < 2 / 8
 
 
+@pytest.mark.slow_but_for("exact")
 @pytest.mark.parametrize("method", METHODS)
 def test_axis_name_of_split_examples_under_pmap(method):
     split = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), OBJECTIVE)
@@ -212,6 +219,7 @@ def test_axis_name_of_split_examples_under_pmap(method):
     chex.assert_trees_all_equal(first, last)
 
 
+@pytest.mark.slow_but_for("exact")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_sharded_batch_under_jit_draws_the_numbers_of_one_device(method):
     run = jax.jit(functools.partial(curvature_of, method=method))
@@ -219,6 +227,7 @@ def test_a_sharded_batch_under_jit_draws_the_numbers_of_one_device(method):
     chex.assert_trees_all_close(run(PARAMS, spread), run(PARAMS, OBJECTIVE), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow_but_for("explicit")
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_state_of_cblr_is_placed_like_its_parameters(axis_type):
     tx = curvax.cblr(0.1)
@@ -245,6 +254,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.slow_but_for("0.0-lars")
 @pytest.mark.parametrize("rule", KERNELS)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_biases_follow_their_own_kernels_where_devices_hold_parts_of_both(rule, weight_decay):

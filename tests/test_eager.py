@@ -136,6 +136,7 @@ def test_a_method_that_may_change_is_asked_in_every_step():
     assert seen == [[1.0, 1.0], [5.0, 5.0]]
 
 
+@pytest.mark.slow
 def test_programs_and_what_they_hold_are_few():
     """Losses of different constants, each a program of its own."""
 

@@ -463,6 +463,7 @@ def assert_close(found, expected, tolerance):
         assert error <= tolerance * jnp.maximum(jnp.linalg.norm(expected[name]), 1e-3), (name, float(error))
 
 
+@pytest.mark.slow_but_for("dense]", "conv_pool_conv", "embedding]", "attention", "tied", "penalty_by_entries")
 @pytest.mark.parametrize("name", CASES)
 def test_diagonals_are_those_of_the_dense_matrices(name, x64):
     chosen = CASES[name]
@@ -490,6 +491,7 @@ def test_routes(name):
     assert found == chosen.routes, str(explanation)
 
 
+@pytest.mark.slow_but_for("dense_over")
 @pytest.mark.parametrize("name", ["conv_pool_conv", "dense_over_positions", "tanh_twice", "attention"])
 def test_single_precision(name):
     chosen = CASES[name]
@@ -501,6 +503,7 @@ def test_single_precision(name):
         assert_close(diag, hessian, 1e-5)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
 @hypothesis.given(
     size=st.tuples(st.integers(3, 6), st.integers(3, 6)),
@@ -527,6 +530,7 @@ def test_any_convolution(size, kernel, strides, low, base_dilation, kernel_dilat
         assert_exact(Objective(predict, cross_entropy, data), make_params(shapes))
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
 @hypothesis.given(
     positions=st.integers(1, 6),

@@ -216,11 +216,13 @@ def dense_diagonals(objective, params):
     return unravel(jnp.diag(hessian)), unravel(product)
 
 
+@pytest.mark.slow_but_for("no sizes", "computed again")
 @pytest.mark.parametrize("kind", KINDS)
 def test_programs_of_a_kind(kind):
     assert_diagonals(KINDS[kind], DATA)
 
 
+@pytest.mark.slow
 def test_batches_of_one():
     assert_diagonals(ONE_EXAMPLE, {name: x[:1] for name, x in DATA.items()})
 
@@ -332,6 +334,7 @@ def test_the_primitives_in_the_tables_exist():
                 assert not set(table) - known - GONE - NEW, (module.__name__, name)
 
 
+@pytest.mark.slow_but_for("uint8")
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.uint32])
 @pytest.mark.parametrize("mode", ["clip", "fill"])
 @pytest.mark.parametrize("made", [False, True], ids=["table", "made"])

@@ -132,6 +132,7 @@ def test_empty_and_scalar_leaves_have_diagonals():
 # The pieces agree with each other and with JAX.
 
 
+@pytest.mark.slow_but_for("3")
 @pytest.mark.parametrize("chunk_size", [1, 3])
 def test_chunks_of_columns_do_not_change_the_diagonal(chunk_size):
     objective, params = cnn_problem()
@@ -209,6 +210,7 @@ def test_bfloat16_parameters_have_float32_diagonals():
     assert relative_error(diag, exact) < 1e-5
 
 
+@pytest.mark.slow_but_for("exact_diag")
 @pytest.mark.parametrize(
     "method", [exact_diag, ggn_diag, lambda o, p: sampled_gauss_newton(o, p, jax.random.key(0))[:3]]
 )
@@ -227,6 +229,7 @@ def tied_problem():
     return Objective(tied, cross_entropy, {"row": jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)}), params
 
 
+@pytest.mark.slow_but_for("cnn_problem")
 @pytest.mark.parametrize("problem", [cnn_problem, lambda: mlp(jnp.tanh, examples=16), tied_problem])
 def test_under_shard_map_each_device_has_the_diagonal_of_its_examples(problem):
     """By every route: columns, a tail's columns, unit vectors."""
@@ -266,6 +269,7 @@ def tied(params, data):
     return jnp.tanh(jnp.tanh(data["row"] @ params["w"]) @ params["w"])
 
 
+@pytest.mark.slow_but_for("layers-cross_entropy")
 @pytest.mark.parametrize("loss", [cross_entropy, indefinite])
 @pytest.mark.parametrize("network", ["layers", "tied"])
 def test_estimate_converges_at_its_standard_error(network, loss):
@@ -284,6 +288,7 @@ def test_estimate_converges_at_its_standard_error(network, loss):
         assert float(jnp.max(deviation)) < 4.5, name
 
 
+@pytest.mark.slow
 def test_one_sample_is_within_half_of_a_relu_network_s_diagonal():
     objective, params = cnn_problem(examples=64, classes=10)
     exact = jax.jit(ggn_diag)(objective, params)[2]

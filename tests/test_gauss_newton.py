@@ -132,6 +132,7 @@ def test_the_trace_proves_what_a_loss_is_curved_by(name):
         assert [{Softmax: SOFTMAX, Separate: SEPARATE}[type(atom)] for atom in structure.atoms] == kinds
 
 
+@pytest.mark.slow_but_for("cross entropy", "two tasks", "huber", "focal")
 @pytest.mark.parametrize("name", LOSSES)
 def test_both_forms_of_the_estimate_are_unbiased(name, x64):
     objective, params = Objective(network, LOSSES[name][0], batch()), parameters()
@@ -158,6 +159,7 @@ def sharp(z, d):
     return jax.nn.logsumexp(20 * z, -1, b=jnp.ones(CLASSES)) - 20 * jnp.take_along_axis(z, d["label"][:, None], 1)[:, 0]
 
 
+@pytest.mark.slow_but_for("ordinal")
 @pytest.mark.parametrize(("loss", "outputs"), [(ordinal, 1), (sharp, CLASSES)])
 def test_atoms_that_cancel_each_other_are_factored_where_outputs_are_few(loss, outputs, x64):
     """Convex losses: a column `v` of random signs has `E[(a v)^4] <= 3 (a H a)^2`, so that the squares of B examples,
@@ -175,6 +177,7 @@ def test_atoms_that_cancel_each_other_are_factored_where_outputs_are_few(loss, o
     assert np.all(squares.mean(0) <= most * (1 + 5 * 9 / np.sqrt(len(keys))) + 1e-20), squares.mean(0) / most
 
 
+@pytest.mark.slow_but_for("24")
 @pytest.mark.parametrize("part", [4 * CLASSES * 2, 2**22])
 def test_a_random_column_is_drawn_in_parts_where_it_is_large(part, x64, monkeypatch):
     monkeypatch.setattr(columns, "PART", part)
@@ -223,6 +226,7 @@ SCALED = {
 }
 
 
+@pytest.mark.slow_but_for("cross entropy")
 @pytest.mark.parametrize("name", SCALED)
 def test_outputs_of_any_size_keep_their_curvature(name):
     """The loss takes back the scale of its outputs, whose square leaves float32: all is as if there were none."""
@@ -433,6 +437,7 @@ def test_a_batch_is_split_only_where_its_parts_have_the_same_losses(name):
     assert split["x"] is not None and split["shared"] is None and split["scale"] is None
 
 
+@pytest.mark.slow_but_for("straight through")
 @pytest.mark.parametrize("name", ["straight through", "masked", "layer of parameters", "silu"])
 def test_functions_with_rules_of_their_own_are_the_mean_over_parts(name, x64):
     """Where a split is proved, it is right: against JAX's derivatives of the whole batch."""
@@ -479,6 +484,7 @@ def test_coupled_examples_are_seen_as_one_batch():
         sampled_gauss_newton(coupled, parameters(), jax.random.key(0), micro_batches=2)
 
 
+@pytest.mark.slow_but_for("z-loss")
 @pytest.mark.parametrize("name", ["z-loss", "soft cap", "tokens as examples", "squared by batch"])
 def test_memory_stays_near_the_gradients_with_a_large_vocabulary(name):
     """Nothing of the size of the logits is squared, and a sample's copies of them are of a part of the batch."""

@@ -61,6 +61,7 @@ def test_basis_in_float64():
         assert relative_error(diag, problems.dense_hessian_diag(objective, params)) < 1e-12
 
 
+@pytest.mark.slow_but_for("-cross_entropy")
 @pytest.mark.parametrize("loss", [problems.cross_entropy, problems.weighted_cross_entropy, problems.squared_error])
 @pytest.mark.parametrize("method", ["exact", "ggn"])
 def test_routes_through_the_traced_network(method, loss):
@@ -124,6 +125,7 @@ def test_xdiag_is_unbiased_and_beats_hutchinson_at_the_same_number_of_products()
 SQUARES_OF_BATCHES = functools.partial(curvax.GaussNewton, squares="batch")
 
 
+@pytest.mark.slow_but_for("Hutchinson")
 @pytest.mark.parametrize("method", [curvax.Hutchinson, SQUARES_OF_BATCHES, curvax.XDiag, curvax.GaussNewton])
 def test_the_number_of_samples_in_a_pass_changes_nothing(method):
     objective, params = problems.mlp_objective(), problems.mlp_params()
@@ -137,6 +139,7 @@ def test_the_number_of_samples_in_a_pass_changes_nothing(method):
     chex.assert_trees_all_close(together, apart, rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.slow_but_for("exact", "hutchinson")
 @pytest.mark.parametrize("method", ["exact", "basis", "ggn", "hutchinson", "ggn_mc", "xdiag"])
 def test_micro_batches_average_to_the_whole_batch(method):
     objective, params = problems.mlp_objective(), problems.mlp_params()
@@ -150,6 +153,7 @@ def test_micro_batches_average_to_the_whole_batch(method):
     assert all(jax.tree.leaves(within)), within
 
 
+@pytest.mark.slow
 def test_micro_batches_hold_less_memory():
     objective, params = problems.mlp_objective(features=30, examples=8192), problems.mlp_params(sizes=(30, 200, 4))
 
@@ -196,6 +200,7 @@ def test_exact_above_its_budget_names_the_dearest_parameter():
         curvax.hessian_diag(lambda p: double(p["w"]), {"w": jnp.ones(5)}, method="exact", budget=3)
 
 
+@pytest.mark.slow_but_for("Hutchinson")
 @pytest.mark.parametrize(
     "method",
     [curvax.Hutchinson(3), curvax.GaussNewton(3, "example"), SQUARES_OF_BATCHES(2, micro_batches=2)],
@@ -222,6 +227,7 @@ def test_estimates_are_unbiased_and_know_their_error(method):
     assert np.sum(error.mean(0) ** 2) > 0
 
 
+@pytest.mark.slow
 def test_more_micro_batches_have_less_variance():
     objective, params = problems.mlp_objective(), problems.mlp_params()
     exact = problems.dense_ggn_diag(objective, params)
@@ -239,6 +245,7 @@ def test_more_micro_batches_have_less_variance():
     assert mean_squared_error(keys, 6) < 0.4 * mean_squared_error(keys, 1)
 
 
+@pytest.mark.slow
 def test_a_penalty_is_part_of_the_diagonal():
     def penalty(params):
         return sum(jnp.sum(3 * jnp.square(x)) for x in jax.tree.leaves(params))
@@ -254,6 +261,7 @@ def test_a_penalty_is_part_of_the_diagonal():
         chex.assert_trees_all_close(found, jax.tree.map(lambda h: np.asarray(h) + 6, alone), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow_but_for("exact", "hutchinson", "None")
 @pytest.mark.parametrize("method", METHODS)
 def test_value_and_gradient_are_those_of_the_objective(method):
     objective, params = problems.mlp_objective(), problems.mlp_params()
@@ -271,6 +279,7 @@ def test_the_diagonal_alone_outside_of_jit_is_that_of_the_estimate(method):
     chex.assert_trees_all_close(diag, alone, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow_but_for("exact")
 @pytest.mark.parametrize("method", ["exact", "hutchinson", None])
 def test_where_restricts_to_a_subtree(method):
     objective, params = problems.mlp_objective(), problems.mlp_params()
@@ -300,6 +309,7 @@ def test_frozen_leaves_cost_nothing():
     assert flops([False, True]) < 0.35 * flops(None)
 
 
+@pytest.mark.slow
 def test_low_precision_parameters_have_a_float32_diagonal():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), problems.mlp_params())
     with jax.numpy_dtype_promotion("standard"):
@@ -409,6 +419,7 @@ OTHER_OUTPUT = curvax.Objective(
 )
 
 
+@pytest.mark.slow_but_for("exact", "None")
 @pytest.mark.parametrize("method", METHODS)
 def test_an_objective_says_itself_that_it_has_other_output(method):
     w, plain = jnp.ones(2), lambda w: OTHER_OUTPUT(w)[0]
@@ -462,6 +473,7 @@ def test_numbers_of_python_are_parameters():
     assert float(curvax.hessian_diag(lambda w: w**3, 2.0)) == 12.0
 
 
+@pytest.mark.slow
 def test_wider_data_leave_the_diagonal_its_dtype(x64):
     """NumPy's data are float64; what is kept of float32 parameters is float32, in a loop too."""
     rng = np.random.default_rng(0)
@@ -515,6 +527,7 @@ def test_a_gradient_through_the_rate_of_cblr_needs_none_of_the_diagonal():
     np.testing.assert_allclose(found, slope, rtol=1e-3)
 
 
+@pytest.mark.slow_but_for("XDiag")
 @pytest.mark.parametrize("exponent", [-80, -70, 70, 80])
 @pytest.mark.parametrize(
     "method", [curvax.XDiag(4), curvax.Hutchinson(4), curvax.GaussNewton(4, micro_batches=2)], ids=repr

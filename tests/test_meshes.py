@@ -35,6 +35,7 @@ def lie_alike(tree, params):
     return all(x.sharding.is_equivalent_to(params[name].sharding, x.ndim) for name, x in tree.items())
 
 
+@pytest.mark.slow_but_for("exact-AxisType.Explicit", "Hutchinson")
 @pytest.mark.parametrize(
     ("method", "second"), [(method, AxisType.Explicit) for method in METHODS] + [("exact", AxisType.Auto)], ids=str
 )
@@ -83,6 +84,7 @@ BODIES = {
 }
 
 
+@pytest.mark.slow_but_for("scan", "custom_vjp")
 @pytest.mark.parametrize("body", BODIES)
 def test_functions_that_name_their_axes_and_use_divided_arrays_from_outside(body):
     mesh = mesh_of(x=AxisType.Explicit)

@@ -90,6 +90,7 @@ def over_devices(grads):
     return state, updates
 
 
+@pytest.mark.slow
 def test_devices_are_micro_batches():
     grads = gradients(3)
     state, updates = over_devices(grads)

@@ -25,6 +25,7 @@ def jax_tree(seed, **kwargs):
     return jax.tree.map(jnp.asarray, problems.random_tree(seed, **kwargs))
 
 
+@pytest.mark.slow_but_for("nothing-settings1")
 @pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.01, "nesterov": True}, {"eps": 0.5, "momentum": 0.5}])
 @pytest.mark.parametrize("zero", ["nothing", "params", "gradient"])
 def test_lars_equals_optax(settings, zero):
@@ -54,6 +55,7 @@ def test_lamb_equals_optax():
     chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow_but_for("lars")
 @pytest.mark.parametrize("name", ["mclr", "percent_delta", "lars", "lamb", "cblr"])
 def test_schedules_and_rates_agree(name):
     params, gradients = jax_tree(0), [jax_tree(i) for i in range(1, 4)]
@@ -136,6 +138,7 @@ def test_curvature_makes_convergence_independent_of_the_condition_number():
     assert distance_after(descent, 50, start) == pytest.approx(np.linalg.norm(by_eigenvalue), rel=1e-2)
 
 
+@pytest.mark.slow_but_for("lars", "mclr")
 @pytest.mark.parametrize(
     "tx",
     [

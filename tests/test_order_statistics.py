@@ -69,6 +69,7 @@ def test_a_median_without_zeros_is_that_of_the_others(size, left_out):
     np.testing.assert_array_equal(median(x, without=zeros(x)), expected)
 
 
+@pytest.mark.slow_but_for("[1-", "[2-", "65-", "4097-")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_median_and_quantile_are_those_of_jax_numpy(size, dtype):
@@ -183,6 +184,7 @@ def test_double_precision():
 # Ranks that floats, or signed integers, would round.
 
 
+@pytest.mark.slow
 def test_ranks_beyond_those_of_float32():
     # Element k has pattern 2**29 + 4 k, and so rank k; four, so that no rounding hides a wrong rank.
     size = 2**24 + 4
@@ -208,6 +210,7 @@ def test_ranks_around_those_of_float32():
     assert ends == [2**29, 2**29 + 4 * 2**18]
 
 
+@pytest.mark.slow
 def test_ranks_beyond_those_of_signed_integers():
     # Copies of 2**21 elements, which vmap adds up but does not store: of 1600, element k has ranks from 1600 k on.
     x = jax.lax.bitcast_convert_type(jnp.arange(2**21, dtype=jnp.int32), jnp.float32)
@@ -290,6 +293,7 @@ def largest_collective(compiled):
     return max((int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes), default=0)
 
 
+@pytest.mark.slow_but_for("Auto")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_sharded_under_jit(kind, spec):
@@ -340,6 +344,7 @@ print(jax.jit(median).lower(x).compile().as_text())
 """
 
 
+@pytest.mark.slow
 def test_what_moves_between_256_devices():
     program = subprocess.run([sys.executable, "-c", PROGRAM_256], capture_output=True, text=True, check=True).stdout
     results = COLLECTIVE.findall(program)

@@ -58,7 +58,7 @@ def test_the_table_of_starting_rates_names_each_rule():
     assert set(RULES) == {"cblr", "mclr", "lars", "percent_delta"}
 
 
-@pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.usefixtures("as_users_have_it")
 @pytest.mark.parametrize("optimizer", ["cblr", "mclr", "lars", "percent_delta"])
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -109,6 +109,7 @@ def test_updates_are_right_wherever_they_are_floats(rule, dtype):
         assert_right_where_representable(update(rule, w, g, h), expected, dtype)
 
 
+@pytest.mark.slow_but_for("-5]", "5-")
 @pytest.mark.parametrize("size", [5, 3000])
 @pytest.mark.parametrize("rule", HOMOGENEOUS)
 def test_powers_of_two_pass_through(rule, size):
@@ -161,6 +162,7 @@ def test_bounds_on_what_follows_a_kernel(scaler):
 MESH = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
 
 
+@pytest.mark.slow_but_for("64-")
 @pytest.mark.parametrize("rule", ["lars", "percent_delta", "median_of_ratios"])
 @pytest.mark.parametrize("size", [64, 16384])
 def test_sums_over_devices_of_different_scales(rule, size):
@@ -249,6 +251,7 @@ def test_the_largest_radius_is_that_of_a_parameter_at_zero_too():
     np.testing.assert_array_equal(tx.update(g, optax.EmptyState(), w)[0], [1.0, 0.25, 0.0, 0.0])
 
 
+@pytest.mark.slow_but_for("lars", "curvature]")
 @pytest.mark.parametrize("rule", RULES)
 def test_derivatives_are_those_of_finite_differences(rule):
     """First and second ones, backwards and forwards; and numbers wherever something is zero."""

@@ -385,6 +385,7 @@ def test_losses_may_have_other_arguments_that_are_given():
         assert tx.update(w, tx.init(w), w, **given)[0].tolist() == [3.0, 3.0]
 
 
+@pytest.mark.slow
 def test_the_state_names_the_method_that_was_taken():
     params = problems.mlp_params(sizes=(6, 4))
 

@@ -77,6 +77,7 @@ def update(tx, g, w, **extra):
     return tx.update(g, tx.init(w), w, **extra)[0]
 
 
+@pytest.mark.slow_but_for("lars")
 @pytest.mark.parametrize("layers", GROUPS)
 @pytest.mark.parametrize("rule", RULES)
 @settings(max_examples=10, deadline=None)
@@ -88,6 +89,7 @@ def test_layer_rules(rule, layers, seed, zeros):
     chex.assert_trees_all_close(actual, expected(reference, layers, w, g), rtol=2e-5)
 
 
+@pytest.mark.slow_but_for("True")
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), damping=st.sampled_from([0.0, 0.1, 1.0]), cap=st.sampled_from([None, 3.0]))
 @pytest.mark.parametrize("slope_term", [True, False, None])
@@ -219,6 +221,7 @@ EVERY_RULE = {
 }
 
 
+@pytest.mark.slow_but_for("9-", "11-")
 @pytest.mark.parametrize("rule", EVERY_RULE)
 @pytest.mark.parametrize("layers", ["array", "kernel"])
 @pytest.mark.parametrize("looked_up", [2, 9, 10, 11, 20])
@@ -273,6 +276,7 @@ def test_statistics_are_float32_and_updates_keep_their_dtype(scaler, dtype):
     np.testing.assert_allclose(updates.astype(np.float32), 200.0, rtol=1e-2)
 
 
+@pytest.mark.slow_but_for("lars")
 @pytest.mark.parametrize("scaler", LAYER_RULES)
 def test_float64(scaler):
     with jax.enable_x64(True):

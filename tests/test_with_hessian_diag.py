@@ -152,6 +152,7 @@ def check_steps(found, rtol=1e-5):
     chex.assert_trees_all_close(found, expected_steps(), rtol=rtol)
 
 
+@pytest.mark.slow
 def test_steps_under_jit_and_scan():
     check_steps(jax.jit(lambda w: steps(cblr(), cblr().init(w), w))(W))
     step = lambda carry, _: (steps(cblr(), carry[1], carry[0], 1), None)
@@ -169,6 +170,7 @@ def test_a_donated_state_and_one_that_was_saved():
     assert state.inner_state.method_name == "hutchinson"
 
 
+@pytest.mark.slow
 def test_optimizers_in_parallel():
     rates = jnp.array([0.05, 0.01])
     w, _ = jax.vmap(lambda rate: steps(cblr(rate), cblr(rate).init(W), W))(rates)
@@ -176,6 +178,7 @@ def test_optimizers_in_parallel():
     assert not np.allclose(w[0], w[1])
 
 
+@pytest.mark.slow
 def test_injected_hyperparameters():
     """Numbers become arrays, and are checked all the same; a method and `where` stay as they are."""
     tx = optax.inject_hyperparams(curvax.cblr)(

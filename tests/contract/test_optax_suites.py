@@ -76,6 +76,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.slow_but_for("AliasTest-test_optimization")
 @pytest.mark.parametrize(("test", "arguments", "factory"), RUNS)
 def test_generic_suite(test, arguments, factory):
     home = optax.contrib if arguments["opt_name"] in CURVATURE else alias
@@ -107,6 +108,7 @@ def test_init_with_abstract_input(name):
 
 
 # cblr is left out: these call `update` without `obj_fn`. tests/test_devices.py does the same for it.
+@pytest.mark.slow_but_for("lars")
 @pytest.mark.parametrize("name", FIRST_ORDER)
 @pytest.mark.parametrize(
     "test", ["test_state_sharding_type_init_match_update", "test_state_sharding_type_preserved_with_jit"]

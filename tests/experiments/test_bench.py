@@ -11,6 +11,7 @@ from experiments.bench.command import cells
 from experiments.bench.measure import Row
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("devices", [8, 64])
 def test_an_update_moves_counts_and_no_parameters(devices):
     width, depth = 256, 2
@@ -36,9 +37,10 @@ def test_bytes_of_collectives_are_read_from_a_program():
     assert collectives.collectives(program) == [(67, True), (10, False)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "part",
-    [optimizers.medians, optimizers.small_layers, pytest.param(optimizers.train_step, marks=pytest.mark.slow)],
+    [optimizers.medians, optimizers.small_layers, pytest.param(optimizers.train_step, marks=pytest.mark.once)],
 )
 def test_every_part_of_the_table_yields_its_figures(part):
     said = []

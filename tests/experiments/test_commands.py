@@ -8,6 +8,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from experiments import __main__, records, runs
 from experiments.config import load_config
 from experiments.errors import Diverged
@@ -25,6 +27,7 @@ def command(capfd, *arguments):
     return (code, *capfd.readouterr())
 
 
+@pytest.mark.once
 def test_training_leaves_its_configuration_and_its_metrics(capfd, tmp_path):
     arguments = [
         "train",

@@ -67,7 +67,7 @@ class Transformer(nn.Module):
         return nn.Dense(3)(jnp.mean(x, axis=1))
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_a_linen_transformer_equals_unit_vectors():
     module, tokens = Transformer(), jax.random.normal(jax.random.key(0), (3, 4, 4))
     params = module.init(jax.random.key(1), tokens)

@@ -174,7 +174,7 @@ def run(capfd, *arguments):
     return (code, *capfd.readouterr())
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_figures_and_report_from_nothing(capfd, tmp_path, monkeypatch):
     monkeypatch.setitem(batch_sweep.EPOCHS, "smoke", 1)
     monkeypatch.setitem(batch_sweep.SIZES, "smoke", (256, 512))
@@ -205,7 +205,7 @@ def test_figures_and_report_from_nothing(capfd, tmp_path, monkeypatch):
     assert all(color in html for verdict, color in report.COLORS.items() if f">{verdict}<" in html)
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_a_run_that_diverged_counts_as_one(tmp_path):
     place = Place("smoke", out=tmp_path)
     wild = median_rate.config(place, "sgd", 128, 1e9, 0)

@@ -59,7 +59,7 @@ def ends(running):
     return [process.returncode for process in running], said
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_two_processes_of_which_one_dies_and_two_that_go_on_equal_one(tmp_path):
     """The first two under `pmap`, the others under `jit`: a run is the same in several processes and in either way."""
     config = dataclasses.replace(CONFIG, out=tmp_path)
@@ -87,7 +87,7 @@ def test_two_processes_of_which_one_dies_and_two_that_go_on_equal_one(tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_a_cpu_counts_as_several_devices_in_a_process_of_its_own(tmp_path):
     command = options.line("train", dataclasses.replace(CONFIG, devices=2, epochs=1, out=tmp_path))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
@@ -149,7 +149,7 @@ def test_a_port_in_use_is_one_line_and_no_crash(address, joined):
     assert joined == [(f"127.0.0.1:{port}", 2, 1)]
 
 
-@pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize(("number", "who"), [(signal.SIGTERM, (1,)), (signal.SIGINT, (0, 1))])
 def test_a_signal_to_any_process_stops_all_of_them_with_the_step_saved(number, who, tmp_path):
     config = dataclasses.replace(CONFIG, epochs=500, checkpoint_seconds=1e6, out=tmp_path)

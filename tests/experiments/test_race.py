@@ -197,7 +197,7 @@ def test_a_race_goes_on_where_it_was_killed(capfd, tmp_path, tiny_problem, monke
     assert len(trained) == 16 + 4 and {one[1] for one in trained[16:]} == {0.04}
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_a_race_from_nothing(capfd, tmp_path, tiny_problem):
     del tiny_problem
     assert __main__.main(["race", "digits", "--methods", "lars", "--seeds", "1", "--time", "--out", str(tmp_path)]) == 0

@@ -93,7 +93,7 @@ for folder in sys.argv[2:]:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_a_run_killed_twice_ends_with_the_same_bits(tmp_path):
     config = dataclasses.replace(RICH, width=0.03, batch_size=128, checkpoint_seconds=0.0)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -156,6 +156,7 @@ def stop_while_writing(path):
     path.rename(path.with_name(path.name + ".draft"))
 
 
+@pytest.mark.slow_but_for("truncate")
 @pytest.mark.parametrize(
     "damage",
     [truncate, empty, flip_a_bit, lose_an_array, hold_something_else, exchange, stop_while_writing],
@@ -345,6 +346,7 @@ def test_a_run_that_is_done_is_read(tmp_path, whole):
     assert kept(whole) == ["step-7.npz", "step-8.npz"]
 
 
+@pytest.mark.once
 def test_a_run_goes_on_on_another_mesh_and_back(tmp_path, whole):
     four = dataclasses.replace(QUICK, devices=4)
     assert four.name == QUICK.name

@@ -62,20 +62,21 @@ def untimed(record):
     return {name: value for name, value in record.items() if name not in ("seconds", "images_per_second", "compiled")}
 
 
+@pytest.mark.once
 def test_the_loss_falls_and_the_test_images_are_learnt():
     records = run(TINY)
     assert column(records, "test_accuracy", "epoch")[-1] > 0.3
     assert column(records, "loss", "epoch")[-1] < 0.6 * column(records, "loss", "epoch")[0]
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_one_seed_gives_the_same_numbers_and_another_gives_others():
     again = list(train(stepper(TINY), 0, TINY.learning_rate))
     np.testing.assert_array_equal(column(again, "loss"), column(run(TINY), "loss"))
     assert not np.any(column(run(TINY, seed=1), "loss") == column(run(TINY), "loss"))
 
 
-@pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize("way", ["jit", "pmap"])
 def test_one_device_and_eight_agree(way):
     """With curvature, in coordinates: eigenvectors without a gradient, of which a kernel has many, are any."""
@@ -85,7 +86,7 @@ def test_one_device_and_eight_agree(way):
     np.testing.assert_allclose(column(eight, "test_loss", "epoch"), column(one, "test_loss", "epoch"), rtol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_batch_norm_over_eight_devices_is_over_the_whole_batch():
     config = change(model="resnet18", dropout=None, width=0.03, image_size=8, batch_size=256)
     images = data.load(config)
@@ -100,6 +101,7 @@ def test_batch_norm_over_eight_devices_is_over_the_whole_batch():
             np.testing.assert_allclose(leaf, expected, rtol=1e-3, atol=1e-4 * np.max(np.abs(expected)))
 
 
+@pytest.mark.once
 def test_micro_batches_add_up_to_the_batch():
     whole, micro = run(TINY), run(change(micro_batch_size=16))
     # In the first steps: training is chaotic, and rounding grows from step to step.
@@ -107,7 +109,7 @@ def test_micro_batches_add_up_to_the_batch():
     np.testing.assert_allclose(column(micro, "accuracy")[:8], column(whole, "accuracy")[:8])
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_a_run_goes_on_from_its_state_to_the_same_bits():
     whole, kept = run(RICH), {}
 
@@ -122,6 +124,7 @@ def test_a_run_goes_on_from_its_state_to_the_same_bits():
         assert [untimed(record) for record in rest] == [untimed(record) for record in whole[step + judged :]]
 
 
+@pytest.mark.once
 def test_one_compilation_per_batch_size_and_none_for_rates_or_seeds():
     changing = stepper(change(**phased("1:128:0.01", "1:64:0.02", "1:128:0.03")))
     flags = [list(column(train(changing, seed, rate), "compiled")) for seed, rate in ((0, 0.1), (1, 0.2))]
@@ -131,6 +134,7 @@ def test_one_compilation_per_batch_size_and_none_for_rates_or_seeds():
     assert (sizes["update"], sizes["gradient"], sizes["shuffle"], sizes["evaluate"]) == (2, 2, 1, 1)
 
 
+@pytest.mark.once
 def test_sharpness_multiplies_the_logits():
     plain, sharp = (stepper(change(sharpness=sharpness)) for sharpness in (1.0, 4.0))
     state = plain.init(0)
@@ -168,7 +172,7 @@ def test_too_few_devices_are_refused():
         Stepper(change(devices=64), dataset())
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_the_images_left_out_are_those_of_the_whole_batch():
     """In one micro-batch or four, the gradient is that of the images with the largest losses."""
     config = change(discard=0.3, batch_size=128, epochs=1)
@@ -186,7 +190,7 @@ def test_the_images_left_out_are_those_of_the_whole_batch():
     np.testing.assert_array_equal(np.flatnonzero(weights), np.sort(np.argsort(losses)[38:]))
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_images_are_left_out_in_the_first_epochs_only():
     some = run(change(discard=0.3, discard_epochs=1, discard_by="chance", batch_size=128, epochs=2))
     all_ = run(change(discard=0.3, discard_by="chance", batch_size=128, epochs=2))
@@ -194,7 +198,7 @@ def test_images_are_left_out_in_the_first_epochs_only():
     assert not np.any(column(some, "loss")[5:] == column(all_, "loss")[5:])
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_probes_change_nothing_and_see_the_step():
     plain, probed = run(change(epochs=1, optimizer="sgd")), run(change(epochs=1, optimizer="sgd", probes=True))
     np.testing.assert_allclose(column(probed, "loss"), column(plain, "loss"), rtol=1e-5)

@@ -51,6 +51,7 @@ def unfiltered_tracebacks():
     jax.config.update("jax_traceback_filtering", before)
 
 
+@pytest.mark.slow_but_for("convolution_2d", "tied_embedding", "branch_per_example")
 @pytest.mark.parametrize(("layers", "loss", "method"), PROGRAMS)
 def test_programs(layers, loss, method):
     case = prepare(a_spec(*layers.split(), loss=loss))
@@ -59,6 +60,7 @@ def test_programs(layers, loss, method):
     assert not findings, describe(case, findings[0])
 
 
+@pytest.mark.slow_but_for("scale_by_lars", "with_probes")
 @pytest.mark.parametrize("name", NAMES)
 def test_trees(name):
     @hypothesis.seed(0)
@@ -88,6 +90,7 @@ def scaled(monkeypatch, factor):
     monkeypatch.setattr(methods, "run", wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "factor", "kind"), [("exact", 1 + 1e-6, "wrong"), ("hutchinson", 1.5, "biased")])
 def test_a_wrong_diagonal_is_found_and_shrunk(monkeypatch, method, factor, kind):
     scaled(monkeypatch, factor)
@@ -101,6 +104,7 @@ def test_a_wrong_diagonal_is_found_and_shrunk(monkeypatch, method, factor, kind)
         compile(describe(small, finding), "finding", "exec")
 
 
+@pytest.mark.slow
 def test_one_percent_of_an_unlikely_class_is_found(monkeypatch):
     case = prepare(a_spec("unlikely", double=False))
     assert not judge(case, ["exact"])[0]
