@@ -7,7 +7,7 @@ import pytest
 #: Extensions of the site's builder, which the tests do not install.
 collect_ignore = ["theme"]
 
-SLOW = {"curvature.md", "distributed.md", "frameworks.md", "masks.md", "processes.md"}
+SLOW = {"curvature.md", "distributed.md", "frameworks.md", "masks.md", "processes.md", "report.md"}
 
 
 def pytest_collection_modifyitems(items):

@@ -25,6 +25,15 @@ def test_links_outside_of_the_site_lead_to_a_file(page):
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
+def test_every_block_of_python_is_executed():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    blocks = [
+        block for page in pages for block in re.findall(r"(?m)^```(?:python|pycon)\n(.*)$", page.read_text("utf-8"))
+    ]
+    assert blocks
+    assert [block for block in blocks if not block.startswith(">>> ")] == []
+
+
 def test_every_message_has_its_cure():
     page = (ROOT / "docs/errors.md").read_text("utf-8")
     found = Counter("\n\n".join(re.findall(r"(?ms)^``` \{ \.text \.message \}\n(.*?)\n```$", page)).split("\n\n"))
