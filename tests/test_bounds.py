@@ -26,10 +26,10 @@ RULES = {
 
 def network(seed=0, scale=0.05):
     """A kernel with its bias, an embedding, and a norm."""
-    keys = jax.random.split(jax.random.key(seed), 5)
+    rng = np.random.default_rng(seed)
     shapes = {"dense": {"kernel": (8, 6), "bias": (6,)}, "embedding": (10, 4), "norm": {"scale": (6,), "shift": (6,)}}
-    leaves, treedef = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
-    return treedef.unflatten([scale * jax.random.normal(k, shape) for k, shape in zip(keys, leaves, strict=True)])
+    draw = lambda shape: jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+    return jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def with_bias(tree, value):

@@ -127,7 +127,7 @@ def test_the_diagonal_in_a_basis_is_that_of_the_rotated_matrix():
     objective = curvax.Objective(problems.mlp, problems.cross_entropy, data)
     params = problems.mlp_params(sizes=(5, 6, 4))
     basis = rotation(params)
-    wanted = dense_gauss_newton(objective, params, basis)
+    wanted = jax.jit(lambda: dense_gauss_newton(objective, params, basis))()
     inside, q = rotated_objective(objective, params, basis)
     chex.assert_trees_all_close(curvax.hessian_diag(inside, q, "exact"), wanted, rtol=1e-4, atol=1e-6)
     method = curvax.GaussNewton(num_samples=400, squares="batch", chunk_size=100)

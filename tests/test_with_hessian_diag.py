@@ -143,6 +143,11 @@ def cblr(learning_rate=0.05, **options):
     return curvax.cblr(learning_rate, every=2, method=curvax.Hutchinson(2), **options)
 
 
+def four_steps(tx):
+    step = lambda carry, _: (steps(tx, carry[1], carry[0], 1), None)
+    return jax.lax.scan(step, (W, tx.init(W)), length=4)[0]
+
+
 @functools.cache
 def expected_steps():
     return steps(cblr(), cblr().init(W), W)
@@ -154,9 +159,10 @@ def check_steps(found, rtol=1e-5):
 
 @pytest.mark.slow
 def test_steps_under_jit_and_scan():
-    check_steps(jax.jit(lambda w: steps(cblr(), cblr().init(w), w))(W))
-    step = lambda carry, _: (steps(cblr(), carry[1], carry[0], 1), None)
-    check_steps(jax.lax.scan(step, (W, cblr().init(W)), length=4)[0])
+    """Two steps in a program, twice; and a loop of four."""
+    two = jax.jit(lambda w, state: steps(cblr(), state, w, 2))
+    check_steps(two(*two(W, cblr().init(W))))
+    check_steps(four_steps(cblr()))
 
 
 def test_a_donated_state_and_one_that_was_saved():
@@ -173,7 +179,7 @@ def test_a_donated_state_and_one_that_was_saved():
 @pytest.mark.slow
 def test_optimizers_in_parallel():
     rates = jnp.array([0.05, 0.01])
-    w, _ = jax.vmap(lambda rate: steps(cblr(rate), cblr(rate).init(W), W))(rates)
+    w, _ = jax.jit(jax.vmap(lambda rate: four_steps(cblr(rate))))(rates)
     np.testing.assert_allclose(w[0], expected_steps()[0], rtol=1e-5)
     assert not np.allclose(w[0], w[1])
 
