@@ -40,12 +40,12 @@ NOT_STRICT = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What is slow beside what says so itself: what is seen once, the README, and most cases of some tests."""
+    """What is slow beside what says so itself: what is seen once, pages, and most cases of some tests."""
     for item in items:
         but_for = item.get_closest_marker("slow_but_for")
         if (
             item.get_closest_marker("once")
-            or item.path.name == "README.md"
+            or item.path.suffix == ".md"
             or (but_for and not any(part in item.name for part in but_for.args))
         ):
             item.add_marker("slow")
