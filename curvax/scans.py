@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
+from curvax.exact.loops import bodies, scan_numbers
 from curvax.exact.trace import trace
 from curvax.layers import Layers, checked, path_name
 from curvax.objective import Objective
@@ -61,13 +62,13 @@ def _axes(jaxpr: Jaxpr, var: Var, dims: Sequence[int]) -> Axes:
 
 def _read(jaxpr: Jaxpr, eqn: JaxprEqn, slot: int, dims: Sequence[int]) -> Axes:
     """The same, if `eqn` reads the variable."""
-    name, params = eqn.primitive.name, eqn.params
-    if name == "scan" and slot >= params["num_consts"] + params["num_carry"]:
-        body = params["jaxpr"].jaxpr
+    name = eqn.primitive.name
+    if name == "scan" and slot >= sum(scan_numbers(eqn)):
+        body = bodies(eqn)[0].jaxpr
         # A scan in the scan, over what one step reads, has an axis more.
         return (dims[0], *_axes(body, body.invars[slot], dims[1:]))
     if name in _SAME:
         return _axes(jaxpr, eqn.outvars[slot], dims)
     if name == "transpose":
-        return _axes(jaxpr, eqn.outvars[0], [dims[i] for i in params["permutation"]])
+        return _axes(jaxpr, eqn.outvars[0], [dims[i] for i in eqn.params["permutation"]])
     return ()

@@ -45,14 +45,25 @@ def operand_axes(eqn: JaxprEqn, results: Mapping[int, Axis | None], walk: Walk) 
 
 def over_examples(eqn: JaxprEqn, results: Mapping[int, Axis | None]) -> bool:
     """Whether the steps of a scan are examples, for one of its results at least."""
-    return any(axis and axis.dim == 0 for i, axis in results.items() if i >= eqn.params["num_carry"])
+    _, carried = scan_numbers(eqn)
+    return any(axis and axis.dim == 0 for i, axis in results.items() if i >= carried)
+
+
+def scan_numbers(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many operands of a scan are the same in all steps, and how many are carried."""
+    params = eqn.params
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carried, _ = (len(list(part)) for part in params["ft_in"].update(eqn.invars).unpack())
+    return consts, carried
 
 
 def bodies(eqn: JaxprEqn) -> list[ClosedJaxpr]:
     """The programs inside of one of `LOOPS`."""
     params = eqn.params
     of = {"scan": ["jaxpr"], "while": ["cond_jaxpr", "body_jaxpr"], "cond": []}[eqn.primitive.name]
-    return [params[name] for name in of] or list(params["branches"])
+    found = [params[name] for name in of] or params["branches"]
+    return [body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, ()) for body in found]
 
 
 def rebuilt(eqn: JaxprEqn, operands: Sequence[jax.Array], inner: Callable[[ClosedJaxpr, Sequence[Any]], list]) -> list:
@@ -60,19 +71,19 @@ def rebuilt(eqn: JaxprEqn, operands: Sequence[jax.Array], inner: Callable[[Close
     params, name = eqn.params, eqn.primitive.name
     if name == "cond":
         index, *operands = operands
-        return lax.switch(index, [lambda *x, body=body: inner(body, x) for body in params["branches"]], *operands)
+        return lax.switch(index, [lambda *x, body=body: inner(body, x) for body in bodies(eqn)], *operands)
     if name == "while":
-        for_cond, for_body = params["cond_nconsts"], params["body_nconsts"]
-        own, consts, carry = _parted(operands, for_cond, for_body)
-        keeps_on = lambda carry: inner(params["cond_jaxpr"], [*own, *carry])[0]
-        return lax.while_loop(keeps_on, lambda carry: inner(params["body_jaxpr"], [*consts, *carry]), carry)
-    consts, carry, xs = _parted(operands, params["num_consts"], params["num_carry"])
+        condition, body = bodies(eqn)
+        own, consts, carry = _parted(operands, params["cond_nconsts"], params["body_nconsts"])
+        keeps_on = lambda carry: inner(condition, [*own, *carry])[0]
+        return lax.while_loop(keeps_on, lambda carry: inner(body, [*consts, *carry]), carry)
+    consts, carry, xs = _parted(operands, *scan_numbers(eqn))
 
-    def body(carry, xs):
-        results = inner(params["jaxpr"], [*consts, *carry, *xs])
+    def step(carry, xs):
+        results = inner(*bodies(eqn), [*consts, *carry, *xs])
         return results[: len(carry)], results[len(carry) :]
 
-    carry, ys = lax.scan(body, carry, xs, params["length"], params["reverse"])
+    carry, ys = lax.scan(step, carry, xs, params["length"], params["reverse"])
     return [*carry, *ys]
 
 
@@ -81,7 +92,7 @@ def _parted(values: Sequence[Any], first: int, second: int) -> tuple[list, list,
 
 
 def _scan(eqn: JaxprEqn, results: Mapping[int, Axis | None], walk: Walk) -> Found:
-    body, consts, carried = (eqn.params[name] for name in ("jaxpr", "num_consts", "num_carry"))
+    (body,), (consts, carried) = bodies(eqn), scan_numbers(eqn)
     if over_examples(eqn, results) and all(i >= carried and axis == Axis(0) for i, axis in results.items()):
         # Step by step the examples themselves, unless a step reads what another one left.
         inside = walk(body, dict.fromkeys(results))
@@ -98,8 +109,8 @@ def _scan(eqn: JaxprEqn, results: Mapping[int, Axis | None], walk: Walk) -> Foun
 
 
 def _while(eqn: JaxprEqn, results: Mapping[int, Axis | None], walk: Walk) -> Found:
-    names = ("cond_jaxpr", "cond_nconsts", "body_jaxpr", "body_nconsts")
-    condition, for_condition, body, consts = (eqn.params[name] for name in names)
+    condition, body = bodies(eqn)
+    for_condition, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     # What decides on a further step reaches everything.
     deciding = walk(condition, {0: None})
     decides = _reached(condition, deciding)
@@ -117,7 +128,7 @@ def _while(eqn: JaxprEqn, results: Mapping[int, Axis | None], walk: Walk) -> Fou
 def _cond(eqn: JaxprEqn, results: Mapping[int, Axis | None], walk: Walk) -> Found:
     operands: dict[int, Axis | None] = {0: None}
     inside: dict[Var, Axis | None] = {}
-    for branch in eqn.params["branches"]:
+    for branch in bodies(eqn):
         found = walk(branch, results)
         for slot, axis in _reached(branch, found).items():
             operands[slot + 1] = meet(operands, slot + 1, axis)
