@@ -340,7 +340,7 @@ def discounted(z, d):
 
 
 SPLITS |= {
-    "random numbers in a loop": (drawn_in_a_loop, ce, "random"),
+    "random numbers in a loop": (drawn_in_a_loop, ce, "independent"),
     "discounts": (plain, discounted, "loop"),
     "a power of the batch": (plain, lambda z, d: ce(z ** (z.shape[0] // 3), d), "independent"),
     "a column of the batch": (plain, lambda z, d: z[:, z.shape[0] // 3 - 1] ** 2, "independent"),
