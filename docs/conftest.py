@@ -1,2 +1,2 @@
-#: Extensions of the site's builder, which the tests do not install.
-collect_ignore = ["theme"]
+#: Extensions of the site's builder, which the tests do not install, and what draws the gallery.
+collect_ignore = ["theme", "gallery"]
