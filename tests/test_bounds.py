@@ -36,7 +36,7 @@ def with_bias(tree, value):
     return {**tree, "dense": {**tree["dense"], "bias": value}}
 
 
-@pytest.mark.slow_but_for("lars")
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_a_follower_goes_at_most_three_times_as_far_as_its_kernel_is_large(rule):
     w, g = network(0), network(1)

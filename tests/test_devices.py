@@ -56,7 +56,7 @@ def mesh(axis_type):
     return jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
 
 
-@pytest.mark.slow_but_for("last_axis")
+@pytest.mark.slow_but_for("last_axis-auto")
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_sharded_parameters_under_jit(spec, axis_type):
@@ -70,7 +70,7 @@ def test_sharded_parameters_under_jit(spec, axis_type):
             assert x.sharding.is_equivalent_to(NamedSharding(m, SPECS[spec][name]), x.ndim), rule
 
 
-@pytest.mark.slow_but_for("last_axis")
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["first_axis", "last_axis"])
 def test_axis_name_of_split_parameters(spec):
     run = functools.partial(every_update, param_axis_name="x")
@@ -118,7 +118,7 @@ def three_steps_on_one_device(name):
     return jax.device_get(three_steps(name, W, G, H))
 
 
-@pytest.mark.slow_but_for("mclr")
+@pytest.mark.slow_but_for("mclr-auto")
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_step_alike_on_a_mesh_and_keep_their_state_with_the_parameters(name, axis_type):
@@ -177,7 +177,7 @@ def error(diag, method):
 TOLERANCE = {"basis": 1e-5, "exact": 1e-5, "hutchinson": 0.1, "ggn_mc": 0.1, "ggn_of_batches": 0.04}
 
 
-@pytest.mark.slow_but_for("exact")
+@pytest.mark.slow_but_for("exact-True")
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_axis_name_of_split_examples_under_shard_map(method, check_vma):
@@ -228,7 +228,7 @@ def test_a_sharded_batch_under_jit_draws_the_numbers_of_one_device(method):
     chex.assert_trees_all_close(run(PARAMS, spread), run(PARAMS, OBJECTIVE), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.slow_but_for("explicit")
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_state_of_cblr_is_placed_like_its_parameters(axis_type):
     tx = curvax.cblr(0.1)
@@ -255,7 +255,7 @@ KERNELS = {
 }
 
 
-@pytest.mark.slow_but_for("0.0-lars")
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", KERNELS)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_biases_follow_their_own_kernels_where_devices_hold_parts_of_both(rule, weight_decay):

@@ -56,6 +56,7 @@ def curvature_of_steps(method, objectives, params=PARAMS):
     return seen
 
 
+@pytest.mark.slow_but_for("new_objective")
 @pytest.mark.parametrize("make", [new_lambda, new_objective])
 def test_a_loss_made_anew_on_another_batch_is_not_compiled_again(make):
     method = Counting(make.__name__)

@@ -463,7 +463,7 @@ def assert_close(found, expected, tolerance):
         assert error <= tolerance * jnp.maximum(jnp.linalg.norm(expected[name]), 1e-3), (name, float(error))
 
 
-@pytest.mark.slow_but_for("dense]", "conv_pool_conv", "embedding]", "attention", "tied", "penalty_by_entries")
+@pytest.mark.slow_but_for("dense]", "conv_pool_conv", "attention", "tied")
 @pytest.mark.parametrize("name", CASES)
 def test_diagonals_are_those_of_the_dense_matrices(name, x64):
     chosen = CASES[name]

@@ -255,6 +255,7 @@ def smooth_objective(activation):
     return Objective(predict, lambda z, d: jnp.sum(jnp.cos(z - d["target"]), -1), data), jnp.float32(PARAMS["h"])
 
 
+@pytest.mark.slow_but_for("basis")
 @pytest.mark.parametrize("method", ["exact", "basis", "ggn", "hutchinson", "xdiag"])
 def test_functions_differentiated_in_reverse_only(method):
     key = jax.random.key(0) if method in ("hutchinson", "xdiag") else None
@@ -334,7 +335,7 @@ def test_the_primitives_in_the_tables_exist():
                 assert not set(table) - known - GONE - NEW, (module.__name__, name)
 
 
-@pytest.mark.slow_but_for("uint8")
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.uint32])
 @pytest.mark.parametrize("mode", ["clip", "fill"])
 @pytest.mark.parametrize("made", [False, True], ids=["table", "made"])

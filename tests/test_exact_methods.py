@@ -141,6 +141,7 @@ def test_chunks_of_columns_do_not_change_the_diagonal(chunk_size):
     assert relative_error(chunked, whole) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairs", [False, True])
 def test_products_and_pairs_are_the_same_sum(pairs, monkeypatch):
     objective, params = cnn_problem()
@@ -160,6 +161,7 @@ def test_what_accelerators_do_is_the_same_sum(monkeypatch):
     assert relative_error(jax.jit(lambda o, p: exact_diag(o, p)[2])(objective, params), expected) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", [cnn_problem, lambda: mlp(jnp.tanh)])
 def test_streamed_columns_are_those_of_the_eigenvectors(problem, monkeypatch):
     objective, params = problem()
@@ -195,6 +197,7 @@ def test_at_the_kink_of_a_relu_the_branch_is_jaxs():
 # Precision and devices.
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_have_float32_diagonals():
     objective, params = cnn_problem()
     low = {name: leaf.astype(jnp.bfloat16) for name, leaf in params.items()}
@@ -210,7 +213,7 @@ def test_bfloat16_parameters_have_float32_diagonals():
     assert relative_error(diag, exact) < 1e-5
 
 
-@pytest.mark.slow_but_for("exact_diag")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [exact_diag, ggn_diag, lambda o, p: sampled_gauss_newton(o, p, jax.random.key(0))[:3]]
 )
@@ -229,7 +232,7 @@ def tied_problem():
     return Objective(tied, cross_entropy, {"row": jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)}), params
 
 
-@pytest.mark.slow_but_for("cnn_problem")
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", [cnn_problem, lambda: mlp(jnp.tanh, examples=16), tied_problem])
 def test_under_shard_map_each_device_has_the_diagonal_of_its_examples(problem):
     """By every route: columns, a tail's columns, unit vectors."""
@@ -252,6 +255,7 @@ def test_under_shard_map_each_device_has_the_diagonal_of_its_examples(problem):
 # The estimate.
 
 
+@pytest.mark.slow
 def test_estimate_is_exact_with_a_single_column():
     objective, params = cnn_problem(classes=1)
     loss = lambda outputs, data: optax.sigmoid_binary_cross_entropy(outputs[:, 0], data["label"].astype(outputs.dtype))
@@ -269,7 +273,7 @@ def tied(params, data):
     return jnp.tanh(jnp.tanh(data["row"] @ params["w"]) @ params["w"])
 
 
-@pytest.mark.slow_but_for("layers-cross_entropy")
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [cross_entropy, indefinite])
 @pytest.mark.parametrize("network", ["layers", "tied"])
 def test_estimate_converges_at_its_standard_error(network, loss):

@@ -132,7 +132,7 @@ def test_the_trace_proves_what_a_loss_is_curved_by(name):
         assert [{Softmax: SOFTMAX, Separate: SEPARATE}[type(atom)] for atom in structure.atoms] == kinds
 
 
-@pytest.mark.slow_but_for("cross entropy", "two tasks", "huber", "focal")
+@pytest.mark.slow_but_for("cross entropy", "two tasks")
 @pytest.mark.parametrize("name", LOSSES)
 def test_both_forms_of_the_estimate_are_unbiased(name, x64):
     objective, params = Objective(network, LOSSES[name][0], batch()), parameters()
@@ -159,7 +159,7 @@ def sharp(z, d):
     return jax.nn.logsumexp(20 * z, -1, b=jnp.ones(CLASSES)) - 20 * jnp.take_along_axis(z, d["label"][:, None], 1)[:, 0]
 
 
-@pytest.mark.slow_but_for("ordinal")
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "outputs"), [(ordinal, 1), (sharp, CLASSES)])
 def test_atoms_that_cancel_each_other_are_factored_where_outputs_are_few(loss, outputs, x64):
     """Convex losses: a column `v` of random signs has `E[(a v)^4] <= 3 (a H a)^2`, so that the squares of B examples,
@@ -177,7 +177,7 @@ def test_atoms_that_cancel_each_other_are_factored_where_outputs_are_few(loss, o
     assert np.all(squares.mean(0) <= most * (1 + 5 * 9 / np.sqrt(len(keys))) + 1e-20), squares.mean(0) / most
 
 
-@pytest.mark.slow_but_for("24")
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [4 * CLASSES * 2, 2**22])
 def test_a_random_column_is_drawn_in_parts_where_it_is_large(part, x64, monkeypatch):
     monkeypatch.setattr(columns, "PART", part)
@@ -226,7 +226,7 @@ SCALED = {
 }
 
 
-@pytest.mark.slow_but_for("cross entropy")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCALED)
 def test_outputs_of_any_size_keep_their_curvature(name):
     """The loss takes back the scale of its outputs, whose square leaves float32: all is as if there were none."""
@@ -250,6 +250,7 @@ def test_outputs_of_any_size_keep_their_curvature(name):
         np.testing.assert_allclose(estimate, drawn, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_head_for_each_task_has_its_own_columns(x64):
     """Outputs are any pytree; what does not reach a task has none of its columns."""
 
@@ -278,6 +279,7 @@ def test_logits_at_zero_have_the_curvature_that_jax_gives_them():
     np.testing.assert_allclose(diag_of(objective, w).ravel(), np.diag(hessian), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_nan_is_passed_on():
     data = batch() | {"weight": np.where(np.arange(EXAMPLES) == 2, np.nan, 1.0)}
     objective = Objective(network, LOSSES["temperature and weights of either sign"][0], data)
@@ -460,6 +462,7 @@ def test_derivatives_that_a_split_would_change_are_of_the_whole_batch(name):
         hessian_diag(objective, params, "basis", micro_batches=2)
 
 
+@pytest.mark.slow
 def test_parts_have_two_examples_at_least(x64):
     """One example alone would have no axis to be told from others by."""
     objective, params = Objective(network, ce, jax.tree.map(jnp.asarray, batch())), parameters()
@@ -472,6 +475,7 @@ def test_parts_have_two_examples_at_least(x64):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, dense_of(alone, params))
 
 
+@pytest.mark.slow
 def test_coupled_examples_are_seen_as_one_batch():
     """By default a batch is split where it may be, and not where it may not."""
     data = jax.tree.map(jnp.asarray, batch())
@@ -484,7 +488,7 @@ def test_coupled_examples_are_seen_as_one_batch():
         sampled_gauss_newton(coupled, parameters(), jax.random.key(0), micro_batches=2)
 
 
-@pytest.mark.slow_but_for("z-loss")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["z-loss", "soft cap", "tokens as examples", "squared by batch"])
 def test_memory_stays_near_the_gradients_with_a_large_vocabulary(name):
     """Nothing of the size of the logits is squared, and a sample's copies of them are of a part of the batch."""

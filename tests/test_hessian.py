@@ -125,7 +125,7 @@ def test_xdiag_is_unbiased_and_beats_hutchinson_at_the_same_number_of_products()
 SQUARES_OF_BATCHES = functools.partial(curvax.GaussNewton, squares="batch")
 
 
-@pytest.mark.slow_but_for("Hutchinson")
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [curvax.Hutchinson, SQUARES_OF_BATCHES, curvax.XDiag, curvax.GaussNewton])
 def test_the_number_of_samples_in_a_pass_changes_nothing(method):
     objective, params = problems.mlp_objective(), problems.mlp_params()
@@ -139,7 +139,7 @@ def test_the_number_of_samples_in_a_pass_changes_nothing(method):
     chex.assert_trees_all_close(together, apart, rtol=2e-3, atol=1e-4)
 
 
-@pytest.mark.slow_but_for("exact", "hutchinson")
+@pytest.mark.slow_but_for("exact")
 @pytest.mark.parametrize("method", ["exact", "basis", "ggn", "hutchinson", "ggn_mc", "xdiag"])
 def test_micro_batches_average_to_the_whole_batch(method):
     objective, params = problems.mlp_objective(), problems.mlp_params()
@@ -179,6 +179,7 @@ def test_micro_batches_of_coupled_examples_are_refused():
         curvax.hessian_diag(double, jnp.ones(2), method="basis", micro_batches=2)
 
 
+@pytest.mark.slow_but_for("hutchinson")
 @pytest.mark.parametrize("method", ["exact", "hutchinson"])
 def test_other_output_is_handed_through(method):
     plain, params = problems.mlp_objective(), problems.mlp_params()
@@ -200,7 +201,7 @@ def test_exact_above_its_budget_names_the_dearest_parameter():
         curvax.hessian_diag(lambda p: double(p["w"]), {"w": jnp.ones(5)}, method="exact", budget=3)
 
 
-@pytest.mark.slow_but_for("Hutchinson")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [curvax.Hutchinson(3), curvax.GaussNewton(3, "example"), SQUARES_OF_BATCHES(2, micro_batches=2)],
@@ -517,6 +518,7 @@ def test_a_diagonal_has_its_derivative_or_says_that_it_has_none():
         np.testing.assert_array_equal(constant, 1)
 
 
+@pytest.mark.slow
 def test_a_gradient_through_the_rate_of_cblr_needs_none_of_the_diagonal():
     loss, w = lambda w: jnp.sum(jnp.cosh(w)), jnp.array([[0.5, -1.0]])
     tx = lambda rate: curvax.cblr(rate, momentum=0.0, method="exact")

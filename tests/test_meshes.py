@@ -35,7 +35,7 @@ def lie_alike(tree, params):
     return all(x.sharding.is_equivalent_to(params[name].sharding, x.ndim) for name, x in tree.items())
 
 
-@pytest.mark.slow_but_for("exact-AxisType.Explicit", "Hutchinson")
+@pytest.mark.slow_but_for("exact-AxisType.Explicit")
 @pytest.mark.parametrize(
     ("method", "second"), [(method, AxisType.Explicit) for method in METHODS] + [("exact", AxisType.Auto)], ids=str
 )

@@ -94,6 +94,7 @@ def test_an_example_s_loss_is_the_mean_of_its_tokens():
     alike(token, mean, w, METHODS)
 
 
+@pytest.mark.slow
 def test_data_may_hold_what_no_example_has_of_its_own():
     """A key, scalars and class weights, beside the examples."""
     plain = problems.classification(examples=8, features=3, classes=2)
@@ -112,6 +113,7 @@ def test_data_may_hold_what_no_example_has_of_its_own():
     alike(objective, expected, w, METHODS)
 
 
+@pytest.mark.slow
 def test_outputs_may_be_any_tree():
     data = {"x": jnp.sin(jnp.arange(12.0)).reshape(4, 3)}
     params = {"a": jnp.ones((3, 2)), "b": jnp.ones((3, 1))}
@@ -159,6 +161,7 @@ MEANS = {
 }
 
 
+@pytest.mark.slow_but_for("tokens")
 @pytest.mark.parametrize("name", MEANS)
 def test_weights_and_sums_are_those_of_the_formula(name, x64):
     options, formula = MEANS[name]
@@ -180,6 +183,7 @@ def test_weights_and_sums_are_those_of_the_formula(name, x64):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), found.grad, grad)
 
 
+@pytest.mark.slow
 def test_weighted_tokens_are_a_softmax_and_may_be_split(x64):
     objective, params = weighted(weights=lambda d: d["weight"])
     assert "a softmax" in str(curvax.explain(objective, params, None))

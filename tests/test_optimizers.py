@@ -138,7 +138,7 @@ def test_curvature_makes_convergence_independent_of_the_condition_number():
     assert distance_after(descent, 50, start) == pytest.approx(np.linalg.norm(by_eigenvalue), rel=1e-2)
 
 
-@pytest.mark.slow_but_for("lars", "mclr")
+@pytest.mark.slow_but_for("lars")
 @pytest.mark.parametrize(
     "tx",
     [
@@ -178,6 +178,7 @@ def test_hyperparameters_can_be_injected_as_schedules():
     np.testing.assert_allclose(updates, -(0.9 * 0.1 + 0.05) * 2.0 * np.ones((2, 2)), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_lamb_of_halves_keeps_its_averages_in_float32(dtype):
     """They are those of float32 parameters with the same gradients; in bfloat16 the second moment would stand still."""

@@ -167,6 +167,7 @@ def test_quantile_of_a_traced_level_is_monotone_and_joins_minimum_to_maximum():
     np.testing.assert_allclose(below, levels * 20_000, atol=1)
 
 
+@pytest.mark.slow
 def test_double_precision():
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
@@ -293,7 +294,7 @@ def largest_collective(compiled):
     return max((int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes), default=0)
 
 
-@pytest.mark.slow_but_for("Auto")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_sharded_under_jit(kind, spec):

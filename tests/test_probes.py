@@ -73,6 +73,7 @@ def step_on_one_device():
     return jax.device_get(jax.jit(step)(G, W))
 
 
+@pytest.mark.slow_but_for("split")
 @pytest.mark.parametrize("spec", [P("x"), P(None)], ids=["split", "replicated"])
 def test_parameters_on_a_mesh(spec):
     expected = step_on_one_device()
@@ -84,6 +85,7 @@ def test_parameters_on_a_mesh(spec):
     )
 
 
+@pytest.mark.slow
 def test_parameters_split_by_pmap():
     parts = jax.tree.map(lambda x: x.reshape(8, -1), (G, W))
     values = jax.pmap(functools.partial(step, axis_name="x"), axis_name="x")(*parts)
@@ -285,6 +287,7 @@ def test_means_at_the_ends_of_the_range(scale, size):
         np.testing.assert_allclose(measured(state)[name][""], np.float32(expected[name]), rtol=1e-5, atol=1e-37)
 
 
+@pytest.mark.slow
 def test_the_noise_scale_of_small_gradients_and_of_halves():
     """Squares that vanish one by one have a sum; and means of halves over devices are not summed in halves."""
     small, large = np.full(4000, 3e-20, np.float32), np.full(4000, 2e-20, np.float32)

@@ -109,6 +109,7 @@ def test_what_follows_no_kernel_has_the_radius_that_the_optimizers_give_it(exact
         np.testing.assert_allclose(found["norm"][f"radius_{name}"], together, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_single_draw_is_not_called_exact():
     saddle = lambda w: jnp.sum(jnp.array([1.0, -1.0, -1.0]) * w**2)
     found = curvax.report(saddle, jnp.ones(3), method="hutchinson", num_samples=1)
@@ -142,6 +143,7 @@ def test_the_noise_scale_has_no_range_and_a_gradient_without_information_is_not_
         assert any(said in x for x in found.findings) and not any("all is noise" in x for x in found.findings)
 
 
+@pytest.mark.slow
 def test_a_broken_bias_is_seen():
     params = {"a": {"kernel": jnp.ones((6, 3)), "bias": jnp.array([0.0, 1.0, 1.0])}}
     objective = curvax.Objective(lambda p, d: d["x"] @ p["a"]["kernel"] + jnp.sqrt(p["a"]["bias"])[None], loss, DATA)
@@ -149,6 +151,7 @@ def test_a_broken_bias_is_seen():
     assert "not finite" in found.findings[0] and found.layers[0]["non_finite_gradient"] == pytest.approx(1 / 21)
 
 
+@pytest.mark.slow
 def test_an_estimate_is_within_its_standard_errors(exact, estimate):
     assert estimate.method == "Hutchinson(num_samples=8), 64 draws"
     for row in estimate.layers:
@@ -157,6 +160,7 @@ def test_an_estimate_is_within_its_standard_errors(exact, estimate):
         assert abs(row["curvature"] - expected) <= 5 * row["curvature_error"]
 
 
+@pytest.mark.slow
 def test_the_noise_scale_is_that_of_gaussian_gradients():
     """The loss (w - x)^2 / 2 of one weight has the gradient w - x: signal and noise are those of x."""
     x = 2 + 3 * np.random.default_rng(1).normal(size=(40_000, 1))
@@ -169,6 +173,7 @@ def test_the_noise_scale_is_that_of_gaussian_gradients():
     np.testing.assert_allclose(found.critical_batch_size, noise / (x.mean() ** 2 - noise / 40_000), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_what_no_derivative_reaches_is_named(exact):
     assert set(exact.unreached) == {"spare/unused", "stopped"}
     assert any("No derivative reaches spare/unused, stopped" in sentence for sentence in exact.findings)
@@ -178,6 +183,7 @@ def test_what_no_derivative_reaches_is_named(exact):
     assert not measure.unreached(jnp.sum, jnp.ones((2, 2)), jnp.ones((2, 2)))
 
 
+@pytest.mark.slow
 def test_dead_units_are_counted():
     params = {"kernel": jnp.ones((6, 4)).at[:, :3].set(-1.0), "head": jnp.ones((4, 3))}
     positive = {**DATA, "x": np.abs(X)}
@@ -186,6 +192,7 @@ def test_dead_units_are_counted():
     assert found["kernel"]["dead"] == 0.75 and found["kernel"]["units"] == 4 and found["head"]["dead"] == 0
 
 
+@pytest.mark.slow
 def test_coupled_examples_have_no_noise_scale():
     centred = lambda p, d: (z := predict(p, d)) - z.mean(0, keepdims=True)
     found = curvax.report(curvax.Objective(centred, loss, DATA), PARAMS)

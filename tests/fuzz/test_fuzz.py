@@ -51,7 +51,7 @@ def unfiltered_tracebacks():
     jax.config.update("jax_traceback_filtering", before)
 
 
-@pytest.mark.slow_but_for("convolution_2d", "tied_embedding", "branch_per_example")
+@pytest.mark.slow_but_for("tied_embedding")
 @pytest.mark.parametrize(("layers", "loss", "method"), PROGRAMS)
 def test_programs(layers, loss, method):
     case = prepare(a_spec(*layers.split(), loss=loss))
