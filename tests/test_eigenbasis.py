@@ -72,6 +72,7 @@ def test_the_iteration_converges_to_the_eigenvectors():
     np.testing.assert_allclose(np.abs(state.vectors.columns[0].T @ v), np.eye(5), atol=1e-3)
 
 
+@pytest.mark.slow_but_for("Squared")
 @pytest.mark.parametrize("method", [curvax.Exact(), curvax.SquaredGradients()], ids=repr)
 def test_cblr_does_not_depend_on_the_coordinates_of_a_layer(method):
     """Rotating the inputs and outputs of a kernel rotates its path; in coordinates it would not."""
@@ -121,6 +122,7 @@ def dense_gauss_newton(objective, params, basis):
     return unravel(jnp.einsum("bip,bij,bjp->p", jacobian, curvature, jacobian) / outputs.shape[0])
 
 
+@pytest.mark.slow
 def test_the_diagonal_in_a_basis_is_that_of_the_rotated_matrix():
     """The Gauss-Newton matrix of a ReLU network, exactly, and by samples within five standard errors."""
     data = problems.classification(examples=16, features=5)
@@ -136,6 +138,7 @@ def test_the_diagonal_in_a_basis_is_that_of_the_rotated_matrix():
     assert max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(off)) < 5
 
 
+@pytest.mark.slow
 def test_a_refresh_is_in_the_basis_that_is_handed_on():
     """What `with_hessian_diag` stores inside is the diagonal of the rotated Hessian."""
     hessian = normal(0, 12, 12)
@@ -222,6 +225,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace():
     chex.assert_trees_all_close(state, with_bad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda: curvax.cblr(0.1, method=curvax.SquaredGradients()), curvax.orthogonalize])
 def test_zeros_stay_and_nan_is_passed_on(make):
     tx = make()
@@ -358,6 +362,7 @@ def test_gradients_of_each_device_alone_have_no_basis_for_all():
     np.testing.assert_allclose(run(lambda g: jax.lax.pmean(g, "d")), jnp.stack([wanted, wanted]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_curvature_in_coordinates_is_refused_in_a_basis():
     """As where `with_hessian_diag` stands around `cblr`; with the basis outside of both it works."""
     w = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))}

@@ -75,7 +75,7 @@ def matrices(predict, loss, penalty):
     return both(flat)
 
 
-@pytest.mark.slow_but_for("relu-None", "tied-coupled")
+@pytest.mark.slow_but_for("relu-None")
 @pytest.mark.parametrize("penalty", [None, coupled_penalty])
 @pytest.mark.parametrize("name", [*LINEAR, *CURVED])
 def test_the_diagonal_is_the_hessians(name, penalty):

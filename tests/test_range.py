@@ -88,6 +88,7 @@ def assert_right_where_representable(actual, expected, dtype):
     assert np.all(np.abs(actual[size > most]) > 0.9 * most) and np.all(np.abs(actual[size < least]) <= 2 * least)
 
 
+@pytest.mark.slow_but_for("float32")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("rule", RULES)
 def test_updates_are_right_wherever_they_are_floats(rule, dtype):
@@ -109,7 +110,7 @@ def test_updates_are_right_wherever_they_are_floats(rule, dtype):
         assert_right_where_representable(update(rule, w, g, h), expected, dtype)
 
 
-@pytest.mark.slow_but_for("-5]", "5-")
+@pytest.mark.slow_but_for("lars-5", "5-lars")
 @pytest.mark.parametrize("size", [5, 3000])
 @pytest.mark.parametrize("rule", HOMOGENEOUS)
 def test_powers_of_two_pass_through(rule, size):

@@ -27,7 +27,7 @@ def other_people_promote(strict_promotion):
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def network(seed):
@@ -64,6 +64,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow_but_for("mclr]")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_stack_trains_as_its_layers_in_a_list(name, other_people_promote):
     make = OPTIMIZERS[name]
@@ -95,6 +96,7 @@ def test_two_axes_count_layers():
     np.testing.assert_allclose(tx.update(g, tx.init(w), w)[0], middle(w) / middle(g) * g, rtol=1e-6)
 
 
+@pytest.mark.slow_but_for("40")
 @pytest.mark.parametrize("size", [40, 1100, 5000])
 def test_layers_of_any_size_are_measured_apart(size):
     """Small ones in rows, larger ones by a sort, the largest by a search."""
@@ -121,19 +123,20 @@ def test_sums_of_stacks_have_the_derivatives_of_their_layers():
             return jnp.stack(found, 1).reshape(-1)
 
         weights = normal(2, *jax.eval_shape(each, x, y).shape)
-        of = lambda f, weights=weights: jax.grad(lambda x, y: weights @ f(x, y), argnums=(0, 1))(x, y)
+        of = lambda f, weights=weights: jax.jit(jax.grad(lambda x, y: weights @ f(x, y), argnums=(0, 1)))(x, y)
         wanted, found = of(each), of(together)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, wanted)
 
 
+@pytest.mark.slow
 def test_probes_and_noise_scale_of_each_layer(other_people_promote):
     params, g = network(0), network(20)
     tx = curvax.with_probes(curvax.with_noise_scale(optax.sgd(0.5), 8, accumulate=2, layers="kernel"), layers="kernel")
 
     def numbers(params, gradients):
-        state = tx.init(params)
+        state, update = tx.init(params), jax.jit(tx.update)
         for g in gradients:
-            _, state = tx.update(g, state, params)
+            _, state = update(g, state, params)
         return curvax.metrics(state)
 
     halves = [jax.tree.map(lambda x, s=s: x * s, g) for s in (0.5, 2.0)]
@@ -158,13 +161,14 @@ def test_stacked_experts_in_scanned_layers_have_a_basis_each():
     assert found.rows["experts"].shape == (6, 4, 4) and found.columns["experts"].shape == (6, 5, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [P("d"), P(None, "d"), P(None, None, "d")])
 def test_devices_may_divide_a_stack_anyhow(kind, spec):
     w, g = ({"kernel": normal(s, 4, 8, 8), "bias": normal(s + 1, 4, 8)} for s in (0, 2))
     mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
     tx = curvax.mclr(0.1, layers=curvax.Stacked({"": 0}))
-    wanted = tx.update(g, tx.init(w), w)[0]
+    wanted = jax.jit(lambda g, w: tx.update(g, tx.init(w), w)[0])(g, w)
     place = lambda tree: jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P(*spec[: x.ndim]))), tree)
     with jax.set_mesh(mesh):
         found = jax.jit(lambda g, w: tx.update(g, tx.init(w), w)[0])(place(g), place(w))

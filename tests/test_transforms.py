@@ -289,6 +289,7 @@ def test_float64(scaler):
         np.testing.assert_allclose(update(scaler(), g, w), reference(flat([w]), flat([g])) * g, rtol=1e-13)
 
 
+@pytest.mark.slow_but_for("lars")
 @pytest.mark.parametrize("scaler", [*LAYER_RULES, curvax.scale_by_approximate_radius])
 def test_complex_parameters(scaler):
     """Magnitudes are all that a radius sees, so turning every number in the plane turns the update too."""
