@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.order_statistics import population_size
+from curvax.magnitudes import population_size
 from curvax.radii import Leaves, Rule, Scalar, TreeRule, along, count, entries, pairs, squared_norms, together
 from curvax.sums import squares_and_moving, totals
 from curvax.varying import AxisName

@@ -31,7 +31,8 @@ def check_number(name: str, value: Any, interval: str, *, whole: bool = False) -
     # `item` makes a number of Python of every scalar, the halves included, which NumPy does not count among the reals.
     number = value.item() if isinstance(value, np.generic | np.ndarray | jax.Array) and np.ndim(value) == 0 else value
     wanted = f"pass a {'whole ' * whole}number in {interval}."
-    if isinstance(number, bool) or not isinstance(number, numbers.Integral if whole else numbers.Real):
+    fits = isinstance(number, numbers.Integral if whole else numbers.Real) and not isinstance(number, bool)
+    if not fits:
         raise ValueError(f"{name}={value!r} is no {'whole ' * whole}number; {wanted}")
     low, high = (float(end) for end in interval[1:-1].split(","))
     # What float32, in which it is computed, cannot tell from an open end is not inside.

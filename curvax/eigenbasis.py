@@ -36,6 +36,9 @@ from curvax.varying import varies_over, varying_beyond
 #: The most rows, or columns, of a kernel that have a basis unless the caller says: more would cost more than the step.
 MAX_SIZE = 1024
 
+#: From a shape and a dtype to the array of one side.
+Make = Callable[[tuple[int, ...], Any], jax.Array]
+
 
 class EigenbasisState(NamedTuple):
     """State of `with_eigenbasis`.
@@ -55,7 +58,7 @@ class EigenbasisState(NamedTuple):
       ((1, 3, 3), (1,))
     """
 
-    count: jax.typing.ArrayLike
+    count: jax.Array  # type: ignore[assignment]  # As Optax's states have it; no one counts the fields of a state.
     moments: Sides
     vectors: Sides
     inner_state: optax.OptState
@@ -111,7 +114,7 @@ def with_eigenbasis(
       [[ 0.  1.]
        [-1.  0.]]
     """
-    inner = check_transformation("inner", inner)
+    wrapped = check_transformation("inner", inner)
     check_number("decay", decay, "[0, 1)")
     check_number("every", every, "[1, inf)", whole=True)
     max_size = MAX_SIZE if max_size is None else max_size
@@ -119,31 +122,42 @@ def with_eigenbasis(
     if isinstance(max_size, jax.core.Tracer):
         raise ValueError("max_size is traced, and decides the shape of the state; name it in static_args.")
 
-    def sides(tree, make):
+    def sides(tree: Any, make: Make) -> Sides:
         leaves, treedef = jax.tree.flatten(tree)
         shapes = matrices_of(tree, weight_dimension_numbers)
         return _together(treedef, [_sides(x, of, max_size, make) for x, of in zip(leaves, shapes, strict=True)])
 
-    def init_fn(params):
+    def init_fn(params: Any) -> EigenbasisState:
         identity = lambda shape, dtype: jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)
         moments, vectors = sides(params, jnp.zeros), sides(params, identity)
-        return EigenbasisState(jnp.zeros([], jnp.int32), moments, vectors, inner.init(params))
+        return EigenbasisState(jnp.zeros([], jnp.int32), moments, vectors, wrapped.init(params))
 
-    def follow(shapes, updates, count, moments, vectors):
+    def follow(
+        shapes: list[Matrices | None], updates: Any, count: jax.Array, moments: Sides, vectors: Sides
+    ) -> tuple[jax.Array, Sides, Sides]:
         """The moments with this gradient in them, and the vectors, new ones where a change is due."""
         usable, number = all_finite(updates), count + 1
         leaves, treedef = jax.tree.flatten(updates)
         old = _apart(treedef, moments)
-        moments = [_averaged(*each, decay, number, usable) for each in zip(old, leaves, shapes, strict=True)]
-        moments = _together(treedef, moments)
+        new = [_averaged(*each, decay, number, usable) for each in zip(old, leaves, shapes, strict=True)]
+        moments = _together(treedef, new)
         vectors = _if(usable & (count % every == 0), lambda: _changed(moments, vectors), lambda: vectors)
         return jnp.where(usable, optax.safe_increment(count), count), moments, vectors
 
-    def update_fn(updates, state, params=None, *, eigenbasis=None, hessian_diag=None, **extra_args):
+    def update_fn(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        eigenbasis: Any = None,
+        hessian_diag: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, EigenbasisState]:
         check_floats(updates)
         extra_args |= {} if hessian_diag is None else {"hessian_diag": hessian_diag}
         if eigenbasis is not None:
-            updates, inner_state = inner.update(updates, state.inner_state, params, eigenbasis=eigenbasis, **extra_args)
+            given = {"eigenbasis": eigenbasis, **extra_args}
+            updates, inner_state = wrapped.update(updates, state.inner_state, params, **given)
             return updates, state._replace(inner_state=inner_state)
         if hessian_diag is not None:
             raise ValueError(
@@ -157,8 +171,8 @@ def with_eigenbasis(
         own = updates, state.count, state.moments, state.vectors
         count, moments, vectors = on_auto(functools.partial(follow, shapes), *own)
         known = [Sides(*(a if _has_basis(a) else None for a in each)) for each in _apart(treedef, vectors)]
-        basis = treedef.unflatten(map(Rotation, known, shapes))
-        updates, inner_state = inner.update(updates, state.inner_state, params, eigenbasis=basis, **extra_args)
+        basis = jax.tree.unflatten(treedef, map(Rotation, known, shapes))
+        updates, inner_state = wrapped.update(updates, state.inner_state, params, eigenbasis=basis, **extra_args)
         return updates, EigenbasisState(count, moments, vectors, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -191,21 +205,23 @@ def in_eigenbasis(inner: optax.GradientTransformation) -> optax.GradientTransfor
       [[1.5 1.5]
        [1.5 1.5]]
     """
-    inner = check_transformation("inner", inner)
+    wrapped = check_transformation("inner", inner)
 
-    def rotate(updates, state, params=None, *, eigenbasis=None, **extra_args):
+    def rotate(
+        updates: Any, state: Any, params: Any = None, *, eigenbasis: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
         if eigenbasis is None:
             raise ValueError(
                 "the eigenbasis of layers is missing; wrap the optimizer in curvax.with_eigenbasis, outermost."
             )
         into = lambda tree: None if tree is None else rotated(tree, eigenbasis, Rotation.into)
-        found, state = inner.update(into(updates), state, into(params), **extra_args)
+        found, state = wrapped.update(into(updates), state, into(params), **extra_args)
         return rotated(found, eigenbasis, Rotation.back), state
 
-    return in_float32(optax.GradientTransformationExtraArgs(inner.init, rotate))
+    return in_float32(optax.GradientTransformationExtraArgs(wrapped.init, rotate))
 
 
-def _sides(x: Any, of: Matrices | None, max_size: int, make: Callable[[tuple[int, ...], Any], jax.Array]) -> Sides:
+def _sides(x: Any, of: Matrices | None, max_size: int, make: Make) -> Sides:
     none = lambda: jnp.zeros((1,), jnp.float32)
     if of is None or not of.rows or jnp.issubdtype(x.dtype, jnp.complexfloating):
         return Sides(none(), none())
@@ -240,7 +256,7 @@ def _check_alike(updates: Any, vectors: Sides) -> None:
 
 def _averaged(old: Sides, g: jax.Array, of: Matrices | None, decay: Any, number: jax.Array, usable: jax.Array) -> Sides:
     """The moments after the gradient `g`, corrected for their bias as averages of so many."""
-    if not any(map(_has_basis, old)):
+    if of is None or not any(map(_has_basis, old)):
         return old
     m = of_norm_one(of.split(g.astype(statistics_dtype(g.dtype))))
     decay = jnp.asarray(decay, m.dtype)
@@ -268,7 +284,9 @@ def _changed(moments: Any, vectors: Any) -> Any:
 def _orthonormal(a: jax.Array) -> jax.Array:
     """The Q of QR whose R has no negative diagonal, so that vectors move without changing their signs."""
     q, r = _by_matrix(jnp.linalg.qr, a)
-    return q * jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1).astype(q.dtype)[..., None, :]
+    signs = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1).astype(q.dtype)
+    turned: jax.Array = q * signs[..., None, :]
+    return turned
 
 
 def _by_matrix(function: Callable[[jax.Array], Any], stack: jax.Array) -> Any:

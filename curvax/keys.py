@@ -11,7 +11,7 @@ import numpy as np
 Key = jax.typing.ArrayLike
 
 
-def as_key(key: Key) -> jax.Array:
+def as_key(key: Key | None) -> jax.Array:
     """The typed key that is meant.
 
     Args:
@@ -33,14 +33,16 @@ def as_key(key: Key) -> jax.Array:
     check_key(key)
     if isinstance(key, numbers.Integral):
         return jax.random.key(key)
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
-    if not key.ndim:
-        return jax.random.key(key)
+    array = jnp.asarray(key)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return array
+    if not array.ndim:
+        return jax.random.key(array)
     own = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     # Of another length than the keys of the generator that JAX is set to, it is one of the other's.
-    other = "threefry2x32" if key.shape == (2,) else "rbg"
-    return jax.random.wrap_key_data(key, impl=None if key.shape == own.shape else other)
+    other = "threefry2x32" if array.shape == (2,) else "rbg"
+    wrapped: jax.Array = jax.random.wrap_key_data(array, impl=None if array.shape == own.shape else other)
+    return wrapped
 
 
 def check_key(key: Any) -> None:
@@ -55,5 +57,5 @@ def check_key(key: Any) -> None:
         right = dtype == np.uint32 and shape in ((2,), (4,))
     if right:
         return
-    said = repr(key) if dtype is None else f"an array {dtype}{list(shape)}"
+    said = repr(key) if dtype is None or shape is None else f"an array {dtype}{list(shape)}"
     raise ValueError(f"key={said} is no random key; pass a seed such as key=0, or one jax.random.key(seed).")

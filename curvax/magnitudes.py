@@ -19,6 +19,9 @@ from jax.sharding import AxisType
 
 from curvax.varying import AxisName
 
+#: From patterns, the arrays that monoids reduce.
+Operands = Callable[[jax.Array], Sequence[jax.Array]]
+
 
 class Population(NamedTuple):
     """Magnitudes that are ranked together.
@@ -39,15 +42,13 @@ class Population(NamedTuple):
         dtype = self.leaves[0].dtype
         return int(np.asarray(np.inf, dtype).view(_word(dtype)))
 
-    def fold(
-        self, operands: Callable[[jax.Array], Sequence[jax.Array]], monoids: Sequence["Monoid"]
-    ) -> list[jax.Array]:
+    def fold(self, operands: Operands, monoids: Sequence["Monoid"]) -> list[jax.Array]:
         """`operands(patterns)`, each reduced by its monoid over every array and device."""
         partial = [_reduce(leaf, operands, monoids) for leaf in self.leaves]
         columns = zip(monoids, zip(*partial, strict=True), strict=True)
         return [self.across(monoid.across, functools.reduce(monoid.combine, column)) for monoid, column in columns]
 
-    def across(self, collective: Callable, x: Any) -> Any:
+    def across(self, collective: Callable[..., Any], x: Any) -> Any:
         """`x` combined over the devices."""
         return x if self.axis_name is None else collective(x, self.axis_name)
 
@@ -68,10 +69,10 @@ def magnitude_dtype(x: Any) -> np.dtype:
 
 def real_rows(leaf: Any, dtype: np.dtype) -> jax.Array:
     """The real numbers of an array, as a matrix where a reshape moves nothing."""
-    leaf = (jnp.abs(leaf) if jnp.iscomplexobj(leaf) else jnp.asarray(leaf)).astype(dtype)
+    x = (jnp.abs(leaf) if jnp.iscomplexobj(leaf) else jnp.asarray(leaf)).astype(dtype)
     # Rows, since XLA's CPU compiler splits a reduction over threads by its outputs alone; reshaped before the search,
     # since it would otherwise divide indices within.
-    return leaf.reshape(math.gcd(leaf.size, 32) if leaf.size >= 2**16 else 1, -1) if is_local(leaf) else leaf
+    return x.reshape(math.gcd(x.size, 32) if x.size >= 2**16 else 1, -1) if is_local(x) else x
 
 
 def patterns(leaf: jax.Array) -> jax.Array:
@@ -119,9 +120,9 @@ def rows_of(
             # A power of two: networks have layers of many sizes.
             widths.setdefault(1 << max(size_of(columns[0]) - 1, 0).bit_length(), []).append(i)
 
-    def filled(arrays, width):
+    def filled(arrays: Sequence[jax.Array], width: int) -> list[jax.Array]:
         number = arrays[0].shape[0]
-        parts = [x.reshape(number, -1) for x in arrays if x.size]
+        parts: list[Any] = [x.reshape(number, -1) for x in arrays if x.size]
         parts.append(np.zeros((number, width - size_of(arrays)), arrays[0].dtype))
         # Of one population the parts are joined with those of all.
         return [x.reshape(-1) for x in (parts if number == 1 else [jnp.concatenate(parts, 1)]) if x.size]
@@ -148,10 +149,10 @@ def _word(dtype: np.dtype) -> np.dtype:
 class Monoid(NamedTuple):
     """A way to combine integers: of two, over the axes of an array, over devices; and of none."""
 
-    combine: Callable
-    total: Callable
-    across: Callable
-    identity: Callable
+    combine: Callable[[jax.Array, jax.Array], jax.Array]
+    total: Callable[[jax.Array, Sequence[int]], jax.Array]
+    across: Callable[..., Any]
+    identity: Callable[[np.dtype], int]
 
 
 SUM = Monoid(lax.add, lax.reduce_sum, lax.psum, lambda dtype: 0)
@@ -163,16 +164,17 @@ def one_pass(values: Sequence[jax.Array], monoids: Sequence[Monoid], axes: tuple
     """One variadic reduction. XLA's CPU compiler turns separate ones into as many passes, each ten times slower."""
 
     identities = tuple(np.asarray(m.identity(v.dtype), v.dtype) for m, v in zip(monoids, values, strict=True))
-    return lax.reduce(tuple(values), identities, _combine(tuple(monoids)), axes)
+    found: list[jax.Array] = lax.reduce(tuple(values), identities, _combine(tuple(monoids)), axes)
+    return found
 
 
 @functools.cache
-def _combine(monoids: tuple[Monoid, ...]) -> Callable:
+def _combine(monoids: tuple[Monoid, ...]) -> Callable[..., tuple[jax.Array, ...]]:
     # The same function for the same monoids: JAX compiles a reduction by another one anew.
     return lambda left, right: tuple(m.combine(a, b) for m, a, b in zip(monoids, left, right, strict=True))
 
 
-def _reduce(leaf: jax.Array, operands: Callable, monoids: Sequence[Monoid]) -> list[jax.Array]:
+def _reduce(leaf: jax.Array, operands: Operands, monoids: Sequence[Monoid]) -> list[jax.Array]:
     values = operands(patterns(leaf))
     if is_local(leaf):
         return one_pass(one_pass(values, monoids, (1,)), monoids, (0,))

@@ -45,7 +45,8 @@ class Matrices:
     @property
     def dims(self) -> tuple[int, int, int]:
         """How many matrices, rows and columns."""
-        return tuple(math.prod(self.shape[i] for i in axes) for axes in (self.stack, self.rows, self.columns))
+        size = lambda axes: math.prod(self.shape[i] for i in axes)
+        return size(self.stack), size(self.rows), size(self.columns)
 
     def split(self, x: jax.Array) -> jax.Array:
         """The array as `(matrices, rows, columns)`."""
@@ -87,11 +88,12 @@ def matrices_of(tree: Any, dimension_numbers: DimensionNumbers = None) -> list[M
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if dimension_numbers is None or isinstance(dimension_numbers, Stacked):
-        found = group(leaves, "kernel" if dimension_numbers is None else dimension_numbers)
-        kernels = {i for layer in found for i in layer.measured}
-        axes = {i: stack for layer in found for i, stack in zip(layer.scaled, layer.axes, strict=True)}
+        layers = group(leaves, "kernel" if dimension_numbers is None else dimension_numbers)
+        kernels = {i for layer in layers for i in layer.measured}
+        axes = {i: stack for layer in layers for i, stack in zip(layer.scaled, layer.axes, strict=True)}
         return [_by_layer(x.shape, axes[i], i in kernels) for i, (_, x) in enumerate(leaves)]
     numbers = dimension_numbers(tree) if callable(dimension_numbers) else dimension_numbers
+    treedef: Any  # Of jaxlib, which says nothing of types.
     nodes, treedef = jax.tree.flatten(tree, is_leaf=is_hole)
     try:
         numbers = treedef.flatten_up_to(numbers)
@@ -99,7 +101,7 @@ def matrices_of(tree: Any, dimension_numbers: DimensionNumbers = None) -> list[M
         message = f"weight_dimension_numbers does not fit the parameters; pass a tree like them. {error}"
         raise ValueError(message) from error
     numbers = [said for said, node in zip(numbers, nodes, strict=True) if not is_hole(node)]
-    found = []
+    found: list[Matrices | None] = []
     for (path, x), said in zip(leaves, numbers, strict=True):
         if said is not None and not isinstance(said, MuonDimensionNumbers):
             raise ValueError(

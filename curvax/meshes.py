@@ -30,7 +30,7 @@ def on_auto_axes(method: Callable[..., Estimate]) -> Callable[..., Estimate]:
     """`method(objective, params, key, *others)` with Explicit axes turned to Auto; results are divided as `params`."""
 
     @functools.wraps(method)
-    def on_any_axes(objective, params, key: Key | None, *others) -> Estimate:
+    def on_any_axes(objective: Any, params: Any, key: Key | None, *others: Any) -> Estimate:
         mesh = _explicit_mesh((params, objective.data if isinstance(objective, Objective) else ()))
         if mesh is None:
             return method(objective, params, key, *others)
@@ -65,14 +65,14 @@ def on_auto(function: Callable[..., Any], *args: Any, like: Any = None) -> Any:
     return jax.tree.map(lambda x, spec: reshard(x, NamedSharding(mesh, spec)), found, specs)
 
 
-def _on_auto_axes(objective, params, mesh: AbstractMesh):
+def _on_auto_axes(objective: Any, params: Any, mesh: AbstractMesh) -> Any:
     """The objective as a function of arrays on Auto axes."""
     if not isinstance(objective, Objective):
         return _without_placements(objective, mesh, lambda: _specs(params))
     predict, loss, data, penalty = objective.predict, objective.loss, objective.data, objective.penalty
 
     @functools.cache
-    def outputs_and_data():
+    def outputs_and_data() -> Specs:
         with use_abstract_mesh(mesh):
             outputs = jax.make_jaxpr(predict)(*_typed((params, data), _specs((params, data)), mesh)).out_avals
         return [*(aval.sharding.spec for aval in outputs), *_specs(data)]
@@ -86,10 +86,12 @@ def _on_auto_axes(objective, params, mesh: AbstractMesh):
     )
 
 
-def _without_placements(function: Callable, mesh: AbstractMesh, specs: Callable[[], Specs]) -> Callable:
+def _without_placements(
+    function: Callable[..., Any], mesh: AbstractMesh, specs: Callable[[], Specs]
+) -> Callable[..., Any]:
     """`function`, traced for arguments that are divided by `specs` and evaluated for arguments on Auto axes."""
 
-    def on_auto_axes(*args):
+    def on_auto_axes(*args: Any) -> Any:
         try:
             with use_abstract_mesh(mesh):
                 closed, out = jax.make_jaxpr(function, return_shape=True)(*_typed(args, specs(), mesh))
@@ -111,7 +113,8 @@ def _explicit_mesh(tree: Any) -> AbstractMesh | None:
 
 
 def _spec(x: jax.Array) -> PartitionSpec:
-    return jax.typeof(x).sharding.spec
+    spec: PartitionSpec = jax.typeof(x).sharding.spec
+    return spec
 
 
 def _specs(tree: Any) -> list[PartitionSpec]:
@@ -122,13 +125,13 @@ def _typed(tree: Any, specs: Specs, mesh: AbstractMesh) -> Any:
     """The types of the arrays of `tree`, divided by `specs`; not at all along a dimension that does not divide."""
     leaves, treedef = jax.tree.flatten(tree)
 
-    def parts(names):
+    def parts(names: Any) -> int:
         return math.prod(mesh.shape[name] for name in (names if isinstance(names, tuple) else (names,)))
 
-    def typed(x, spec):
+    def typed(x: jax.Array, spec: PartitionSpec) -> Any:
         aval = jax.typeof(x)
         divides = [names is not None and n % parts(names) == 0 for names, n in zip(spec, aval.shape, strict=False)]
         spec = PartitionSpec(*(names if divided else None for names, divided in zip(spec, divides, strict=False)))
         return aval.update(sharding=NamedSharding(mesh, spec))
 
-    return treedef.unflatten([typed(x, spec) for x, spec in zip(leaves, specs, strict=True)])
+    return jax.tree.unflatten(treedef, [typed(x, spec) for x, spec in zip(leaves, specs, strict=True)])

@@ -1,6 +1,6 @@
 """What curvax's transformations keep in their states, as numbers for a logger."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ from curvax.noise_scale import NoiseScaleState
 from curvax.probes import ProbeState
 
 KINDS = HessianDiagState | NoiseScaleState | ProbeState
+
+_Numbers = Iterator[tuple[str, jax.typing.ArrayLike]]
 
 
 def metrics(state: Any) -> dict[str, float]:
@@ -42,7 +44,7 @@ def metrics(state: Any) -> dict[str, float]:
       >>> len(json.dumps(curvax.metrics(state))) > 100
       True
     """
-    found: dict[str, jax.Array] = {}
+    found: dict[str, jax.typing.ArrayLike] = {}
     seen: dict[str, int] = {}
     for part in _parts(state):
         kind, named = _READERS[type(part)]
@@ -59,7 +61,7 @@ def _parts(state: Any) -> Iterator[KINDS]:
             yield from _parts(part.inner_state)
 
 
-def _of_probes(state: ProbeState) -> Iterator[tuple[str, jax.Array]]:
+def _of_probes(state: ProbeState) -> _Numbers:
     for field in ("mean_abs_gradient", "parameter_stride", "loss_stride"):
         for layer, value in getattr(state, field).items():
             for name, own in _of_layers(layer, value, 0):
@@ -78,13 +80,13 @@ def _of_layers(name: str, values: jax.Array, ndim: int) -> Iterator[tuple[str, j
         yield from ((f"{name}[{k}]", values[k]) for k in range(values.shape[0]))
 
 
-def _of_noise(state: NoiseScaleState) -> Iterator[tuple[str, jax.Array]]:
+def _of_noise(state: NoiseScaleState) -> _Numbers:
     yield "", state.whole.critical_batch_size
     for layer, scale in state.layers.items():
         yield from _of_layers(layer, scale.critical_batch_size, 0)
 
 
-def _of_curvature(state: HessianDiagState) -> Iterator[tuple[str, jax.Array]]:
+def _of_curvature(state: HessianDiagState) -> _Numbers:
     yield "num_refreshes", state.num_refreshes
     yield "num_skipped", state.num_skipped
     leaves = jax.tree_util.tree_leaves_with_path(state.hessian_diag)
@@ -94,7 +96,7 @@ def _of_curvature(state: HessianDiagState) -> Iterator[tuple[str, jax.Array]]:
 
 
 #: What a kind is called, and what reads it.
-_READERS = {
+_READERS: dict[type, tuple[str, Callable[[Any], _Numbers]]] = {
     HessianDiagState: ("curvature", _of_curvature),
     NoiseScaleState: ("noise_scale", _of_noise),
     ProbeState: ("probes", _of_probes),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from curvax.trees import statistics_dtype
 
 
-def _check_arguments(name: str, function: Callable, wanted: str) -> None:
+def _check_arguments(name: str, function: Callable[..., Any], wanted: str) -> None:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -94,7 +94,7 @@ class Objective:
     weights: Callable[[Any], jax.Array] | None = dataclasses.field(default=None, metadata={"static": True})
     reduction: Literal["mean", "sum"] = dataclasses.field(default="mean", metadata={"static": True})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum"):
             raise ValueError(f"reduction={self.reduction!r} is unknown; pass 'mean' or 'sum'.")
         arguments = {"predict": "params, data", "loss": "outputs, data", "penalty": "params", "weights": "data"}
@@ -126,10 +126,10 @@ class Objective:
         """
         factors = self._factors(shape)
 
-        def predict(params, data: _Weighted):
+        def predict(params: Any, data: _Weighted) -> Any:
             return self.predict(params, data.data)
 
-        def loss(outputs, data: _Weighted):
+        def loss(outputs: Any, data: _Weighted) -> jax.Array:
             losses = self.losses(outputs, data.data)
             losses = losses.astype(statistics_dtype(losses.dtype))
             weighted = losses * (shape[0] if data.factors is None else data.factors.astype(losses.dtype))

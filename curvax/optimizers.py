@@ -42,7 +42,7 @@ def cblr(
     learning_rate: optax.ScalarOrSchedule,
     *,
     damping: jax.typing.ArrayLike = 0.3,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Mask = None,
     momentum: jax.typing.ArrayLike = 0.9,
     nesterov: bool = True,
@@ -56,7 +56,7 @@ def cblr(
     max_size: int | None = None,
     weight_dimension_numbers: DimensionNumbers = None,
     method: Any = None,
-    every: jax.typing.ArrayLike | None = None,
+    every: int | jax.Array | None = None,
     hessian_decay: jax.typing.ArrayLike | None = None,
     hessian_dtype: Any = None,
     key: Key = 0,
@@ -148,10 +148,11 @@ def cblr(
     check_number("weight_decay", weight_decay, "[0, inf)")
     if weight_dimension_numbers is None and isinstance(layers, Stacked):
         weight_dimension_numbers = layers
-    split = {"layers": layers, "param_axis_name": param_axis_name}
-    radius = scale_by_curvature_radius(damping, max_radius, slope_term=slope_term, **split)
+    radius = scale_by_curvature_radius(
+        damping, max_radius, slope_term=slope_term, layers=layers, param_axis_name=param_axis_name
+    )
     # What the polar factor leaves of a step is its direction; else it is a Newton step, and 1 is its length.
-    length = scale_by_lars(follow_all=orthogonal, **split)
+    length = scale_by_lars(follow_all=orthogonal, layers=layers, param_axis_name=param_axis_name)
     steps = optax.chain(
         optax.trace(momentum, nesterov),
         in_eigenbasis(radius) if eigenbasis else radius,
@@ -235,7 +236,7 @@ def mclr(
 
 def lars(
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Mask = None,
     momentum: jax.typing.ArrayLike = 0.9,
     nesterov: bool = False,
@@ -289,7 +290,7 @@ def lars(
     )
     decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
 
-    def others(params):
+    def others(params: Any) -> Any:
         mask = trust_ratio_mask(params) if callable(trust_ratio_mask) else trust_ratio_mask
         return jax.tree.map(operator.not_, mask)
 
@@ -420,7 +421,9 @@ def _check_flags(**flags: Any) -> None:
             raise ValueError(f"{name}={value!r} is neither True nor False; pass one of them.")
 
 
-def _rate_and_trace(learning_rate, momentum, nesterov):
+def _rate_and_trace(
+    learning_rate: optax.ScalarOrSchedule, momentum: jax.typing.ArrayLike, nesterov: bool
+) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """The order of `optax.lars`: momentum averages updates, not gradients."""
     _check_rate(learning_rate)
     check_number("momentum", momentum, "[0, 1)")

@@ -18,6 +18,8 @@ from curvax.magnitudes import Population, magnitude, magnitude_dtype, patterns, 
 from curvax.selection import select
 from curvax.varying import AxisName
 
+_Pair = tuple[jax.Array, jax.Array]
+
 
 @functools.partial(jax.jit, static_argnames="axis_name")
 def median(x: Any, axis_name: AxisName = None, without: jax.Array | None = None) -> jax.Array:
@@ -72,7 +74,7 @@ def middles(x: Any, axis_name: AxisName = None, without: jax.Array | None = None
 def zeros(x: Any, axis_name: AxisName = None) -> jax.Array:
     """How many entries are zero, in a type that holds as many as there are."""
     dtype = count_dtype(population_size(x, axis_name))
-    count = functools.reduce(jnp.add, [jnp.sum(leaf == 0, dtype=dtype) for leaf in jax.tree.leaves(x)])
+    count: jax.Array = functools.reduce(jnp.add, [jnp.sum(leaf == 0, dtype=dtype) for leaf in jax.tree.leaves(x)])
     return count if axis_name is None else lax.psum(count, axis_name)
 
 
@@ -104,7 +106,8 @@ def quantile(x: Any, q: Any, axis_name: AxisName = None) -> jax.Array:
         1.5
     """
     check_number("q", q, "[0, 1]")
-    return _quantile(x, q, axis_name)
+    found: jax.Array = _quantile(x, q, axis_name)
+    return found
 
 
 @functools.partial(jax.jit, static_argnames="axis_name")
@@ -147,35 +150,38 @@ def order_statistics(x: Any, rank: Any, axis_name: AxisName = None) -> tuple[jax
     if not leaves:
         return jnp.zeros((), dtype), jnp.zeros((), dtype)
     last = np.asarray(size - 1, count_dtype(size))
-    return _ranked(leaves, jnp.minimum(jnp.asarray(rank).astype(last.dtype), last), axis_name)
+    found: _Pair = _ranked(leaves, jnp.minimum(jnp.asarray(rank).astype(last.dtype), last), axis_name)
+    return found
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _ranked(leaves: list[jax.Array], rank: jax.Array, axis_name: AxisName) -> tuple[jax.Array, jax.Array]:
+def _ranked(leaves: list[jax.Array], rank: jax.Array, axis_name: AxisName) -> _Pair:
     """The magnitude of that rank in real arrays of one dtype, and the one after it."""
     dtype = leaves[0].dtype
     population = Population(leaves, population_size(leaves, axis_name), axis_name)
     found, above, largest = select(population, rank)
     is_nan = largest > population.infinity
-    return tuple(jnp.where(is_nan, np.asarray(np.nan, dtype), magnitude(p, dtype)) for p in (found, above))
+    number = lambda pattern: jnp.where(is_nan, np.asarray(np.nan, dtype), magnitude(pattern, dtype))
+    return number(found), number(above)
 
 
 @_ranked.defjvp
-def _ranked_jvp(axis_name, primals, tangents):
+def _ranked_jvp(axis_name: AxisName, primals: Any, tangents: Any) -> tuple[_Pair, _Pair]:
     """A magnitude changes as the entry does that has it, or as those do on average."""
     leaves, slopes = primals[0], tangents[0]
     values = _ranked(*primals, axis_name)
 
-    def slope(value):
+    def slope(value: jax.Array) -> jax.Array:
         parts = []
         for x, t in zip(leaves, slopes, strict=True):
             has_it = patterns(x) == patterns(value)
             parts.append((jnp.sum(jnp.where(has_it, jnp.sign(x) * t, 0)), jnp.sum(has_it).astype(x.dtype)))
-        total, count = (functools.reduce(jnp.add, column) for column in zip(*parts, strict=True))
-        total, count = (total, count) if axis_name is None else lax.psum((total, count), axis_name)
-        return total / jnp.maximum(count, 1)
+        pair = [functools.reduce(jnp.add, column) for column in zip(*parts, strict=True)]
+        total, count = pair if axis_name is None else lax.psum(pair, axis_name)
+        slope: jax.Array = total / jnp.maximum(count, 1)
+        return slope
 
-    return values, tuple(map(slope, values))
+    return values, (slope(values[0]), slope(values[1]))
 
 
 def count_of(fraction: Any, size: Any) -> Any:
@@ -199,7 +205,7 @@ def count_of(fraction: Any, size: Any) -> Any:
     q = jnp.asarray(fraction)
     q = q if jnp.issubdtype(q.dtype, jnp.floating) else q.astype(jnp.float32)
     reach = (jnp.nextafter(q, jnp.ones_like(q)) - q) / 2
-    if jax.config.jax_enable_x64:
+    if _has_64_bits():
         up_to = (q.astype(jnp.float64) + reach.astype(jnp.float64)) * (1 + 2.0**-51)
         return jnp.floor(up_to * size.astype(jnp.float64)).astype(size.dtype)
     q, reach = q.astype(jnp.float32), reach.astype(jnp.float32)
@@ -213,9 +219,13 @@ def _widened(q: Any, dtype: np.dtype) -> jax.Array:
         return jnp.asarray(q, jnp.result_type(jnp.asarray(q).dtype, dtype, jnp.float32))
 
 
+def _has_64_bits() -> bool:
+    return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]  # Settings become attributes at run time.
+
+
 def count_dtype(size: int) -> np.dtype:
     """The integers that count so many."""
-    if size >= 2**32 and not jax.config.jax_enable_x64:
+    if size >= 2**32 and not _has_64_bits():
         raise OverflowError(
             f"{size} magnitudes are too many to rank with 32-bit counts, which end at 2**32 - 1. Enable 64-bit types"
             " (jax.config.update('jax_enable_x64', True)), or split the layer."
@@ -225,7 +235,7 @@ def count_dtype(size: int) -> np.dtype:
 
 def _rank_and_fraction(q: jax.Array, last: int) -> tuple[jax.Array, jax.Array]:
     """Integer and fractional part of `q * last`."""
-    if last >= 2**24 and jax.config.jax_enable_x64:
+    if last >= 2**24 and _has_64_bits():
         q = q.astype(jnp.float64)
     if last < 2 ** (jnp.finfo(q.dtype).nmant + 1):
         position = jnp.clip(q * np.asarray(last, q.dtype), 0, last)

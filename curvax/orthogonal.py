@@ -1,13 +1,14 @@
 """The polar factor of an update: every direction of a layer goes as far as every other."""
 
 import functools
+from typing import Any
 
 import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
 from curvax.checks import check_number
-from curvax.matrices import DimensionNumbers, matrices_of, of_norm_one
+from curvax.matrices import DimensionNumbers, Matrices, matrices_of, of_norm_one
 from curvax.meshes import on_auto
 from curvax.trees import check_floats, is_hole, statistics_dtype
 
@@ -56,7 +57,7 @@ def orthogonalize(
 
     # Compiled once, where the iteration by itself would be compiled in each step that is not.
     @functools.partial(jax.jit, static_argnames="of")
-    def direction(g, of):
+    def direction(g: jax.Array, of: Matrices | None) -> jax.Array:
         x = g.astype(statistics_dtype(g.dtype))
         if of is None:
             return g
@@ -66,9 +67,12 @@ def orthogonalize(
             return of.join(x).astype(g.dtype)
         # Without momentum it has no state.
         with jax.numpy_dtype_promotion("standard"):
-            return of.join(muon.update(x, muon.init(x))[0]).astype(g.dtype)
+            turned: Any = muon.update(x, muon.init(x))[0]
+        return of.join(turned).astype(g.dtype)
 
-    def update_fn(updates, state, params=None, *, eigenbasis=None, **extra_args):
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, *, eigenbasis: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
         del params, extra_args
         check_floats(updates)
         leaves, treedef = jax.tree.flatten(updates)
@@ -76,10 +80,11 @@ def orthogonalize(
             shapes = matrices_of(updates, weight_dimension_numbers)
         else:
             # What a stack is, whole trees show better than the parts of them that `partition` hands on.
+            whole: Any  # Of jaxlib, which says nothing of types.
             nodes, whole = jax.tree.flatten(updates, is_leaf=is_hole)
             known = zip(nodes, whole.flatten_up_to(eigenbasis), strict=True)
             shapes = [rotation.matrices for node, rotation in known if not is_hole(node)]
         found = [on_auto(lambda x, of=of: direction(x, of), x, like=x) for x, of in zip(leaves, shapes, strict=True)]
-        return treedef.unflatten(found), state
+        return jax.tree.unflatten(treedef, found), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)

@@ -5,12 +5,12 @@ are differentiated, have them traced on the user's mesh.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, reshard, use_abstract_mesh
 
 from curvax.exact.trace import apply, callee, derivative, read
@@ -21,7 +21,7 @@ def auto(mesh: AbstractMesh) -> AbstractMesh:
     return mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto)) if mesh.explicit_axes else mesh
 
 
-def _on_auto(aval):
+def _on_auto(aval: Any) -> Any:
     return aval.update(sharding=NamedSharding(auto(aval.sharding.mesh), PartitionSpec(*[None] * aval.ndim)))
 
 
@@ -60,7 +60,7 @@ def _without_placement(param: Any) -> Any:
 # Equations that need more than their parameters changed.
 
 
-def _placement(eqn, operand):
+def _placement(eqn: JaxprEqn, operand: jax.Array) -> Sequence[jax.Array]:
     """A cast to Auto axes is done already; one to Explicit axes remains as advice to the compiler."""
     sharding = eqn.params["dst_sharding"]
     mesh = sharding.mesh.abstract_mesh
@@ -68,20 +68,20 @@ def _placement(eqn, operand):
     return [jax.lax.with_sharding_constraint(operand, advice) if mesh.explicit_axes else operand]
 
 
-def _constraint(eqn, operand):
+def _constraint(eqn: JaxprEqn, operand: jax.Array) -> Sequence[jax.Array]:
     return [operand] if eqn.params["sharding"].mesh.abstract_mesh.explicit_axes else _bind(eqn, operand)
 
 
-def _call(eqn, *operands):
+def _call(eqn: JaxprEqn, *operands: jax.Array) -> Sequence[jax.Array]:
     return evaluate(callee(eqn), *operands)
 
 
-def _checkpoint(eqn, *operands):
+def _checkpoint(eqn: JaxprEqn, *operands: jax.Array) -> Any:
     options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
     return jax.checkpoint(functools.partial(evaluate, callee(eqn)), **options)(*operands)
 
 
-def _shard_map(eqn, *operands):
+def _shard_map(eqn: JaxprEqn, *operands: jax.Array) -> Any:
     names = ("in_specs", "out_specs", "check_vma")
     options = {name: eqn.params[name] for name in names} | {"axis_names": eqn.params["newly_manual_axes"]}
     mesh = auto(eqn.params["mesh"].abstract_mesh)
@@ -89,16 +89,16 @@ def _shard_map(eqn, *operands):
     return jax.shard_map(functools.partial(evaluate, callee(eqn)), mesh=mesh, **options)(*operands)
 
 
-def _custom_jvp(eqn, *operands):
+def _custom_jvp(eqn: JaxprEqn, *operands: jax.Array) -> Sequence[jax.Array]:
     """The user's own rule, traced where the user's function was."""
     avals, slots = _smooth(eqn.invars)
 
     @jax.custom_jvp
-    def function(*operands):
+    def function(*operands: jax.Array) -> Sequence[jax.Array]:
         return _call(eqn, *operands)
 
     @function.defjvp
-    def rule(operands, tangents):
+    def rule(operands: Any, tangents: Any) -> tuple[Any, Any]:
         with eqn.ctx.manager:
             closed = jax.make_jaxpr(derivative(eqn, slots))(avals, [avals[slot] for slot in slots])
         found = evaluate(closed, *operands, *(tangents[slot] for slot in slots))
@@ -107,30 +107,30 @@ def _custom_jvp(eqn, *operands):
     return function(*operands)
 
 
-def _custom_vjp(eqn, *operands):
+def _custom_vjp(eqn: JaxprEqn, *operands: jax.Array) -> Any:
     """Forwards the value and what the pullback keeps, backwards the pullback, each traced as in `_custom_jvp`."""
     avals, slots = _smooth(eqn.invars)
 
     @functools.cache
-    def forwards():
+    def forwards() -> tuple[ClosedJaxpr, Any]:
         with eqn.ctx.manager:
             return jax.make_jaxpr(lambda *xs: jax.vjp(functools.partial(apply, eqn), *xs), return_shape=True)(*avals)
 
     @jax.custom_vjp
-    def function(*operands):
+    def function(*operands: jax.Array) -> Sequence[jax.Array]:
         return _call(eqn, *operands)
 
-    def forward(*operands):
+    def forward(*operands: jax.Array) -> Any:
         closed, out = forwards()
         return jax.tree.unflatten(jax.tree.structure(out), evaluate(closed, *operands))
 
-    def backward(pullback, cotangents):
+    def backward(pullback: Any, cotangents: Any) -> tuple[jax.Array | None, ...]:
         kept, treedef = jax.tree.flatten(pullback)
         types = forwards()[0].out_avals
         results, kept_types = list(types[: len(eqn.outvars)]), types[len(eqn.outvars) :]
 
-        def pull(kept, cotangents):
-            found = treedef.unflatten(kept)(cotangents)
+        def pull(kept: Any, cotangents: Any) -> list[jax.Array]:
+            found = jax.tree.unflatten(treedef, kept)(cotangents)
             return [found[slot] for slot in slots]
 
         with eqn.ctx.manager:
@@ -142,13 +142,13 @@ def _custom_vjp(eqn, *operands):
     return function(*operands)
 
 
-def _smooth(atoms):
+def _smooth(atoms: Sequence[Literal | Var]) -> tuple[list[Any], list[int]]:
     """The types of some variables, and which of them have a derivative."""
-    avals = [atom.aval for atom in atoms]
+    avals: list[Any] = [atom.aval for atom in atoms]
     return avals, [slot for slot, aval in enumerate(avals) if jnp.issubdtype(aval.dtype, jnp.inexact)]
 
 
-_RULES = {
+_RULES: dict[str, Callable[..., Sequence[jax.Array]]] = {
     "reshard": _placement,
     "sharding_constraint": _constraint,
     "shard_map": _shard_map,

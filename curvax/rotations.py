@@ -41,7 +41,7 @@ class Rotation:
         return self._times(x, *self.vectors, transposed=False)
 
     def _times(self, x: jax.Array, u: jax.Array | None, v: jax.Array | None, transposed: bool) -> jax.Array:
-        if u is None and v is None:
+        if self.matrices is None or (u is None and v is None):
             return x
         dtype = statistics_dtype(x.dtype)
         turn = (lambda a: a.mT) if transposed else (lambda a: a)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from curvax.exact.loops import bodies, scan_numbers
@@ -50,7 +51,8 @@ def find_stacks(objective: Objective, params: Any, layers: Layers = "kernel") ->
 def scanned_axes(objective: Objective, params: Any) -> list[Axes]:
     """For each leaf of the parameters the axes along which scans run; none where it is read otherwise, too."""
     program = trace(objective, params)
-    return [_axes(program.jaxpr, var, tuple(range(var.aval.ndim))) for var in program.params]
+    sizes = [jnp.ndim(x) for x in jax.tree.leaves(params)]
+    return [_axes(program.jaxpr, var, range(n)) for var, n in zip(program.params, sizes, strict=True)]
 
 
 def _axes(jaxpr: Jaxpr, var: Var, dims: Sequence[int]) -> Axes:

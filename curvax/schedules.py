@@ -49,7 +49,7 @@ class Phase:
     learning_rate: float
     unit: Literal["epochs", "steps", "examples"] = "epochs"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("length", "batch_size"):
             # Small integers of NumPy overflow where they meet the number of examples.
             object.__setattr__(self, name, _whole(name, getattr(self, name)))
@@ -67,11 +67,16 @@ class Phase:
         """
         if self.unit != "epochs":
             return self.length if self.unit == "steps" else self.length // self.batch_size
-        if num_examples is None:
-            raise ValueError("a phase in epochs has as many steps as there are batches; pass num_examples.")
+        num_examples = _given(num_examples)
         if num_examples < self.batch_size:
             raise ValueError(f"a batch of {self.batch_size} exceeds the {num_examples} examples; make it smaller.")
         return self.length * (num_examples // self.batch_size)
+
+
+def _given(num_examples: int | None) -> int:
+    if num_examples is None:
+        raise ValueError("a phase in epochs has as many steps as there are batches; pass num_examples.")
+    return num_examples
 
 
 class Step(NamedTuple):
@@ -153,7 +158,7 @@ class BatchSchedule:
     decay: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         phases = self.phases if isinstance(self.phases, tuple | list) else ()
         if not phases or not all(isinstance(phase, Phase) for phase in phases):
             raise ValueError(f"phases={self.phases!r} is no schedule; pass a tuple of at least one Phase.")
@@ -188,9 +193,8 @@ class BatchSchedule:
         yield from itertools.islice(steps, int(first_step), None)
 
     def _steps_of_epochs(self, num_examples: int | None) -> Iterator[Step]:
-        self.phases[0].steps(num_examples)  # Says what is missing.
         examples = 0
-        for epoch in self.epochs(num_examples):
+        for epoch in self.epochs(_given(num_examples)):
             for number, rate in enumerate(epoch.learning_rates.tolist(), epoch.first_step):
                 yield Step(number, epoch.batch_size, rate, examples)
                 examples += epoch.batch_size
@@ -258,7 +262,8 @@ class BatchSchedule:
         if self.decay == "constant":
             return warmup
         decayed = np.clip((start - self.warmup_epochs) / max(total - self.warmup_epochs, length), 0, 1)
-        return warmup * 0.5 * (1 + np.cos(np.pi * decayed))
+        found: np.ndarray = warmup * 0.5 * (1 + np.cos(np.pi * decayed))
+        return found
 
 
 def small_batch_start(

@@ -59,14 +59,16 @@ class _Bracket(NamedTuple):
     upto: jax.Array
 
 
-def _search(population: Population, sample: jax.Array | None, rank: jax.Array) -> tuple[jax.Array, ...]:
+def _search(
+    population: Population, sample: jax.Array | None, rank: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The pattern of that rank, its successor and the largest pattern."""
 
-    def is_wide(state):
+    def is_wide(state: tuple[_Bracket, jax.Array]) -> jax.Array:
         bracket, _ = state
         return (bracket.low < bracket.high) & (bracket.upto - bracket.below > 2)
 
-    def narrow(state):
+    def narrow(state: tuple[_Bracket, jax.Array]) -> tuple[_Bracket, jax.Array]:
         bracket, thresholds = state
         # The barrier keeps the patterns, a copy of the whole population, from being computed once and stored.
         leaves, _ = lax.optimization_barrier((population.leaves, thresholds))
@@ -137,12 +139,12 @@ def _sample_thresholds(population: Population, sample: jax.Array, rank: jax.Arra
     return jnp.minimum(thresholds, population.infinity)
 
 
-def _read_off(population: Population, bracket: _Bracket, rank: jax.Array) -> tuple[jax.Array, ...]:
+def _read_off(population: Population, bracket: _Bracket, rank: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The end of a search: at most two patterns are inside, its smallest and its largest."""
     low, high = bracket.low, bracket.high
     top = np.iinfo(low.dtype).max
 
-    def operands(p):
+    def operands(p: jax.Array) -> tuple[jax.Array, ...]:
         return jnp.where(p < low, top, p), jnp.where(p > high, 0, p), jnp.where(p > high, p, top), p
 
     smallest, largest, beyond, last = population.fold(operands, [MIN, MAX, MIN, MAX])

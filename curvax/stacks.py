@@ -45,7 +45,7 @@ class Stacked:
     axes: Mapping[str, int | Axes] | Sequence[tuple[str, int | Axes]] | None
     layers: Any = "kernel"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.axes is not None:
             # Hashable: it is part of states.
             object.__setattr__(self, "axes", _rules(self.axes))

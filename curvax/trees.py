@@ -52,11 +52,12 @@ def leaves_like(name: str, tree: Any, params: Any, like: str = "parameter") -> l
     Raises:
       ValueError: if the structures differ otherwise, or a shape does; it names the leaf.
     """
-    wanted, given = (jax.tree.structure(x, is_leaf=is_hole) for x in (params, tree))
+    wanted: Any = jax.tree.structure(params, is_leaf=is_hole)  # Of jaxlib, which says nothing of types.
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_hole)
     try:
         nodes = wanted.flatten_up_to(tree)
     except ValueError as error:
+        given = jax.tree.structure(tree, is_leaf=is_hole)
         message = f"{name} is {given}, where the {like}s are {wanted}; make it a tree like params."
         raise ValueError(message) from error
     pairs = [(path, leaf, node) for (path, leaf), node in zip(leaves, nodes, strict=True) if not is_hole(leaf)]
@@ -119,11 +120,11 @@ def check_real(params: Any) -> None:
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """The same on parameters and gradients of at least float32: a state has their types, and halves lose averages."""
 
-    def init_fn(params):
+    def init_fn(params: Any) -> Any:
         # Of the parameters, which may be shapes alone, a state takes no more than the place.
         return inner.init(jax.tree.map(lambda x: jnp.zeros_like(x, statistics_dtype(x.dtype)), params))
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         params = None if params is None else _widened(params)
         found, state = inner.update(_widened(updates), state, params, **extra_args)
         return jax.tree.map(lambda new, old: new.astype(old.dtype), found, updates), state

@@ -35,7 +35,8 @@ def varying_like(x: jax.Array, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Ar
 
 def varies_over(x: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:
     """The axes over which `x` varies."""
-    return jax.typeof(x).manual_axis_type.varying
+    axes: frozenset[str] = jax.typeof(x).manual_axis_type.varying
+    return axes
 
 
 def varying_beyond(tree: Any, axes: frozenset[str]) -> Iterator[tuple[Any, tuple[str, ...]]]:

@@ -8,7 +8,7 @@ A number below the smallest normal one (1.2e-38 in float32) is 0 where the hardw
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,9 @@ class Factors(NamedTuple):
 
     power: jax.Array
     rest: jax.Array
+
+
+WideOrFactors = TypeVar("WideOrFactors", Wide, Factors)
 
 
 def wide(x: jax.Array) -> Wide:
@@ -92,7 +95,7 @@ def append(a: Wide, scalar: Wide) -> Wide:
     return Wide(*(jnp.append(x, y) for x, y in zip(a, cast(scalar, a.value.dtype), strict=True)))
 
 
-def take(a: Wide | Factors, places: int | Sequence[int]) -> Wide | Factors:
+def take(a: WideOrFactors, places: int | Sequence[int] | np.ndarray) -> WideOrFactors:
     """One entry of a vector, or several."""
     return type(a)(*(x[places] if isinstance(places, int) else x[np.asarray(places)] for x in a))
 
@@ -103,8 +106,8 @@ def plus(a: Wide, b: Wide) -> Wide:
     exponents = [jnp.where(x.value == 0, 8 * _least(x.value.dtype), x.exponent) for x in (a, b)]
     exponent = jnp.maximum(*exponents)
     shifts = [jnp.maximum(e - exponent, _least(a.value.dtype)) for e in exponents]
-    shifted = [x.value * power_of_two(e, x.value.dtype) for x, e in zip((a, b), shifts, strict=True)]
-    return Wide(sum(shifted), exponent)
+    first, second = [x.value * power_of_two(e, x.value.dtype) for x, e in zip((a, b), shifts, strict=True)]
+    return Wide(first + second, exponent)
 
 
 def total(a: Wide) -> Wide:
@@ -135,12 +138,17 @@ def quotient(a: Wide, b: Wide) -> Wide:
 
 
 @quotient.defjvp
-def _quotient_jvp(primals, tangents):
+def _quotient_jvp(primals: tuple[Wide, Wide], tangents: tuple[Wide, Wide]) -> tuple[Wide, Wide]:
     """Without the square of the denominator, which may overflow."""
     (a, b), (slope_a, slope_b) = primals, tangents
     found = quotient(a, b)
     slope = quotient(Wide(slope_a.value - found.value * slope_b.value, found.exponent), b).value
-    return found, Wide(slope, np.zeros(found.exponent.shape, jax.dtypes.float0))
+    return found, Wide(slope, no_slope(found.exponent))
+
+
+def no_slope(integers: jax.Array) -> Any:
+    """The tangent of integers: an array of NumPy without content."""
+    return np.zeros(integers.shape, jax.dtypes.float0)
 
 
 @jax.custom_jvp
@@ -150,10 +158,10 @@ def root(a: Wide) -> Wide:
 
 
 @root.defjvp
-def _root_jvp(primals, tangents):
+def _root_jvp(primals: tuple[Wide], tangents: tuple[Wide]) -> tuple[Wide, Wide]:
     found = root(*primals)
     slope = jnp.where(found.value == 0, 0, 0.5 / jnp.where(found.value == 0, 1, found.value))
-    return found, Wide(slope * tangents[0].value, np.zeros(found.exponent.shape, jax.dtypes.float0))
+    return found, Wide(slope * tangents[0].value, no_slope(found.exponent))
 
 
 def factors(a: Wide) -> Factors:
@@ -175,7 +183,8 @@ def product(a: Wide | Factors, x: jax.Array) -> jax.Array:
 
 def to_float(a: Wide) -> jax.Array:
     """The nearest float; 0 or infinite where there is none."""
-    return product(a, jnp.ones((), a.value.dtype))
+    x: jax.Array = product(a, jnp.ones((), a.value.dtype))
+    return x
 
 
 def _exponent(x: jax.Array) -> jax.Array:

@@ -27,10 +27,12 @@ RULES = frozenset({"jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees"})
 # Entries up to which a constant is compared by value.
 SMALL = 16
 
-_programs: collections.OrderedDict[Hashable, Callable] = collections.OrderedDict()
+_programs: collections.OrderedDict[Hashable, Callable[..., Any]] = collections.OrderedDict()
 
 
-def once(compute: Callable, method: Any, where: Any, has_aux: bool, objective: Any, params: Any, *others: Any) -> Any:
+def once(
+    compute: Callable[..., Any], method: Any, where: Any, has_aux: bool, objective: Any, params: Any, *others: Any
+) -> Any:
     """`compute(method, where, has_aux, objective, params, *others)`, of known arrays by a program compiled once.
 
     Args:
@@ -73,10 +75,12 @@ def _is_traced(tree: Any) -> bool:
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
-def _read(objective, params, data, where, has_aux) -> tuple[Hashable, Any, Callable[[Any], Any]]:
+def _read(
+    objective: Any, params: Any, data: Any, where: Any, has_aux: bool
+) -> tuple[Hashable, Any, Callable[[Any], Any]]:
     """What the loss computes, the arrays that it computes it from, and the loss as a function of these."""
 
-    def derivatives(params, data):
+    def derivatives(params: Any, data: Any) -> Any:
         this = dataclasses.replace(objective, data=data) if isinstance(objective, Objective) else objective
         alone, chosen = scalar_objective(this, params, where, has_aux)
         outputs = alone.predict(chosen, alone.data) if isinstance(alone, Objective) else ()
@@ -89,25 +93,25 @@ def _read(objective, params, data, where, has_aux) -> tuple[Hashable, Any, Calla
         if _is_traced(twice.consts):
             return said, twice.consts, objective
         without_data = dataclasses.replace(objective, data=None)
-        function = lambda data: dataclasses.replace(without_data, data=data)
-        return (*said, *map(_constant, twice.consts)), data, function
+        whole = (*said, *map(_constant, twice.consts))
+        return whole, data, lambda data: dataclasses.replace(without_data, data=data)
     closed, out = jax.make_jaxpr(lambda params: objective(params), return_shape=True)(params)
     known = {id(x) for x in closed.consts}
     # Of a derivative rule alone.
     others = [_constant(x) for x in twice.consts if id(x) not in known]
     treedef, jaxpr = jax.tree.structure(out), closed.jaxpr
 
-    def function(consts):
+    def function(consts: Any) -> Callable[[Any], Any]:
         call = jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))
-        return lambda params: treedef.unflatten(call(*jax.tree.leaves(params)))
+        return lambda params: jax.tree.unflatten(treedef, call(*jax.tree.leaves(params)))
 
     return (*said, treedef, _jaxpr(jaxpr), *others), closed.consts, function
 
 
 def _has_value(method: Any) -> bool:
     """Whether a method that is equal to another one does the same: of an object that may change, nothing is known."""
-    frozen = dataclasses.is_dataclass(method) and type(method).__dataclass_params__.frozen
-    return frozen and type(method).__eq__ is not object.__eq__
+    kind: Any = type(method)
+    return dataclasses.is_dataclass(method) and kind.__dataclass_params__.frozen and kind.__eq__ is not object.__eq__
 
 
 def _constant(x: Any) -> Hashable:
@@ -165,6 +169,7 @@ def _value(x: Any) -> Hashable:
         return type(x), repr(x)
     try:
         hash(x)
+        value: Hashable = x
     except TypeError:
-        return Same(x)
-    return x
+        value = Same(x)
+    return value

@@ -44,15 +44,15 @@ class Moments(NamedTuple):
     The squares of these need not be floats.
     """
 
-    count: int
+    number: int
     mean: Any
     deviations: Any
 
     def standard_error(self) -> Any:
         """Of the mean; None for fewer than two samples."""
-        if self.count < 2:
+        if self.number < 2:
             return None
-        return jax.tree.map(lambda d: d / np.sqrt((self.count - 1) * self.count).astype(d.dtype), self.deviations)
+        return jax.tree.map(lambda d: d / np.sqrt((self.number - 1) * self.number).astype(d.dtype), self.deviations)
 
 
 def no_samples(params: Any) -> Moments:
@@ -66,7 +66,7 @@ def add_samples(
 ) -> Moments:
     """Adds `sample(key)` for every key, `chunk_size` (by default one) of them in a pass."""
 
-    def add(carry, step):
+    def add(carry: Any, step: tuple[Any, jax.Array]) -> tuple[Any, None]:
         drawn, number = step
         mean, deviations = carry
         off = jax.tree.map(jnp.subtract, drawn, mean)
@@ -74,14 +74,14 @@ def add_samples(
         share = jnp.sqrt((number - 1) / number)
         return (new_mean, jax.tree.map(lambda v, d: jnp.hypot(v, share.astype(d.dtype) * d), deviations, off)), None
 
-    def add_chunk(carry, step):
+    def add_chunk(carry: Any, step: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         some, numbers = step
         if len(numbers) > 1:
             return jax.lax.scan(add, carry, (jax.vmap(sample)(some), numbers))
         return add(carry, (sample(some[0]), numbers[0]))
 
     count, size = len(keys), min(chunk_size or 1, len(keys))
-    numbers = jnp.arange(moments.count + 1, moments.count + count + 1, dtype=jnp.float32)
+    numbers = jnp.arange(moments.number + 1, moments.number + count + 1, dtype=jnp.float32)
     chunks, whole = count // size, count - count % size
     steps = jax.tree.map(lambda x: x[:whole].reshape(chunks, size), (keys, numbers))
     carry = moments[1:]
@@ -94,4 +94,4 @@ def add_samples(
         carry, _ = jax.lax.scan(add_chunk, carry, steps)
     if whole < count:
         carry, _ = add_chunk(carry, (keys[whole:], numbers[whole:]))
-    return Moments(moments.count + count, *carry)
+    return Moments(moments.number + count, *carry)

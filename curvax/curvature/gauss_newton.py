@@ -43,6 +43,7 @@ from curvax.objective import Objective
 from curvax.trees import at_least_float32, like_diag
 
 Squares = Literal["example", "batch"]
+Random = RandomColumns | factor.RandomEigencolumns
 
 # Into how many micro-batches a batch is split in the coarse form, or for its memory, where the caller does not say.
 MICRO_BATCHES = 4
@@ -89,7 +90,7 @@ def explain_sampling(objective: Objective, params: Any, num_samples: int, square
     flow = analyse(trace(objective, params))
     check_backward(flow)
     form, proved, routes = _plan(flow, squares)
-    rows = []
+    rows: list[Row] = []
     for route, x in zip(routes, jax.tree.leaves(params), strict=True):
         count = num_samples if not rows else 0
         if form == "product":
@@ -143,12 +144,17 @@ def _is_small(flow: Flow) -> bool:
     outputs = flow.program.outputs
     if len(outputs) != 1 or is_complex(outputs[0]) or flow.axes.get(outputs[0]) is None:
         return False
-    return outputs[0].aval.size <= FACTORED * flow.program.num_examples
+    return _size(outputs[0]) <= FACTORED * flow.program.num_examples
 
 
 def _entries(flow: Flow) -> int:
     """How many numbers the network returns for an example."""
-    return sum(x.aval.size for x in flow.program.outputs) // flow.program.num_examples
+    return sum(map(_size, flow.program.outputs)) // flow.program.num_examples
+
+
+def _size(x: Any) -> int:
+    """How many numbers a variable of a trace holds."""
+    return int(x.aval.size)
 
 
 def sampled_gauss_newton(
@@ -193,7 +199,9 @@ def sampled_gauss_newton(
     parts = micro_batches or (MICRO_BATCHES if form == "batch" or _entries(flow) > LARGE_OUTPUTS else 1)
     penalty_key, key = jax.random.split(key)
     found = mean_over_micro_batches(estimate, alone, params, key, parts, optional=micro_batches is None)
-    return found if objective.penalty is None else _add_penalty(found, objective, params, penalty_key, num_samples)
+    return (
+        found if objective.penalty is None else _add_penalty(found, objective.penalty, params, penalty_key, num_samples)
+    )
 
 
 # The mean loss, its gradient, and a function from a key to an estimate of the diagonal.
@@ -209,11 +217,12 @@ def _by_batch(objective: Objective, params: Any) -> Sampler:
     columns = random_columns(flow, env)
     if columns is None:
         return *jax.value_and_grad(objective)(params), lambda key: _no_curvature(params)
+    assert isinstance(losses, Var), "losses that curve are no constant"
     size = flow.program.num_examples
     slopes = sweep(flow, env, [losses], inputs)([jnp.ones_like(env[losses]) / size])
     to_outputs = sweep(flow, env, columns.variables, inputs)
 
-    def square(key):
+    def square(key: jax.Array) -> Any:
         drawn = columns.draw(key, by_example=False)
         (gradient,) = pull(to_outputs(drawn.values))
         signs = jnp.sum(drawn.signs[:1])
@@ -222,10 +231,10 @@ def _by_batch(objective: Objective, params: Any) -> Sampler:
     return jnp.mean(env[losses]), pull(slopes)[0], square
 
 
-def _linearised(objective: Objective, params: Any) -> tuple[list[jax.Array], Callable, Any]:
+def _linearised(objective: Objective, params: Any) -> tuple[list[jax.Array], Callable[..., Any], Any]:
     """The floating-point leaves of the outputs, their pullback, and the outputs."""
 
-    def predict(params):
+    def predict(params: Any) -> tuple[list[jax.Array], Any]:
         outputs = objective.predict(params, objective.data)
         return [x for x in jax.tree.leaves(outputs) if is_inexact(x)], outputs
 
@@ -243,7 +252,7 @@ def _by_example(objective: Objective, params: Any) -> Sampler:
     followed = [route for route in routes if route.origins]
     others = [route for route in routes if route.name == "unit vectors"]
 
-    def sample(key):
+    def sample(key: jax.Array) -> Any:
         drawn = columns.draw(key, by_example=not others)
         found = zeros(flow, routes)
         if followed:
@@ -252,12 +261,14 @@ def _by_example(objective: Objective, params: Any) -> Sampler:
             found |= {route.bit: square for route, square in zip(followed, squares, strict=True)}
         if others:
             found |= _whole_batch(flow, env, others, columns, drawn)
-        return treedef.unflatten([found[bit] / size for bit in range(len(routes))])
+        return jax.tree.unflatten(treedef, [found[bit] / size for bit in range(len(routes))])
 
     return value, grad, sample
 
 
-def _whole_batch(flow: Flow, env, routes: list[Route], columns, drawn: Columns) -> dict[int, jax.Array]:
+def _whole_batch(
+    flow: Flow, env: Mapping[Var, jax.Array], routes: list[Route], columns: Random, drawn: Columns
+) -> dict[int, jax.Array]:
     """Squares over the batch, of the arrays that are not followed."""
     variables = [flow.program.params[route.bit] for route in routes]
     pull = jax.vjp(between(flow, env, variables, columns.variables), *(env[var] for var in variables))[1]
@@ -271,11 +282,12 @@ def _by_product(objective: Objective, params: Any) -> Sampler:
     return value, grad, lambda key: _signs_times(product, params, key)
 
 
-def random_columns(flow: Flow, env: Mapping[Var, jax.Array]) -> RandomColumns | factor.RandomEigencolumns | None:
+def random_columns(flow: Flow, env: Mapping[Var, jax.Array]) -> Random | None:
     """Random columns of the loss's Hessian; None where it has none."""
     structure = find_atoms(flow)
     if _is_factored(flow, structure):
         return factor.random_eigencolumns(flow, env, flow.program.outputs[0])
+    assert isinstance(structure, Structure), "a loss whose columns are not known is not sampled"
     atoms = [atom for atom in structure.atoms if flow.depends.get(origin(atom))]
     return RandomColumns(flow, evaluate_atoms(flow, env, atoms)) if atoms else None
 
@@ -288,9 +300,11 @@ def _wide(tree: Any) -> Any:
     return jax.tree.map(at_least_float32, tree)
 
 
-def _add_penalty(found: Estimate, objective: Objective, params: Any, key: jax.Array, num_samples: int) -> Estimate:
+def _add_penalty(
+    found: Estimate, penalty: Callable[[Any], jax.Array], params: Any, key: jax.Array, num_samples: int
+) -> Estimate:
     """Adds a penalty's own Hessian, by as many random signs: exact where that is diagonal."""
-    value, grad, product = hessian_product(objective.penalty, params)
+    value, grad, product = hessian_product(penalty, params)
     sample = lambda key: _signs_times(product, params, key)
     moments = add_samples(sample, jax.random.split(key, num_samples), no_samples(params))
     add = lambda one, other: jax.tree.map(jnp.add, one, other)

@@ -53,15 +53,16 @@ def hvp(objective: Callable[[Any], jax.Array], params: Any, v: Any) -> Any:
     check_real(params)
     v = as_arrays("v", v)
     leaves_like("v", v, params)
-    return hessian_product(objective, params)[2](jax.tree_util.tree_map_with_path(_tangent, v, params))
+    _, _, product = hessian_product(objective, params)
+    return product(jax.tree_util.tree_map_with_path(_tangent, v, params))
 
 
 def _tangent(path: Any, v: Any, param: Any) -> jax.Array:
-    v, dtype = jnp.asarray(v), jnp.result_type(param)
-    if not jnp.issubdtype(v.dtype, jnp.floating) or (v.dtype != dtype and not jax.typeof(v).weak_type):
+    x, dtype = jnp.asarray(v), jnp.result_type(param)
+    if not jnp.issubdtype(x.dtype, jnp.floating) or (x.dtype != dtype and not jax.typeof(x).weak_type):
         name = path_name(path)
-        raise ValueError(f"v is {v.dtype} at '{name}', where the parameter is {dtype}; cast it: v.astype({dtype}).")
-    return v.astype(dtype)
+        raise ValueError(f"v is {x.dtype} at '{name}', where the parameter is {dtype}; cast it: v.astype({dtype}).")
+    return x.astype(dtype)
 
 
 def hessian_diag(
@@ -177,7 +178,9 @@ def value_grad_and_hessian_diag(
     """
     method = as_method(method, options)
     check_method_key(method, key)
-    return once(_estimate, method, where, has_aux, objective, params, None if key is None else as_key(key))
+    key = None if key is None else as_key(key)
+    estimate: Estimate = once(_estimate, method, where, has_aux, objective, params, key)
+    return estimate
 
 
 def _estimate(method: Any, where: Any, has_aux: bool, objective: Any, params: Any, key: Any) -> Estimate:
@@ -223,9 +226,9 @@ def explain(
       total                           0       2
     """
     method, params = as_method(method, options), as_arrays("params", params)
-    found = []
+    found: list[Explanation] = []
 
-    def look(traced, params):
+    def look(traced: Any, params: Any) -> None:
         scalar, chosen = scalar_objective(objective if traced is None else traced, params, where, has_aux)
         if hasattr(method, "explain"):
             found.append(method.explain(scalar, chosen))

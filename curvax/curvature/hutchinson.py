@@ -1,6 +1,7 @@
 """A diagonal from random signs z: entry i of `z * A z` has `A_ii` for its mean, and the rest of row i for its noise."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import optax
@@ -8,7 +9,7 @@ import optax
 from curvax.curvature.estimate import Estimate, add_samples, no_samples
 from curvax.curvature.method import Method
 from curvax.curvature.products import product_matrix, same_diagonal
-from curvax.exact import explain_products
+from curvax.exact import Explanation, explain_products
 from curvax.trees import at_least_float32
 
 
@@ -37,10 +38,10 @@ class Hutchinson(Method):
     name = "hutchinson"
     stochastic = True
 
-    def _estimate(self, objective, params, key):
+    def _estimate(self, objective: Any, params: Any, key: jax.Array) -> Estimate:
         value, grad, product = same_diagonal(objective, params)
 
-        def sample(key):
+        def sample(key: jax.Array) -> Any:
             z = optax.tree.random_like(key, params, jax.random.rademacher)
             return jax.tree.map(lambda a, b: at_least_float32(a) * at_least_float32(b), z, product(z))
 
@@ -48,6 +49,6 @@ class Hutchinson(Method):
         moments = add_samples(sample, keys, no_samples(params), self.chunk_size)
         return Estimate(value, grad, moments.mean, moments.standard_error())
 
-    def _explain(self, objective, params):
+    def _explain(self, objective: Any, params: Any) -> Explanation:
         matrix, why = product_matrix(objective, params)
         return explain_products(params, [self.num_samples], f"signs, {matrix} products", why)

@@ -18,7 +18,7 @@ Those of curvax are frozen dataclasses, checked when they are made.
 import abc
 import dataclasses
 import operator
-from typing import Any, ClassVar
+from typing import Any, get_args
 
 import jax
 
@@ -47,14 +47,20 @@ class Method(abc.ABC):
     chunk_size: int | None = dataclasses.field(default=None, kw_only=True)
     micro_batches: int | None = dataclasses.field(default=None, kw_only=True)
 
-    #: What the string is that stands for it, and the state of `with_hessian_diag` names it by.
-    name: ClassVar[str]
-    stochastic: ClassVar[bool] = False
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """What the string is that stands for it, and the state of `with_hessian_diag` names it by."""
 
-    def __post_init__(self):
+    @property
+    def stochastic(self) -> bool:
+        """Whether it draws random numbers."""
+        return False
+
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None or not isinstance(None, field.type):
+            if value is not None or type(None) not in get_args(field.type):
                 self._check(field.name, value)
 
     def _check(self, name: str, value: Any) -> None:
@@ -96,9 +102,10 @@ class Method(abc.ABC):
         """
         return self._explain(plain(objective, params), params)
 
-    def _in_parts(self, objective: Any, params: Any, key: jax.Array | None) -> Estimate:
+    def _in_parts(self, objective: Any, params: Any, key: Any) -> Estimate:
         """`estimate` by micro-batches."""
-        if (self.micro_batches or 1) == 1:
+        parts = self.micro_batches or 1
+        if parts == 1:
             return self._estimate(objective, params, key)
         if not isinstance(objective, Objective):
             raise ValueError(
@@ -106,11 +113,11 @@ class Method(abc.ABC):
                 " micro_batches out."
             )
         part = lambda part, key: self._estimate(part, params, key)
-        return mean_over_micro_batches(part, objective, params, key, self.micro_batches)
+        return mean_over_micro_batches(part, objective, params, key, parts)
 
     @abc.abstractmethod
-    def _estimate(self, objective: Any, params: Any, key: jax.Array | None) -> Estimate:
-        """`estimate` of the whole batch at once."""
+    def _estimate(self, objective: Any, params: Any, key: Any) -> Estimate:
+        """`estimate` of the whole batch at once, with a typed key, or None where the method draws nothing."""
 
     @abc.abstractmethod
     def _explain(self, objective: Any, params: Any) -> Explanation:

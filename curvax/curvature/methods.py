@@ -1,7 +1,7 @@
 """The methods whose work is done elsewhere: exact diagonals, Gauss-Newton diagonals, and the choice of a method."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +42,10 @@ class Exact(Method):
 
     name = "exact"
 
-    def _estimate(self, objective, params, key):
+    def _estimate(self, objective: Any, params: Any, key: Any) -> Estimate:
         return _without_error(exact_diag(objective, params, budget=self.budget, chunk_size=self.chunk_size))
 
-    def _explain(self, objective, params):
+    def _explain(self, objective: Any, params: Any) -> Explanation:
         return explain(objective, params)
 
 
@@ -69,10 +69,10 @@ class Basis(Method):
 
     name = "basis"
 
-    def _estimate(self, objective, params, key):
+    def _estimate(self, objective: Any, params: Any, key: Any) -> Estimate:
         return _without_error(function_diag(objective, params, self.chunk_size))
 
-    def _explain(self, objective, params):
+    def _explain(self, objective: Any, params: Any) -> Explanation:
         sizes = [jnp.size(x) for x in jax.tree.leaves(params)]
         return explain_products(params, sizes, "unit vectors", "one product for each parameter")
 
@@ -110,9 +110,9 @@ class GaussNewton(Method):
     """
 
     num_samples: int | None = None
-    squares: str | None = None
+    squares: Literal["example", "batch"] | None = None
 
-    def _check(self, name, value):
+    def _check(self, name: str, value: Any) -> None:
         if name != "squares":
             return super()._check(name, value)
         if value not in ("example", "batch") or self.num_samples is None:
@@ -126,17 +126,17 @@ class GaussNewton(Method):
     def stochastic(self) -> bool:
         return self.num_samples is not None
 
-    def _in_parts(self, objective, params, key):
+    def _in_parts(self, objective: Any, params: Any, key: Any) -> Estimate:
         if self.num_samples is None:
             return super()._in_parts(objective, params, key)
         check_objective(objective, "ggn_mc")
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return sampled_gauss_newton(objective, params, key, **fields)
 
-    def _estimate(self, objective, params, key):
+    def _estimate(self, objective: Any, params: Any, key: Any) -> Estimate:
         return _without_error(ggn_diag(objective, params, chunk_size=self.chunk_size))
 
-    def _explain(self, objective, params):
+    def _explain(self, objective: Any, params: Any) -> Explanation:
         if self.num_samples is None:
             return explain_ggn(objective, params)
         check_objective(objective, "ggn_mc")
@@ -218,13 +218,13 @@ class Auto(Method):
             return GaussNewton(self.num_samples, "batch" if rotated else None, **options)
         return Hutchinson(self.num_samples, **options)
 
-    def _in_parts(self, objective, params, key):
+    def _in_parts(self, objective: Any, params: Any, key: Any) -> Estimate:
         return self._estimate(objective, params, key)
 
-    def _estimate(self, objective, params, key):
+    def _estimate(self, objective: Any, params: Any, key: Any) -> Estimate:
         return self.choose(objective, params).estimate(objective, params, key)
 
-    def _explain(self, objective, params):
+    def _explain(self, objective: Any, params: Any) -> Explanation:
         chosen = self.choose(objective, params)
         explanation = chosen.explain(objective, params)
         return dataclasses.replace(explanation, method=f"{chosen!r}, chosen by {self!r}")

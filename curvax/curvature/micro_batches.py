@@ -21,7 +21,7 @@ from curvax.varying import varying_like
 
 
 def mean_over_micro_batches(
-    estimate: Callable[[Objective, jax.Array | None], Estimate],
+    estimate: Callable[[Objective, Any], Estimate],
     objective: Objective,
     params: Any,
     key: jax.Array | None,
@@ -55,7 +55,7 @@ def mean_over_micro_batches(
             return estimate(objective, key)
         raise ValueError(f"micro_batches={micro_batches} would change this objective: {axes}; leave micro_batches out.")
 
-    def part(index):
+    def part(index: jax.typing.ArrayLike) -> Estimate:
         drawn = None if key is None else jax.random.fold_in(key, index)
         return estimate(dataclasses.replace(objective, data=micro_batch(objective.data, axes, parts, index)), drawn)
 
@@ -68,9 +68,10 @@ def mean_over_micro_batches(
 def micro_batch(data: Any, axes: list[Axis | None], parts: int, index: jax.typing.ArrayLike) -> Any:
     """Every `parts`-th example from `index` on, so that each device's share of a sharded batch is in all parts."""
 
-    def pick(x, dim):
+    def pick(x: jax.Array, dim: int) -> jax.Array:
         split = x.reshape(*x.shape[:dim], x.shape[dim] // parts, parts, *x.shape[dim + 1 :])
-        return jax.lax.dynamic_index_in_dim(split, index, dim + 1, keepdims=False)
+        picked: jax.Array = jax.lax.dynamic_index_in_dim(split, index, dim + 1, keepdims=False)
+        return picked
 
     return _of_examples(pick, data, axes)
 
@@ -78,7 +79,7 @@ def micro_batch(data: Any, axes: list[Axis | None], parts: int, index: jax.typin
 def shuffled(data: Any, axes: list[Axis | None], key: jax.Array) -> Any:
     """The examples in a random order, the same in all arrays: parts of them are then alike, whatever order they had."""
 
-    def shuffle(x, dim):
+    def shuffle(x: jax.Array, dim: int) -> jax.Array:
         return jnp.take(x, jax.random.permutation(key, x.shape[dim]), dim, mode="clip")
 
     return _of_examples(shuffle, data, axes)
@@ -87,7 +88,7 @@ def shuffled(data: Any, axes: list[Axis | None], key: jax.Array) -> Any:
 def _of_examples(choose: Callable[[jax.Array, int], jax.Array], data: Any, axes: list[Axis | None]) -> Any:
     """The data with `choose(array, dim)` in place of each array that is divided: `dim` counts the examples alone."""
 
-    def chosen(x, axis):
+    def chosen(x: jax.Array, axis: Axis | None) -> jax.Array:
         if axis is None:
             return x
         before, after = x.shape[: axis.dim], x.shape[axis.dim + 1 :]
@@ -96,7 +97,7 @@ def _of_examples(choose: Callable[[jax.Array, int], jax.Array], data: Any, axes:
         return found.reshape(*before, axis.outer * found.shape[axis.dim + 1] * axis.inner, *after)
 
     leaves, treedef = jax.tree.flatten(data)
-    return treedef.unflatten([chosen(x, axis) for x, axis in zip(leaves, axes, strict=True)])
+    return jax.tree.unflatten(treedef, [chosen(x, axis) for x, axis in zip(leaves, axes, strict=True)])
 
 
 def _losses(objective: Objective) -> Callable[[Any], jax.Array]:
@@ -105,7 +106,8 @@ def _losses(objective: Objective) -> Callable[[Any], jax.Array]:
 
 def num_examples(objective: Objective, params: Any) -> int:
     """How many examples the batch has."""
-    return jax.eval_shape(_losses(objective), params).shape[0]
+    losses: jax.ShapeDtypeStruct = jax.eval_shape(_losses(objective), params)
+    return int(losses.shape[0])
 
 
 def number_of_parts(objective: Objective, params: Any, most: int) -> int:
@@ -120,7 +122,7 @@ def _convolves(objective: Objective, params: Any) -> bool:
 
 
 def _mean(part: Callable[[jax.typing.ArrayLike], Estimate], parts: int, unroll: int) -> Estimate:
-    def add(total, index):
+    def add(total: Estimate, index: jax.Array) -> tuple[Estimate, None]:
         found = part(index)
         error = jax.tree.map(jnp.hypot, total.standard_error, found.standard_error)
         summed = jax.tree.map(jnp.add, total._replace(standard_error=None), found._replace(standard_error=None))

@@ -7,7 +7,6 @@ diagonal. Then the Gauss-Newton product will do. It has no tangent of the backwa
 by count of operations, against 3 for the Hessian's. And what it leaves out could only have been noise in an estimate.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from curvax.exact.derivatives import Product, hessian_product, jacobian_products
 from curvax.objective import Objective
 
 
-def same_diagonal(objective: Callable[[Any], jax.Array], params: Any) -> tuple[jax.Array, Any, Product]:
+def same_diagonal(objective: Any, params: Any) -> tuple[jax.Array, Any, Product]:
     """The loss, its gradient, and the cheapest product whose matrix is proved to have the Hessian's diagonal."""
     if product_matrix(objective, params)[0] == "Hessian":
         return hessian_product(objective, params)
@@ -26,7 +25,7 @@ def same_diagonal(objective: Callable[[Any], jax.Array], params: Any) -> tuple[j
     return parts if objective.penalty is None else _sum(parts, hessian_product(objective.penalty, params))
 
 
-def product_matrix(objective: Callable[[Any], jax.Array], params: Any) -> tuple[str, str]:
+def product_matrix(objective: Any, params: Any) -> tuple[str, str]:
     """Which matrix that is, "Gauss-Newton" or "Hessian", and why."""
     if not isinstance(objective, Objective):
         return "Hessian", "not an Objective: no network to tell from the loss"

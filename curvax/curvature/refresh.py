@@ -57,11 +57,11 @@ class HessianDiagState(NamedTuple):
       ({'w': Array([0., 0.], dtype=float32)}, 0, 'none')
     """
 
-    count: jax.typing.ArrayLike
-    next_refresh: jax.typing.ArrayLike
-    num_refreshes: jax.typing.ArrayLike
-    num_skipped: jax.typing.ArrayLike
-    method: jax.typing.ArrayLike
+    count: jax.Array  # type: ignore[assignment]  # As Optax's states have it; no one counts the fields of a state.
+    next_refresh: jax.Array
+    num_refreshes: jax.Array
+    num_skipped: jax.Array
+    method: jax.Array
     hessian_diag: optax.Updates
     inner_state: optax.OptState
 
@@ -75,7 +75,7 @@ def with_hessian_diag(
     inner: optax.GradientTransformation | optax.MultiSteps,
     method: Any = None,
     *,
-    every: jax.typing.ArrayLike = 1,
+    every: int | jax.Array = 1,
     decay: jax.typing.ArrayLike = 0.0,
     key: Key | None = None,
     where: Any = None,
@@ -143,24 +143,24 @@ def with_hessian_diag(
     check_number("decay", decay, "[0, 1)")
     _check_dtype(hessian_dtype)
     every = every if isinstance(every, jax.core.Tracer) else int(every)
-    inner = check_transformation("inner", inner)
-    multi_steps = isinstance(inner, optax.MultiSteps)
+    wrapped = check_transformation("inner", inner)
+    multi_steps = isinstance(wrapped, optax.MultiSteps)
     of_gradient, mix = hasattr(method, "from_gradient"), getattr(method, "mix", _mean)
 
-    def init_fn(params):
-        zeros = (jnp.zeros([], jnp.int32) for _ in range(5))
+    def init_fn(params: Any) -> HessianDiagState:
+        zero = lambda: jnp.zeros([], jnp.int32)
         dtype = lambda x: diag_dtype(jnp.result_type(x)) if hessian_dtype is None else hessian_dtype
         average = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=dtype(x)), select(params, where))
-        return HessianDiagState(*zeros, average, inner.init(params))
+        return HessianDiagState(zero(), zero(), zero(), zero(), zero(), average, wrapped.init(params))
 
-    def compute(source, params, key, basis):
+    def compute(source: Any, params: Any, key: jax.Array | None, basis: Any) -> tuple[Any, jax.Array]:
         if of_gradient:
             chosen = jax.tree.map(lambda x, g: x if is_hole(x) else g, select(params, where), source, is_leaf=is_hole)
             gradient = chosen if basis is None else rotated(chosen, basis)
             return method.from_gradient(gradient), _number_of(method)
         objective = source
         if axis_name is None:
-            found = once(_fresh, method, where, has_aux, objective, params, key, basis)
+            found: tuple[Any, jax.Array] = once(_fresh, method, where, has_aux, objective, params, key, basis)
             _check_alike(found[0], params)
             return found
         # A gradient of replicated parameters is summed over the mesh by `shard_map` itself. Parameters that are marked
@@ -170,7 +170,7 @@ def with_hessian_diag(
         diag, taken = _fresh(method, where, has_aux, objective, params, key, basis)
         return jax.lax.pmean(diag, axis_name), taken
 
-    def refresh(state, source, params, usable, basis):
+    def refresh(state: HessianDiagState, source: Any, params: Any, usable: jax.Array, basis: Any) -> HessianDiagState:
         draw = None if key is None else jax.random.fold_in(as_key(key), state.num_refreshes)
         fresh, taken = compute(source, params, draw, basis)
         good = usable & all_finite(fresh, param_axis_name)
@@ -185,24 +185,34 @@ def with_hessian_diag(
             hessian_diag=_averaged(mix, state.hessian_diag, fresh, number, decay, good),
         )
 
-    def refresh_if_due(state, *others):
+    def refresh_if_due(state: HessianDiagState, *others: Any) -> HessianDiagState:
         due = state.count >= state.next_refresh
         # XLA on CPU runs convolutions inside a branch many times slower, so that none is made without need.
         if not isinstance(every, jax.core.Tracer) and every == 1 and not multi_steps:
             return refresh(state, *others)
         if not isinstance(due, jax.core.Tracer):
             return refresh(state, *others) if due else state
-        return jax.lax.cond(due, lambda: refresh(state, *others), lambda: state)
+        found: HessianDiagState = jax.lax.cond(due, lambda: refresh(state, *others), lambda: state)
+        return found
 
     def update_fn(
-        updates, state, params=None, *, hessian_diag=None, obj_fn=None, value_fn=None, eigenbasis=None, **extra_args
-    ):
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        hessian_diag: Any = None,
+        obj_fn: Any = None,
+        value_fn: Any = None,
+        eigenbasis: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, HessianDiagState]:
         if params is None:
             raise ValueError("curvature depends on the parameters; call update(updates, state, params, obj_fn=...).")
         if axis_name is not None:
             _check_bound(axis_name)
         own, inner_state = state._replace(inner_state=()), state.inner_state
-        usable, stored = all_finite(updates, axis_name, param_axis_name), True
+        usable = all_finite(updates, axis_name, param_axis_name)
+        stored: jax.Array | bool = True
         objective = obj_fn if obj_fn is not None else value_fn
         if obj_fn is None and callable(value_fn):
             objective = bound(value_fn, extra_args)
@@ -222,7 +232,7 @@ def with_hessian_diag(
         value_fn = value_fn if value_fn is not None or returns_aux(obj_fn, has_aux) else obj_fn
         if value_fn is not None:
             given["value_fn"] = tolerant(value_fn, given)
-        updates, new_inner = inner.update(updates, inner_state, params, **given, **extra_args)
+        updates, new_inner = wrapped.update(updates, inner_state, params, **given, **extra_args)
         updates = updates if stored is True else jax.tree.map(lambda x: _nan_unless(stored, x), updates)
         if multi_steps:
             # A mini-step that `should_skip_update_fn` left out.
@@ -249,7 +259,7 @@ def _fresh(
 
 def _number_of(method: Any) -> jax.Array:
     name = getattr(method, "name", "other")
-    return jnp.int32(METHODS.index(name if name in METHODS else "other"))
+    return jnp.asarray(METHODS.index(name if name in METHODS else "other"), jnp.int32)
 
 
 def _mean(old: jax.Array, new: jax.Array, share: jax.Array) -> jax.Array:
@@ -257,12 +267,12 @@ def _mean(old: jax.Array, new: jax.Array, share: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _averaged(mix: Callable, average: Any, fresh: Any, number: jax.Array, decay: jax.Array, good: jax.Array) -> Any:
+def _averaged(mix: Callable[..., Any], average: Any, fresh: Any, number: jax.Array, decay: Any, good: jax.Array) -> Any:
     """The average after the `number`-th refresh, if that was good."""
     decay = jnp.asarray(decay, jnp.float32)
     share = jnp.where(number == 1, 1, (1 - decay) / (1 - decay ** number.astype(jnp.float32)))
 
-    def mean(old, new):
+    def mean(old: jax.Array, new: jax.Array) -> jax.Array:
         part = share.astype(new.dtype)
         # At share 1 the new one to the bit, however far it is from the old one.
         mixed = jnp.where(part == 1, new, mix(old.astype(new.dtype), new, part))
@@ -315,7 +325,7 @@ def _warn(tried: Any) -> None:
         warnings.warn(f"{NOTHING_STORED} The updates are NaN.", RuntimeWarning, stacklevel=1)
 
 
-def _nan_unless(condition: jax.Array, x: Any) -> Any:
+def _nan_unless(condition: jax.Array | bool, x: Any) -> Any:
     x = jnp.asarray(x)
     return jnp.where(condition, x, jnp.full_like(x, jnp.nan)) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 

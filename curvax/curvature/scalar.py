@@ -48,7 +48,7 @@ def plain(objective: Any, params: Any) -> Any:
 
 
 def _as_mean(objective: Objective, params: Any) -> Objective:
-    def losses(params, data):
+    def losses(params: Any, data: Any) -> jax.Array:
         return objective.losses(objective.predict(params, data), data)
 
     if objective.is_mean:
@@ -82,16 +82,13 @@ def select(params: Any, where: Any) -> Any:
     return jax.tree.map(lambda use, x: x if use else optax.MaskedNode(), mask, params)
 
 
-def _restrict(objective, params, where):
+def _restrict(objective: Any, params: Any, where: Any) -> tuple[Any, Any]:
     if where is None:
         return objective, params
     chosen = select(params, where)
 
-    def is_hole(x):
-        return isinstance(x, optax.MaskedNode)
-
-    def merge(chosen):
-        return jax.tree.map(lambda x, whole: whole if is_hole(x) else x, chosen, params, is_leaf=is_hole)
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    merge = lambda chosen: jax.tree.map(lambda x, w: w if is_masked(x) else x, chosen, params, is_leaf=is_masked)
 
     if not isinstance(objective, Objective):
         return lambda chosen: objective(merge(chosen)), chosen
@@ -112,7 +109,7 @@ def _without_aux(objective: Objective) -> Objective:
 def _scalar(function: Callable[[Any], Any], name: str, has_aux: bool) -> Callable[[Any], jax.Array]:
     """The function, which refuses to return anything but a real scalar."""
 
-    def scalar(params):
+    def scalar(params: Any) -> Any:
         try:
             value = function(params)
         except (AttributeError, TypeError) as error:
@@ -128,7 +125,8 @@ def _scalar(function: Callable[[Any], Any], name: str, has_aux: bool) -> Callabl
                 f"{name} returned a tuple of {len(value)}; if it is (loss, other output), pass has_aux=True, or the"
                 " loss alone to what has no such argument."
             )
-        if not isinstance(value, jax.Array | np.ndarray | np.generic | numbers.Number):
+        is_numeric = isinstance(value, jax.Array | np.ndarray | np.generic | numbers.Number)
+        if not is_numeric:
             raise ValueError(f"{name} returned a {type(value).__name__}, in place of a real scalar; return the loss.")
         if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
             raise ValueError(
@@ -147,7 +145,7 @@ def as_arrays(name: str, tree: Any) -> Any:
       ValueError: if a leaf is neither; it names the leaf.
     """
 
-    def array(path, x):
+    def array(path: Any, x: Any) -> Any:
         try:
             x = x if hasattr(x, "dtype") else jnp.asarray(x)
         except TypeError:

@@ -12,7 +12,7 @@ from curvax.curvature.method import Method
 from curvax.curvature.methods import Auto, Basis, Exact, GaussNewton, SquaredGradients
 from curvax.curvature.xdiag import XDiag
 
-SHORT: Mapping[str | None, Callable[..., Method]] = {
+SHORT: Mapping[str | None, Callable[..., Method | SquaredGradients]] = {
     "exact": Exact,
     "basis": Basis,
     "ggn": GaussNewton,
@@ -57,7 +57,7 @@ def as_method(method: Any, options: Mapping[str, Any]) -> Any:
     return method
 
 
-def _made(method: str | None, options: Mapping[str, Any]) -> Method:
+def _made(method: str | None, options: Mapping[str, Any]) -> Method | SquaredGradients:
     if method not in SHORT:
         raise ValueError(f"method={method!r} is unknown; pass {_names()}, or a method such as curvax.Exact().")
     fields = [field.name for field in dataclasses.fields(SHORT[method]())]

@@ -9,6 +9,7 @@ stochastic trace estimation" (SIAM J. Matrix Anal. Appl. 2024), section 1.4.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 from curvax.curvature.estimate import UNROLLED, Estimate, Moments
 from curvax.curvature.method import Method
 from curvax.curvature.products import product_matrix, same_diagonal
-from curvax.exact import explain_products
+from curvax.exact import Explanation, explain_products
 from curvax.trees import at_least_float32
 from curvax.wide import power_of_two, wide
 
@@ -48,20 +49,21 @@ class XDiag(Method):
     name = "xdiag"
     stochastic = True
 
-    def _estimate(self, objective, params, key):
+    def _estimate(self, objective: Any, params: Any, key: jax.Array) -> Estimate:
         wide = jax.tree.map(at_least_float32, params)
         flat, unflatten = ravel_pytree(wide)
         value, grad, multiply = same_diagonal(objective, params)
 
-        def product(vector):
+        def product(vector: jax.Array) -> jax.Array:
             tangent = jax.tree.map(lambda v, x: v.astype(x.dtype), unflatten(vector), params)
             return ravel_pytree(jax.tree.map(at_least_float32, multiply(tangent)))[0]
 
-        def products(vectors):
+        def products(vectors: jax.Array) -> jax.Array:
             # As in `add_samples`: convolutions are slow in loops.
             if vectors.shape[1] <= UNROLLED:
                 return jnp.stack([product(vector) for vector in vectors.T], 1)
-            return jax.lax.map(product, vectors.T, batch_size=self.chunk_size or 1).T
+            rows: jax.Array = jax.lax.map(product, vectors.T, batch_size=self.chunk_size or 1)
+            return rows.T
 
         signs = jax.random.rademacher(key, (flat.size, self.num_samples), flat.dtype)
         estimates = _leave_one_out(signs, products)
@@ -73,7 +75,7 @@ class XDiag(Method):
         error = moments.standard_error()
         return Estimate(value, grad, unflatten(mean), None if error is None else unflatten(error))
 
-    def _explain(self, objective, params):
+    def _explain(self, objective: Any, params: Any) -> Explanation:
         matrix, why = product_matrix(objective, params)
         return explain_products(params, [2 * self.num_samples], f"probes, {matrix} products", why)
 
