@@ -51,13 +51,13 @@ class _Kernels(NamedTuple):
       size: the root mean square of the parameters that move, as of all, the others being taken for zeros.
       slope: that of the gradient.
       moving: how many entries have a gradient.
-      count: how many there are.
+      number: how many there are.
     """
 
     size: Wide
     slope: Wide
     moving: jax.Array
-    count: jax.Array
+    number: jax.Array
 
 
 def bounded(rule: Rule, trust_coefficient: Scalar, follow_all: bool, axis_name: AxisName) -> TreeRule:
@@ -86,7 +86,7 @@ def bounded(rule: Rule, trust_coefficient: Scalar, follow_all: bool, axis_name: 
 
     def with_radius(kernels: _Kernels, own: Wide) -> tuple[_Kernels, Wide]:
         size, slope = kernels.size, kernels.slope
-        least_size = times(SMALLEST * jnp.sqrt(kernels.moving / kernels.count), _size_of(kernels, kernels.moving))
+        least_size = times(SMALLEST * jnp.sqrt(kernels.moving / kernels.number), _size_of(kernels, kernels.moving))
         is_small = to_float(quotient(size, _or_one(least_size))) < 1
         is_small &= (least_size.value != 0) & (slope.value != 0)
         if not follow_all:
@@ -95,10 +95,10 @@ def bounded(rule: Rule, trust_coefficient: Scalar, follow_all: bool, axis_name: 
         radius = select(is_small, times(trust_coefficient, quotient(size, _or_one(slope))), own)
         return kernels._replace(size=size), _at_most(radius, longest(size), slope)
 
-    def radii(layers: Sequence[tuple[Leaves, Leaves]]):
+    def radii(layers: Sequence[tuple[Leaves, Leaves]]) -> list[list[Factors]]:
         measured = [measured for measured, _ in layers if measured.w]
         radius, size = wide(jnp.ones(1)), wide(jnp.zeros(1))
-        slopes = []
+        known: list[Wide] = []
         if measured:
             kernels, own = _measured(rule, measured, axis_name)
             kernels, radius = with_radius(kernels, own)
@@ -107,17 +107,18 @@ def bounded(rule: Rule, trust_coefficient: Scalar, follow_all: bool, axis_name: 
             is_zero = kernels.size.value == 0
             radius = append(select(is_zero, radius_of_all, radius), radius_of_all)
             size = append(select(is_zero, size_of_all, kernels.size), size_of_all)
-            slopes = [kernels.slope]
+            known = [kernels.slope]
         # For each slice of each scaled leaf its kernel; the last entry is for what follows none.
         last, start = sum(map(count, measured)), 0
-        leaves, places = [], []
+        leaves: list[jax.Array] = []
+        places: list[int] = []
         for of_layer, scaled in layers:
             number = count(of_layer) if of_layer.w else 0
             leaves += scaled.g
             for g in scaled.g:
                 places += range(start, start + number) if number else [last] * g.shape[0]
             start += number
-        slopes = _all_slopes(leaves, measured, slopes, axis_name)
+        slopes = _all_slopes(leaves, measured, known, axis_name)
         radius, size = (cast(take(x, places), slopes.value.dtype) for x in (radius, size))
         found = _at_most(radius, longest(size), slopes)
         return _apart(found, [scaled.g for _, scaled in layers])
@@ -132,7 +133,8 @@ def _all_slopes(
     starts = np.cumsum([0, *map(count, kernels)])
     known = {id(x.g[0]): start for x, start in zip(kernels, starts[:-1], strict=True) if len(x.g) == 1}
     others = [g for g in leaves if id(g) not in known]
-    start, places = int(starts[-1]), []
+    start = int(starts[-1])
+    places: list[int] = []
     for g in leaves:
         first = known.get(id(g), start)
         places += range(first, first + g.shape[0])
@@ -148,7 +150,7 @@ def _apart(found: Wide, layers: Sequence[Sequence[jax.Array]]) -> list[list[Fact
     of_leaves = {
         d: entries(f, [Leaves((), (g,), ()) for leaves in layers for g in leaves]) for d, f in in_dtype.items()
     }
-    radii = []
+    radii: list[list[Factors]] = []
     for leaves in layers:
         radii.append([])
         for g in leaves:
@@ -160,7 +162,7 @@ def _apart(found: Wide, layers: Sequence[Sequence[jax.Array]]) -> list[list[Fact
 def _measured(rule: Rule, kernels: Sequence[Leaves], axis_name: AxisName) -> tuple[_Kernels, Wide]:
     """What is known of all kernels, and their radii by the rule."""
 
-    def of_kind(layers: Sequence[Leaves]):
+    def of_kind(layers: Sequence[Leaves]) -> tuple[Wide, ...]:
         return (*totals(squares_and_moving, [pairs(x.w, x.g) for x in layers], axis_name), rule(layers))
 
     size, slope, moving, own = together(of_kind, kernels)
@@ -187,18 +189,18 @@ def _root_mean(squared: Wide, counts: Sequence[int]) -> Wide:
 
 def _together(kernels: _Kernels, radius: Wide, follow_all: bool) -> tuple[Wide, Wide]:
     """The radius of all kernels that are not zero, and their root mean square."""
-    size = _size_of(kernels, kernels.count)
+    size = _size_of(kernels, kernels.number)
     one = wide(jnp.ones_like(size.value))
     if not follow_all:
         return one, size
-    slope = times(jnp.sqrt(_alive(kernels, kernels.count)), kernels.slope)
+    slope = times(jnp.sqrt(_alive(kernels, kernels.number)), kernels.slope)
     steps, slopes = norm(product_of(radius, slope)), norm(slope)
     return select(slopes.value != 0, quotient(steps, _or_one(slopes)), one), size
 
 
 def _size_of(kernels: _Kernels, counts: jax.Array) -> Wide:
     """The root mean square of all kernels that are not zero, over so many entries of each."""
-    total = norm(times(jnp.sqrt(_alive(kernels, kernels.count)), kernels.size))
+    total = norm(times(jnp.sqrt(_alive(kernels, kernels.number)), kernels.size))
     return times(1 / jnp.sqrt(jnp.maximum(jnp.sum(_alive(kernels, counts)), 1)), total)
 
 

@@ -57,5 +57,5 @@ def check_key(key: Any) -> None:
         right = dtype == np.uint32 and shape in ((2,), (4,))
     if right:
         return
-    said = repr(key) if dtype is None or shape is None else f"an array {dtype}{list(shape)}"
+    said = f"an array {dtype}{list(shape)}" if isinstance(shape, tuple) else repr(key)
     raise ValueError(f"key={said} is no random key; pass a seed such as key=0, or one jax.random.key(seed).")

@@ -20,6 +20,8 @@ Layers = str | Mapping[str, str] | Sequence[tuple[str, str]] | Stacked
 
 WAYS = ("array", "module", "kernel")
 Members = dict[Any, tuple[int, ...]]
+Path = tuple[Any, ...]
+Shape = tuple[int, ...]
 
 
 class Layer(NamedTuple):
@@ -195,10 +197,10 @@ def checked(layers: Layers) -> Stacked:
     if isinstance(layers, str) and layers in WAYS:
         return Stacked(None if layers == "kernel" else (), layers)
     try:
-        rules = layers.items() if isinstance(layers, Mapping) else layers
+        given: Any = layers.items() if isinstance(layers, Mapping) else layers
         # A name of two letters is no pair.
-        pairs = not isinstance(layers, str) and not any(isinstance(rule, str) for rule in rules)
-        rules = tuple((pattern, name) for pattern, name in rules) if pairs else ()
+        pairs = not isinstance(layers, str) and not any(isinstance(rule, str) for rule in given)
+        rules = tuple((pattern, name) for pattern, name in given) if pairs else ()
     except (TypeError, ValueError):
         rules = ()
     if not rules or not all(isinstance(text, str) for rule in rules for text in rule):
@@ -235,17 +237,17 @@ def path_name(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(_without_value(path), simple=True, separator="/")
 
 
-def _without_value(path):
+def _without_value(path: Sequence[Any]) -> Path:
     is_value = bool(path) and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value"
     return tuple(path[:-1] if is_value else path)
 
 
-def _module(path):
+def _module(path: Path) -> Path:
     last = getattr(path[-1], "key", getattr(path[-1], "idx", None)) if path else 0
     return path if isinstance(last, int) else path[:-1]
 
 
-def _name_by_rule(path, rules: tuple[tuple[str, str], ...]) -> str:
+def _name_by_rule(path: Path, rules: tuple[tuple[str, str], ...]) -> str:
     name = path_name(path)
     for pattern, layer in rules:
         if re.search(pattern, name):
@@ -268,7 +270,7 @@ def names_of(paths: Sequence[Any]) -> list[str]:
     return names if len(set(names)) == len(names) else [jax.tree_util.keystr(path) for path in paths]
 
 
-def _axes(paths, shapes, how: Stacked) -> list[Axes]:
+def _axes(paths: Sequence[Path], shapes: Sequence[Shape], how: Stacked) -> list[Axes]:
     """The axes of each array that count layers."""
     if how.axes is not None:
         return stack_axes([path_name(path) for path in paths], shapes, how.axes)
@@ -276,7 +278,7 @@ def _axes(paths, shapes, how: Stacked) -> list[Axes]:
     return [(0,) if i in stacked else () for i in range(len(paths))]
 
 
-def _named(scaled: Members, measured: Members, shapes, axes) -> list[Layer]:
+def _named(scaled: Members, measured: Members, shapes: Sequence[Shape], axes: Sequence[Axes]) -> list[Layer]:
     """Layers named by their paths."""
     names = names_of(list(scaled))
     layers = [
@@ -285,7 +287,9 @@ def _named(scaled: Members, measured: Members, shapes, axes) -> list[Layer]:
     return sorted(layers, key=lambda layer: layer.scaled[0])
 
 
-def _layer(name: str, measured: tuple[int, ...], scaled: tuple[int, ...], shapes, axes) -> Layer:
+def _layer(
+    name: str, measured: tuple[int, ...], scaled: tuple[int, ...], shapes: Sequence[Shape], axes: Sequence[Axes]
+) -> Layer:
     counts = {sizes(shapes[i], axes[i]) for i in scaled}
     if len(counts) > 1:
         raise ValueError(
@@ -295,11 +299,12 @@ def _layer(name: str, measured: tuple[int, ...], scaled: tuple[int, ...], shapes
     return Layer(name, measured, scaled, tuple(axes[i] for i in scaled))
 
 
-def _kernels_and_followers(paths, shapes, axes) -> list[Layer]:
+def _kernels_and_followers(paths: Sequence[Path], shapes: Sequence[Shape], axes: Sequence[Axes]) -> list[Layer]:
     counts = [sizes(shape, each) for shape, each in zip(shapes, axes, strict=True)]
     inner = [without(shape, each) for shape, each in zip(shapes, axes, strict=True)]
     holds_modules = {path[:k] for path in paths for k in range(len(path) - 1)}
-    scaled, measured = {}, {}
+    scaled: Members = {}
+    measured: Members = {}
     for module, members in _members(path[:-1] for path in paths).items():
         for alike in _members(counts[i] for i in members).values():
             alike = tuple(members[k] for k in alike)
@@ -314,12 +319,12 @@ def _kernels_and_followers(paths, shapes, axes) -> list[Layer]:
     return _named(scaled, measured, shapes, axes)
 
 
-def _kernel_of(members, shapes, arrays_alone: bool) -> dict[int, int]:
+def _kernel_of(members: Sequence[int], shapes: Sequence[Shape], arrays_alone: bool) -> dict[int, int]:
     """The kernel that each array of a module follows; kernels follow themselves."""
     fits = {i: [j for j in members if _fits(shapes[i], shapes[j])] for i in members}
     hosts = {j for found in fits.values() for j in found}
 
-    def is_kernel(i):
+    def is_kernel(i: int) -> bool:
         return not fits[i] and (len(shapes[i]) == 2 or len(_long(shapes[i])) > 1 or (i in hosts and len(shapes[i]) > 2))
 
     kernels = {i: i for i in members if is_kernel(i)}
@@ -327,25 +332,25 @@ def _kernel_of(members, shapes, arrays_alone: bool) -> dict[int, int]:
     return kernels | {i: hosts[0] for i, hosts in found.items() if len(hosts) == 1}
 
 
-def _long(shape) -> list[int]:
+def _long(shape: Shape) -> list[int]:
     return [size for size in shape if size != 1]
 
 
-def _fits(shape, other) -> bool:
+def _fits(shape: Shape, other: Shape) -> bool:
     small, large = _long(shape), iter(_long(other))
     is_smaller = (len(small), len(shape)) < (len(_long(other)), len(other))
     # Each search goes on where the last one ended.
     return is_smaller and all(size in large for size in small)
 
 
-def _stacked(paths, shapes) -> set[int]:
+def _stacked(paths: Sequence[Path], shapes: Sequence[Shape]) -> set[int]:
     """The arrays of all modules that may be stacks of modules: see the last sentence on kernels in `group`."""
     below: dict[Any, list[int]] = {}
     for i, path in enumerate(paths):
         for k in range(len(path)):
             below.setdefault(path[:k], []).append(i)
 
-    def is_stack(members):
+    def is_stack(members: Sequence[int]) -> bool:
         same_first_axis = len({shapes[i][:1] for i in members}) == 1
         further_axes = [shapes[i][1:] for i in members]
         sizes = [len(_long(axes)) for axes in further_axes]

@@ -77,9 +77,7 @@ def noise_scale_from_batches(
     return NoiseScale(*map(to_float, noise_scale(*norms, small_batch_size, large_batch_size)))
 
 
-def noise_scale_over_devices(
-    grads: Any, batch_size: jax.typing.ArrayLike, axis_name: str | tuple[str, ...]
-) -> NoiseScale:
+def noise_scale_over_devices(grads: Any, batch_size: int | jax.Array, axis_name: str | tuple[str, ...]) -> NoiseScale:
     """The gradient noise scale from the gradients that data-parallel devices have before they are averaged.
 
     Formula:
@@ -145,7 +143,9 @@ class NoiseScaleState(NamedTuple):
     @property
     def whole(self) -> NoiseScale:
         """That of the whole gradient."""
-        return NoiseScale(*(sum(map(jnp.sum, column)) for column in zip(*self.layers.values(), strict=True)))
+        return NoiseScale(
+            *(functools.reduce(jnp.add, map(jnp.sum, column)) for column in zip(*self.layers.values(), strict=True))
+        )
 
 
 def with_noise_scale(
@@ -203,13 +203,13 @@ def with_noise_scale(
         )
     steps = inner if accumulate == 1 else optax.MultiSteps(inner, int(accumulate))
 
-    def init_fn(params):
+    def init_fn(params: Any) -> NoiseScaleState:
         norms = _norms(jax.tree.map(jnp.zeros_like, params), layers)
         zeros = {name: jnp.zeros_like(norm.value) for name, norm in norms.items()}
         scales = {name: NoiseScale(zero, zero) for name, zero in zeros.items()}
         return NoiseScaleState(scales, jnp.zeros((), jnp.int32), zeros, steps.init(params))
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, NoiseScaleState]:
         if axis_name is not None:
             _check_own(updates, axis_name)
         devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
@@ -251,7 +251,9 @@ def _check_own(grads: Any, axis_name: AxisName) -> None:
             )
 
 
-def _averaged(state: NoiseScaleState, found, is_last, is_good, decay) -> NoiseScaleState:
+def _averaged(
+    state: NoiseScaleState, found: dict[str, NoiseScale], is_last: Any, is_good: jax.Array, decay: Any
+) -> NoiseScaleState:
     count = state.num_estimates + 1
     weight = (1 - decay) / (1 - decay ** count.astype(jnp.float32))
     follow = lambda old, new: jnp.where(is_good, old + (new - old) * weight.astype(old.dtype), old)
@@ -266,13 +268,15 @@ def _norms(grads: Any, layers: Layers, axis_name: AxisName = None) -> dict[str, 
 
     def norm(layer: Layer) -> Wide:
         arrays = [slices(leaves[i][1], axes) for i, axes in zip(layer.scaled, layer.axes, strict=True)]
-        found = on_auto(functools.partial(_squared_norms, axis_name=axis_name), arrays)
+        found: Wide = on_auto(functools.partial(_squared_norms, axis_name=axis_name), arrays)
         return found if any(layer.axes) else take(found, 0)
 
     return {layer.name: norm(layer) for layer in group(leaves, layers)}
 
 
-def noise_scale(small: Wide, large: Wide, small_batch_size, large_batch_size) -> tuple[Wide, Wide]:
+def noise_scale(
+    small: Wide, large: Wide, small_batch_size: jax.typing.ArrayLike, large_batch_size: jax.typing.ArrayLike
+) -> tuple[Wide, Wide]:
     """The numbers of a `NoiseScale`, of squared norms or of arrays of them."""
     sizes = {"small_batch_size": small_batch_size, "large_batch_size": large_batch_size}
     for name, size in sizes.items():

@@ -183,7 +183,7 @@ def cblr(
 
 def mclr(
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Mask = None,
     momentum: jax.typing.ArrayLike = 0.9,
     nesterov: bool = False,
@@ -303,7 +303,7 @@ def lars(
 
 def percent_delta(
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Mask = None,
     momentum: jax.typing.ArrayLike = 0.9,
     nesterov: bool = False,
@@ -357,7 +357,7 @@ def lamb(
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-6,
     eps_root: jax.typing.ArrayLike = 0.0,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     *,
     layers: Layers = "array",

@@ -23,12 +23,15 @@ from curvax import order_statistics
 from curvax.checks import check_number, check_transformation
 from curvax.curvature.scalar import scalar_objective
 from curvax.layers import Layer, Layers, checked, group
+from curvax.magnitudes import population_size
 from curvax.meshes import on_auto
 from curvax.stacks import for_each, sizes, slices
-from curvax.sums import falls_and_rises, magnitudes, totals
+from curvax.sums import Terms, falls_and_rises, magnitudes, totals
 from curvax.trees import leaves_like, statistics_dtype
 from curvax.varying import AxisName
 from curvax.wide import Wide, to_float
+
+Arrays = Sequence[jax.Array]
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 PerLayer = dict[str, jax.Array]
@@ -100,7 +103,7 @@ def with_probes(
       >>> {name: float(optax.tree.get(state, name)["kernel"]) for name in ("mean_abs_gradient", "loss_stride")}
       {'mean_abs_gradient': 1.5, 'loss_stride': 1.25}
     """
-    inner = check_transformation("inner", inner)
+    wrapped = check_transformation("inner", inner)
     if not isinstance(quantiles, Sequence | np.ndarray) or isinstance(quantiles, str):
         raise ValueError(f"quantiles={quantiles!r} are no sequence; pass several, as in quantiles=(0.5,).")
     quantiles = tuple(quantiles)
@@ -113,11 +116,11 @@ def with_probes(
     for q in quantiles:
         check_number("quantiles", q, "[0, 1]")
 
-    def init_fn(params):
+    def init_fn(params: Any) -> ProbeState:
         leaves = jax.tree_util.tree_leaves_with_path(params)
         groups = group(leaves, layers)
 
-        def zeros(shape):
+        def zeros(shape: tuple[int, ...]) -> Any:
             # Layers of a placeholder have no names: one leaf, which is no parameter, stands for all.
             if isinstance(params, _Placeholder):
                 return jnp.zeros(shape)
@@ -125,9 +128,9 @@ def with_probes(
             number = lambda layer: [math.prod(sizes(of(layer)[0].shape, layer.axes[0]))] if any(layer.axes) else []
             return {x.name: jnp.zeros((*number(x), *shape), _dtype(of(x))) for x in groups}
 
-        return ProbeState(zeros(()), zeros(()), zeros(()), zeros((len(quantiles),)), inner.init(params))
+        return ProbeState(zeros(()), zeros(()), zeros(()), zeros((len(quantiles),)), wrapped.init(params))
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, ProbeState]:
         gradients = jax.tree_util.tree_leaves_with_path(updates)
         g = [x for _, x in gradients]
         w = (
@@ -135,7 +138,7 @@ def with_probes(
             if params is None
             else leaves_like("params", params, updates, "gradient")
         )
-        stepped, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        stepped, inner_state = wrapped.update(updates, state.inner_state, params, **extra_args)
         u = leaves_like("the update", stepped, updates, "gradient")
         values = {}
         for layer in group(gradients, layers):
@@ -146,8 +149,8 @@ def with_probes(
             measured = on_auto(measure, *arrays) if is_stack else [x[0] for x in measure(*arrays)]
             before = state.loss_stride.get(layer.name, measured[0])
             values[layer.name] = [x.astype(before.dtype) for x in measured]
-        columns = ({name: row[i] for name, row in values.items()} for i in range(4))
-        return stepped, ProbeState(*columns, inner_state)
+        column = lambda i: {name: row[i] for name, row in values.items()}
+        return stepped, ProbeState(column(0), column(1), column(2), column(3), inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -178,7 +181,8 @@ def held_out_stride(value_fn: Callable[[Any], jax.Array], params: Any, updates: 
     """
     function, params = scalar_objective(value_fn, params, None, False)
     leaves_like("updates", updates, params)
-    return function(params) - function(optax.apply_updates(params, updates))
+    stride: jax.Array = function(params) - function(optax.apply_updates(params, updates))
+    return stride
 
 
 def _arrays(layer: Layer, *columns: Sequence[jax.Array]) -> list[list[jax.Array]]:
@@ -188,12 +192,12 @@ def _arrays(layer: Layer, *columns: Sequence[jax.Array]) -> list[list[jax.Array]
     return [[x.astype(dtype) for x in column] for column in chosen]
 
 
-def _measure(g, u, w, quantiles: Sequence[float], axis_name: AxisName) -> tuple[jax.Array, ...]:
+def _measure(g: Arrays, u: Arrays, w: Arrays, quantiles: Sequence[float], axis_name: AxisName) -> tuple[jax.Array, ...]:
     """Vectors with an entry for each slice."""
 
-    def means(terms, *columns):
+    def means(terms: Terms, *columns: Arrays) -> list[jax.Array]:
         number = g[0].shape[0]
-        size = max(order_statistics.population_size(g, axis_name) // number, 1)
+        size = max(population_size(g, axis_name) // number, 1)
         sums = totals(terms, [list(zip(*columns, strict=True))], axis_name)
         return [to_float(Wide(total.value / size, total.exponent)) for total in sums]
 
@@ -210,7 +214,7 @@ def approximate_radii(w: Sequence[jax.Array], g: Sequence[jax.Array]) -> list[ja
 
 def lower_quantiles(x: Sequence[jax.Array], quantiles: Sequence[float], axis_name: AxisName) -> jax.Array:
     """Not interpolated: between a finite and an infinite radius there is nothing."""
-    last = order_statistics.population_size(x, axis_name) - 1
+    last = population_size(x, axis_name) - 1
     ranks = [order_statistics.count_of(q, max(last, 0)) for q in quantiles]
     found = [order_statistics.order_statistics(x, rank, axis_name)[0] for rank in ranks]
     return jnp.stack(found) if found else jnp.zeros(0, x[0].dtype)
@@ -222,8 +226,13 @@ def _dtype(leaves: Sequence[jax.Array]) -> Any:
 
 def _placeholder() -> type:
     """The type of what `optax.tree.map_params` passes to `init` in place of parameters."""
-    seen = []
-    optax.tree.map_params(lambda params: seen.append(type(params)), lambda x: x, None)
+    seen: list[type] = []
+
+    def look(params: Any) -> tuple[()]:
+        seen.append(type(params))
+        return ()
+
+    optax.tree.map_params(look, lambda x: x, ())
     return seen[0]
 
 

@@ -28,7 +28,7 @@ counts and sizes run over `axis_name` too, the mesh axes (of `shard_map` or `pma
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ from curvax.varying import AxisName, varies_over
 from curvax.wide import (
     Factors,
     Wide,
+    WideOrFactors,
     append,
     cast,
     concatenate,
@@ -82,7 +83,10 @@ class Leaves(NamedTuple):
 #: From layers of one dtype, with one leaf each at least, to the vector of the radii of all their slices.
 Rule = Callable[[Sequence[Leaves]], Wide]
 #: From the measured and scaled leaves of every layer to a radius for each scaled leaf.
-TreeRule = Callable[[Sequence[tuple[Leaves, Leaves]]], list[list[Wide | Factors]]]
+TreeRule = Callable[[Sequence[tuple[Leaves, Leaves]]], Sequence[Sequence[Wide | Factors]]]
+
+#: From parameters, gradients and mesh axes to two wide numbers, the quotient of which is a radius.
+Middle = Callable[[Arrays, Arrays, AxisName], tuple[Wide, Wide]]
 
 #: A layer with less than this share of the tree's mean curvature has no more of it than float32 has rounding noise.
 NOISE = 1e-4
@@ -96,12 +100,12 @@ def each(rule: Callable[[Leaves, Leaves], list[Wide]]) -> TreeRule:
 def one_for_all(rule: Rule) -> TreeRule:
     """A rule that gives all scaled leaves the radius of the measured ones, and 1 where nothing is measured."""
 
-    def radii(layers: Sequence[tuple[Leaves, Leaves]]):
+    def radii(layers: Sequence[tuple[Leaves, Leaves]]) -> list[list[Wide | Factors]]:
         found = iter(by_layer(rule, [measured for measured, _ in layers if measured.w]))
         one = lambda scaled: wide(jnp.ones((), jnp.finfo(scaled.w[0].dtype).dtype))
         return [_of_leaves(next(found) if measured.w else one(scaled), scaled) for measured, scaled in layers]
 
-    def _of_leaves(radius: Wide | Factors, scaled: Leaves):
+    def _of_leaves(radius: Wide | Factors, scaled: Leaves) -> list[Wide | Factors]:
         return [type(radius)(*(along(x, g) for x in radius)) for g in scaled.g]
 
     return radii
@@ -109,14 +113,14 @@ def one_for_all(rule: Rule) -> TreeRule:
 
 def by_layer(rule: Rule, layers: Sequence[Leaves]) -> list[Factors]:
     """The radius of each layer, in its own dtype, and varying over its own axes of a mesh only."""
-    found = {}
+    found: dict[int, Factors] = {}
     for members in _kinds(layers):
         radius = factors(rule([layers[i] for i in members]))
         found |= dict(zip(members, entries(radius, [layers[i] for i in members]), strict=True))
     return [found[i] for i in range(len(layers))]
 
 
-def entries(vector: Wide | Factors, layers: Sequence[Leaves]) -> Iterator[Wide | Factors]:
+def entries(vector: WideOrFactors, layers: Sequence[Leaves]) -> Iterator[WideOrFactors]:
     """A vector's entries for each layer: a scalar, or a vector where it is many."""
     start = 0
     for layer in layers:
@@ -157,7 +161,7 @@ def pairs(x: Arrays, y: Arrays) -> list[tuple[jax.Array, jax.Array]]:
 
 def _kinds(layers: Sequence[Leaves]) -> list[list[int]]:
     """Which layers are alike in dtype and in the axes of a mesh over which they vary."""
-    kinds = {}
+    kinds: dict[tuple[Any, frozenset[str]], list[int]] = {}
     for i, layer in enumerate(layers):
         leaves = jax.tree.leaves(layer)
         kinds.setdefault((leaves[0].dtype, frozenset().union(*map(varies_over, leaves))), []).append(i)
@@ -171,12 +175,12 @@ def curvature(damping: Scalar, max_radius: Scalar | None, slope_term: bool | Non
     that of the tree, which is also the mean of a layer without measured leaves.
     """
 
-    def slope(g: jax.Array):
+    def slope(g: jax.Array) -> jax.Array:
         if slope_term is False:
             return jnp.zeros((), g.dtype)
         return jnp.where(damping == 0 if slope_term is None else slope_term, g, 0)
 
-    def radii(layers: Sequence[tuple[Leaves, Leaves]]):
+    def radii(layers: Sequence[tuple[Leaves, Leaves]]) -> list[list[Wide]]:
         kernels = [Leaves((), measured.g, measured.h) for measured, _ in layers if measured.h]
         # Without any measured leaf all are one layer.
         together = lambda column: [jax.lax.expand_dims(x, (0,)) for x in column]
@@ -185,8 +189,9 @@ def curvature(damping: Scalar, max_radius: Scalar | None, slope_term: bool | Non
         least = normal(times(damping, means))
         own, of_tree = entries(least, kernels), take(least, -1)
 
-        def of_leaf(g: jax.Array, h: jax.Array, least: Wide):
-            return _curvature(slope(g), h, cast(Wide(*(along(x, h) for x in least)), h.dtype), max_radius)
+        def of_leaf(g: jax.Array, h: jax.Array, least: Wide) -> Wide:
+            found: Wide = _curvature(slope(g), h, cast(Wide(*(along(x, h) for x in least)), h.dtype), max_radius)
+            return found
 
         least_of = [next(own) if measured.h else of_tree for measured, _ in layers]
         return [
@@ -217,7 +222,7 @@ def _mean_curvatures(layers: Sequence[Leaves], axis_name: AxisName) -> Wide:
 def approximate(max_radius: Scalar | None) -> Callable[[Leaves, Leaves], list[Wide]]:
     """Eq. 17 per parameter: `|w / g|`."""
 
-    def radii(measured: Leaves, scaled: Leaves):
+    def radii(measured: Leaves, scaled: Leaves) -> list[Wide]:
         del measured
         return [_approximate(w, g, max_radius) for w, g in zip(scaled.w, scaled.g, strict=True)]
 
@@ -231,8 +236,8 @@ def _approximate(w: jax.Array, g: jax.Array, max_radius: Scalar | None) -> Wide:
 
 def lars(trust_coefficient: Scalar, eps: Scalar, axis_name: AxisName) -> Rule:
     """Eq. 23: `norm2(w) / (norm2(g) + eps)`."""
-    eps = None if isinstance(eps, float | int) and eps == 0 else eps
-    return functools.partial(_lars, trust=trust_coefficient, eps=eps, axis_name=axis_name)
+    is_zero = isinstance(eps, float | int) and eps == 0
+    return functools.partial(_lars, trust=trust_coefficient, eps=None if is_zero else eps, axis_name=axis_name)
 
 
 @functools.partial(jax.jit, static_argnames="axis_name")
@@ -264,7 +269,7 @@ def median(trust_coefficient: Scalar, of_ratios: bool, axis_name: AxisName) -> R
 
 
 @functools.partial(jax.jit, static_argnames=("middle", "axis_name"))
-def _median(layers: Sequence[Leaves], trust: Scalar, middle: Callable, axis_name: AxisName) -> Wide:
+def _median(layers: Sequence[Leaves], trust: Scalar, middle: Middle, axis_name: AxisName) -> Wide:
     stacked, others, places = rows_of([(x.w, x.g) for x in layers], SAMPLE)
     found = [jax.vmap(lambda w, g: middle([w], [g], axis_name))(*columns) for columns in stacked]
     found += [for_each(lambda w, g: middle(w, g, axis_name), layers[i].w, layers[i].g) for i in others]
@@ -273,7 +278,8 @@ def _median(layers: Sequence[Leaves], trust: Scalar, middle: Callable, axis_name
 
 def _two_medians(w: Arrays, g: Arrays, axis_name: AxisName) -> tuple[Wide, Wide]:
     unmeasured = order_statistics.zeros(g, axis_name)
-    return tuple(wide(order_statistics.median(x, axis_name, unmeasured)) for x in (w, g))
+    middle = lambda x: wide(order_statistics.median(x, axis_name, unmeasured))
+    return middle(w), middle(g)
 
 
 def _median_of_ratios(w: Arrays, g: Arrays, axis_name: AxisName) -> tuple[Wide, Wide]:
@@ -288,11 +294,12 @@ def _middle_ratio(w: Arrays, g: Arrays, axis_name: AxisName) -> Wide:
     low, high = order_statistics.middles(ratios, axis_name, order_statistics.zeros(g, axis_name))
     are_floats = (low >= jnp.finfo(low.dtype).tiny) & (high < jnp.inf)
     mean = times(0.5, plus(wide(low), wide(high)))
-    return jax.lax.cond(are_floats, lambda: mean, lambda: _from_roots(w, g, axis_name))
+    found: Wide = jax.lax.cond(are_floats, lambda: mean, lambda: _from_roots(w, g, axis_name))
+    return found
 
 
 @_middle_ratio.defjvp
-def _middle_ratio_jvp(axis_name, primals, tangents):
+def _middle_ratio_jvp(axis_name: AxisName, primals: Any, tangents: Any) -> tuple[Wide, Wide]:
     found = _middle_ratio(*primals, axis_name)
     rounded, slope = jax.jvp(functools.partial(_from_roots, axis_name=axis_name), primals, tangents)
     relative = slope.value / jnp.where(rounded.value == 0, 1, rounded.value)
@@ -340,12 +347,12 @@ def _ratio(
 
 
 @_ratio.defjvp
-def _ratio_jvp(radius, primals, tangents):
+def _ratio_jvp(radius: Callable[..., Wide], primals: Any, tangents: Any) -> tuple[Wide, Wide]:
     """Derivatives go through what is not selected, too: there it has to be harmless."""
     a, b = (x.value for x in primals[:2])
     informs = (jnp.minimum(a, b) > 0) & (jnp.maximum(a, b) < jnp.inf)
 
-    def safe(numerator, denominator, trust, *others):
+    def safe(numerator: Wide, denominator: Wide, trust: Scalar, *others: Scalar | None) -> Wide:
         parts = (Wide(jnp.where(informs, x.value, 1), x.exponent) for x in (numerator, denominator))
         found = radius(*parts, *others)
         return Wide(jnp.where(informs, times(trust, found).value, 0), found.exponent)

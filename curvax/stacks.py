@@ -18,6 +18,8 @@ from jax import lax
 
 #: Of an array, the axes that count layers; of most arrays none.
 Axes = tuple[int, ...]
+#: Which axes count layers, from path regex to an axis or several.
+Rules = Mapping[str, int | Axes] | Sequence[tuple[str, int | Axes]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Stacked:
       [-1. -1. -8. -8.]
     """
 
-    axes: Mapping[str, int | Axes] | Sequence[tuple[str, int | Axes]] | None
+    axes: Rules | None
     layers: Any = "kernel"
 
     def __post_init__(self) -> None:
@@ -51,9 +53,7 @@ class Stacked:
             object.__setattr__(self, "axes", _rules(self.axes))
 
 
-def stack_axes(
-    paths: Sequence[str], shapes: Sequence[tuple[int, ...]], rules: tuple[tuple[str, Axes], ...]
-) -> list[Axes]:
+def stack_axes(paths: Sequence[str], shapes: Sequence[tuple[int, ...]], rules: Rules) -> list[Axes]:
     """The axes of each array that count layers, by rules.
 
     Raises:
@@ -63,7 +63,8 @@ def stack_axes(
       >>> stack_axes(["blocks/kernel", "head"], [(4, 2, 3), (3, 5)], (("blocks", (0,)),))
       [(0,), ()]
     """
-    return [_of_array(path, shape, rules) for path, shape in zip(paths, shapes, strict=True)]
+    pairs = _rules(rules)
+    return [_of_array(path, shape, pairs) for path, shape in zip(paths, shapes, strict=True)]
 
 
 def without(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax import lax
 
 from curvax.magnitudes import SUM, is_local, one_pass, rows_of
 from curvax.varying import AxisName
-from curvax.wide import Wide, power_of_two
+from curvax.wide import Wide, no_slope, power_of_two
 
 #: `terms(half, *arrays)`: for each sum its terms, not negative, times `half**2`; or booleans, of which the true are
 #: counted. All are zero or false where all arrays are zero.
@@ -70,14 +71,14 @@ def _slope(g: jax.Array, w: jax.Array, half: jax.Array) -> jax.Array:
 
 
 @_slope.defjvp
-def _slope_jvp(primals, tangents):
+def _slope_jvp(primals: Sequence[jax.Array], tangents: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Relative changes, which stay in range where `w**2` does not."""
     (g, w, _), (g_tangent, w_tangent, _) = primals, tangents
     slope = _slope(*primals)
     return slope, slope * (g_tangent / jnp.where(g == 0, 1, g)) - slope * (w_tangent / w)
 
 
-def _scaled(x: jax.Array, half: jax.Array, least: np.ndarray | int = 0) -> jax.Array:
+def _scaled(x: jax.Array, half: jax.Array, least: jax.typing.ArrayLike = 0) -> jax.Array:
     # Without the maximum XLA would multiply the scales of two factors first, and find their product infinite.
     return jnp.maximum(jnp.abs(x) * half, least)
 
@@ -101,18 +102,18 @@ def totals(terms: Terms, layers: Sequence[Layer], axis_name: AxisName) -> list[W
 
 
 @totals.defjvp
-def _totals_jvp(terms, axis_name, primals, tangents):
+def _totals_jvp(terms: Terms, axis_name: AxisName, primals: Any, tangents: Any) -> tuple[list[Wide], list[Wide]]:
     sums = totals(terms, *primals, axis_name)
 
-    def at_its_scale(layers):
+    def at_its_scale(layers: Sequence[Layer]) -> list[jax.Array]:
         # The terms of a sum of zeros have ordinary derivatives, which would not be so at the scale for small terms.
         exponents = [jnp.where(s.value == 0, 0, -s.exponent >> 1) for s in sums]
         halves = [power_of_two(e, s.value.dtype) for e, s in zip(exponents, sums, strict=True)]
 
-        def of_layer(i, half, layer):
+        def of_layer(i: int, half: jax.Array, layer: Layer) -> jax.Array:
             along = lambda x: half.reshape(-1, *[1] * (x.ndim - 1))
             total = lambda x: jnp.sum(x.astype(half.dtype), tuple(range(1, x.ndim)))
-            return sum(total(terms(along(x[0]), *x)[i]) for x in layer)
+            return functools.reduce(jnp.add, (total(terms(along(x[0]), *x)[i]) for x in layer))
 
         starts = np.cumsum([0, *(layer[0][0].shape[0] for layer in layers)])
         apart = lambda half: [half[a:b] for a, b in itertools.pairwise(starts)]
@@ -123,7 +124,7 @@ def _totals_jvp(terms, axis_name, primals, tangents):
         return values if axis_name is None else lax.psum(values, axis_name)
 
     _, slopes = jax.jvp(at_its_scale, primals, tangents)
-    return sums, [Wide(slope, np.zeros(slope.shape, jax.dtypes.float0)) for slope in slopes]
+    return sums, [Wide(slope, no_slope(slope)) for slope in slopes]
 
 
 def _sums(terms: Terms, layers: Sequence[Layer]) -> list[list[jax.Array]]:
@@ -133,12 +134,15 @@ def _sums(terms: Terms, layers: Sequence[Layer]) -> list[list[jax.Array]]:
     parts = [_one_pass(_values(terms, columns), (1,)) for columns in matrices]
     parts += [_added(_values(terms, arrays[i])) for i in others]
     # Each layer's arrays in the order in which they were summed, filled up with a zero.
-    where, places = iter(standing), []
+    where = iter(standing)
+    rows: list[tuple[int, ...]] = []
     for layer in layers:
-        places += zip(*([next(where) for _ in range(x[0].shape[0])] for x in layer), strict=True)
-    width = max(map(len, places))
-    places = np.array([[*row, *[len(standing)] * (width - len(row))] for row in places])
-    return jax.tree.map(lambda *x: jnp.sum(jnp.concatenate([*x, jnp.zeros_like(x[0][:1])])[places], 1), *parts)
+        rows += zip(*([next(where) for _ in range(x[0].shape[0])] for x in layer), strict=True)
+    width = max(map(len, rows))
+    places = np.array([[*row, *[len(standing)] * (width - len(row))] for row in rows])
+    of_layers = lambda *x: jnp.sum(jnp.concatenate([*x, jnp.zeros_like(x[0][:1])])[places], 1)
+    sums: list[list[jax.Array]] = jax.tree.map(of_layers, *parts)
+    return sums
 
 
 def _values(terms: Terms, arrays: Sequence[jax.Array]) -> list[list[jax.Array]]:
@@ -154,7 +158,8 @@ def _added(values: list[list[jax.Array]]) -> list[list[jax.Array]]:
     first = values[0][0]
     if jax.default_backend() != "cpu" or not is_local(first):
         # Compilers of accelerators make one pass of these. Where devices hold parts, each adds up its own.
-        return jax.tree.map(lambda x: jnp.sum(x, tuple(range(1, x.ndim))), values)
+        added: list[list[jax.Array]] = jax.tree.map(lambda x: jnp.sum(x, tuple(range(1, x.ndim))), values)
+        return added
     number, size = first.shape[0], math.prod(first.shape[1:])
     width = min(size, _BLOCK)
     rows = -(-size // width)
@@ -162,12 +167,14 @@ def _added(values: list[list[jax.Array]]) -> list[list[jax.Array]]:
     in_rows = lambda x: jnp.pad(x.reshape(number, size), filling).reshape(number * rows, width)
     # XLA's CPU compiler would make a pass and copies of each sum. Rows also are what it divides between threads.
     sums = jax.tree.map(lambda x: x.reshape(number, rows), _one_pass(jax.tree.map(in_rows, values), (1,)))
-    return _added(sums) if rows > 1 else jax.tree.map(lambda x: x.reshape(number), sums)
+    added = _added(sums) if rows > 1 else jax.tree.map(lambda x: x.reshape(number), sums)
+    return added
 
 
 def _one_pass(values: list[list[jax.Array]], axes: tuple[int, ...]) -> list[list[jax.Array]]:
     leaves, treedef = jax.tree.flatten(values)
-    return treedef.unflatten(one_pass(leaves, [SUM] * len(leaves), axes))
+    sums: list[list[jax.Array]] = jax.tree.unflatten(treedef, one_pass(leaves, [SUM] * len(leaves), axes))
+    return sums
 
 
 def _best(*sums: jax.Array) -> Wide:

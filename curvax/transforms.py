@@ -22,11 +22,12 @@ from curvax import order_statistics, radii
 from curvax.bounds import bounded
 from curvax.checks import check_number
 from curvax.layers import Layer, Layers, WholeLayers, checked, group, of_parts, path_name
+from curvax.magnitudes import population_size
 from curvax.meshes import on_auto
 from curvax.stacks import Axes, for_each, joined, slices
 from curvax.trees import check_floats, is_hole, leaves_like, statistics_dtype, with_curvature
 from curvax.varying import AxisName, is_bound
-from curvax.wide import product, wide
+from curvax.wide import Wide, product, wide
 
 Mask = Any | Callable[[optax.Params], Any] | None
 
@@ -113,7 +114,7 @@ def scale_by_approximate_radius(
 
 
 def scale_by_median_curvature(
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Mask = None,
     *,
     trust_coefficient: jax.typing.ArrayLike = 1.0,
@@ -158,7 +159,7 @@ def scale_by_median_curvature(
 
 
 def scale_by_lars(
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Mask = None,
     *,
     trust_coefficient: jax.typing.ArrayLike = 1.0,
@@ -209,7 +210,7 @@ def scale_by_lars(
 
 
 def scale_by_percent_delta(
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Mask = None,
     *,
     trust_coefficient: jax.typing.ArrayLike = 1.0,
@@ -285,11 +286,12 @@ def discard_small_gradients(
     """
     check_number("fraction", fraction, "[0, 1)")
 
-    def threshold(population: Sequence[jax.Array]):
-        rank = order_statistics.count_of(fraction, order_statistics.population_size(population, param_axis_name))
-        return order_statistics.order_statistics(population, rank, param_axis_name)[0]
+    def threshold(population: Sequence[jax.Array]) -> jax.Array:
+        rank = order_statistics.count_of(fraction, population_size(population, param_axis_name))
+        found: jax.Array = order_statistics.order_statistics(population, rank, param_axis_name)[0]
+        return found
 
-    def kept(measured: radii.Leaves, scaled: radii.Leaves):
+    def kept(measured: radii.Leaves, scaled: radii.Leaves) -> list[Wide]:
         # What follows nothing is cut at the quantile of all that does not, stacks and other arrays together.
         thresholds = for_each(threshold, measured.g or [jax.lax.expand_dims(g, (0,)) for g in scaled.g])
         # Below is discarded, rather than above kept: NaN compares false, and has to be seen.
@@ -309,7 +311,7 @@ def _scale_by_layer(
     trust_coefficient: jax.typing.ArrayLike,
     layers: Layers,
     param_axis_name: AxisName,
-    weight_decay: jax.typing.ArrayLike,
+    weight_decay: float | jax.Array,
     weight_decay_mask: Mask,
     follow_all: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -317,11 +319,11 @@ def _scale_by_layer(
     check_number("weight_decay", weight_decay, "[0, inf)")
     check_number("trust_coefficient", trust_coefficient, "[0, inf)")
     is_bounded = checked(layers).layers == "kernel"
-    rule = bounded(rule, trust_coefficient, follow_all, param_axis_name) if is_bounded else radii.one_for_all(rule)
+    of_all = bounded(rule, trust_coefficient, follow_all, param_axis_name) if is_bounded else radii.one_for_all(rule)
     # A number that is not zero, or one that may change.
     decays = not isinstance(weight_decay, float | int) or weight_decay != 0
     decay = optax.add_decayed_weights(weight_decay, weight_decay_mask) if decays else None
-    return _scale_by_radius(rule, layers, decay, param_axis_name)
+    return _scale_by_radius(of_all, layers, decay, param_axis_name)
 
 
 class SplitState(NamedTuple):
@@ -350,20 +352,22 @@ def _scale_by_radius(
     how = checked(layers)
     by_whole_shapes = param_axis_name is not None and (how.layers == "kernel" or bool(how.axes))
 
-    def init_fn(params):
+    def init_fn(params: Any) -> Any:
         inner = optax.EmptyState() if decay is None else decay.init(params)
         if not by_whole_shapes or is_bound(param_axis_name):
             return inner
         _teach_flax()
         return SplitState(WholeLayers.of(jax.tree_util.tree_leaves_with_path(params), layers), inner)
 
-    def layers_of(leaves, state):
+    def layers_of(leaves: Sequence[tuple[Any, jax.Array]], state: Any) -> list[Layer]:
         if isinstance(state, SplitState):
             return state.layers.among(leaves)
         is_split = by_whole_shapes and is_bound(param_axis_name)
         return of_parts(leaves, layers, jax.lax.axis_size(param_axis_name)) if is_split else group(leaves, layers)
 
-    def update_fn(updates, state, params=None, *, hessian_diag=None, **extra_args):
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, *, hessian_diag: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
         del extra_args
         if needs_params and params is None:
             raise ValueError("the radius of a layer depends on its parameters; call update(updates, state, params).")
@@ -383,7 +387,7 @@ def _scale_by_radius(
         leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
         g = [leaf for _, leaf in leaves]
         w = leaves_like("params", params, updates, "gradient") if needs_params else g
-        h = ()
+        h: Sequence[jax.Array] = ()
         if needs_curvature:
             _check_real(leaves)
             h = leaves_like("hessian_diag", hessian_diag, updates, "gradient")
@@ -396,7 +400,7 @@ def _scale_by_radius(
             scaled = on_auto(scale, columns, moving, like=g)
         else:
             scaled = scale(columns, moving)
-        scaled = treedef.unflatten(scaled)
+        scaled = jax.tree.unflatten(treedef, scaled)
         state = state._replace(inner_state=inner) if isinstance(state, SplitState) else inner
         return jax.tree.map(lambda new, g: g if is_hole(new) else new, scaled, everything, is_leaf=is_hole), state
 
@@ -418,9 +422,9 @@ def _scaled(
     alone = tuple(i for layer in groups if not layer.measured for i in layer.scaled)
     layers += [((), alone)] if alone else []
 
-    def measurable(scaled: radii.Leaves, places: Sequence[int], indices: Sequence[int]):
+    def measurable(scaled: radii.Leaves, places: Sequence[int], indices: Sequence[int]) -> radii.Leaves:
         w, g, h = ([column[k] for k in places] if column else [] for column in scaled)
-        masks = [slices(moving[i], axes_of[i]) for i in indices]
+        masks: Sequence[jax.Array] = [slices(moving[i], axes_of[i]) for i in indices]
         masks = _or_all(masks, param_axis_name) if decays else masks
         # Not every rule sees a curvature.
         keep = lambda column: [jnp.where(m, x, 0) for m, x in zip(masks, column, strict=True)] if column else []
@@ -455,7 +459,7 @@ def _dtype_of(indices: Sequence[int], leaves: radii.Leaves) -> Any:
 
 
 def _at(indices: Sequence[int], leaves: radii.Leaves, axes_of: Mapping[int, Axes], dtype: Any) -> radii.Leaves:
-    def cast(x, axes):
+    def cast(x: jax.Array, axes: Axes) -> jax.Array:
         # Magnitudes are all that a radius sees.
         x = jnp.abs(x) if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating) else x
         return slices(x.astype(dtype), axes)

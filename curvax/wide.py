@@ -146,9 +146,9 @@ def _quotient_jvp(primals: tuple[Wide, Wide], tangents: tuple[Wide, Wide]) -> tu
     return found, Wide(slope, no_slope(found.exponent))
 
 
-def no_slope(integers: jax.Array) -> Any:
-    """The tangent of integers: an array of NumPy without content."""
-    return np.zeros(integers.shape, jax.dtypes.float0)
+def no_slope(x: jax.Array) -> Any:
+    """The tangent of integers of this shape: an array of NumPy without content."""
+    return np.zeros(x.shape, jax.dtypes.float0)
 
 
 @jax.custom_jvp

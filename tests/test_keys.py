@@ -24,7 +24,10 @@ def test_a_legacy_key_of_another_generator_is_its_key():
 
 @pytest.mark.parametrize(
     "key",
-    [True, np.bool_(True), 0.5, None, "seed", 2**63, np.ones(2), np.ones(3, np.uint32), jax.random.split(as_key(0))],
+    [
+        *(True, np.bool_(True), 0.5, None, "seed", 2**63, np.uint32, jax.numpy.uint32),
+        *(np.ones(2), np.ones(3, np.uint32), jax.random.split(as_key(0))),
+    ],
 )
 def test_what_is_no_key_is_refused(key):
     with pytest.raises(ValueError, match=r"key=.* is no random key; pass a seed such as key=0"):

@@ -4,9 +4,13 @@ Each threshold is a named constant with its reason; below it nothing is said.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from curvax.reports.report import Report
 
 #: Between layers whose radii differ by less, one learning rate costs a factor of ten in speed at most each way.
 SPREAD = 100.0
@@ -20,7 +24,7 @@ NEGATIVE = 0.4
 UNCERTAIN = 0.5
 
 
-def findings(report) -> Iterator[str]:
+def findings(report: "Report") -> Iterator[str]:
     """The sentences, the gravest first."""
     named = [{**row, "layer": row["layer"] or "(all)"} for row in report.layers]
     report = dataclasses.replace(report, layers=named)
@@ -35,7 +39,7 @@ def findings(report) -> Iterator[str]:
     yield from _uncertain(report)
 
 
-def _broken(report):
+def _broken(report: "Report") -> Iterator[str]:
     for layer in report.layers:
         if layer["non_finite_gradient"]:
             yield (
@@ -49,7 +53,7 @@ def _broken(report):
             )
 
 
-def _unreached(report):
+def _unreached(report: "Report") -> Iterator[str]:
     if report.unreached:
         yield (
             f"No derivative reaches {_list(report.unreached)}: these arrays never train. Freeze them,"
@@ -57,7 +61,7 @@ def _unreached(report):
         )
 
 
-def _stacks(report):
+def _stacks(report: "Report") -> Iterator[str]:
     if report.hidden_stacks:
         yield (
             f"{_list(report.hidden_stacks)}: a scan runs over their layers, which shapes alone do not show. Tell the"
@@ -65,13 +69,13 @@ def _stacks(report):
         )
 
 
-def _spread(report):
+def _spread(report: "Report") -> Iterator[str]:
     # Without parameters or without a gradient a radius is 1, and says nothing.
     measured = [x for x in report.layers if x["is_kernel"] and x["weight_norm"] > 0 and x["gradient_norm"] > 0]
     radii = {row["layer"]: row["radius_lars"] for row in measured if 0 < row["radius_lars"] < np.inf}
     if len(radii) < 2:
         return
-    high, low = max(radii, key=radii.get), min(radii, key=radii.get)
+    high, low = max(radii, key=radii.__getitem__), min(radii, key=radii.__getitem__)
     if (ratio := radii[high] / radii[low]) > SPREAD:
         yield (
             f"The radius of {high} is {ratio:,.0f} times that of {low}: one learning rate for both is too large for the"
@@ -79,11 +83,11 @@ def _spread(report):
         )
 
 
-def _batch(report):
-    if report.noise_reason:
+def _batch(report: "Report") -> Iterator[str]:
+    batch, scale = report.num_examples, report.critical_batch_size
+    if scale is None:
         yield f"The gradient's noise is not known: {report.noise_reason}."
         return
-    batch, scale = report.num_examples, report.critical_batch_size
     if any(layer["non_finite_gradient"] for layer in report.layers):
         return  # That is said above.
     if not any(layer["gradient_norm"] for layer in report.layers):
@@ -102,7 +106,7 @@ def _batch(report):
         )
 
 
-def _dead(report):
+def _dead(report: "Report") -> Iterator[str]:
     for row in report.layers:
         if row["dead"] > DEAD and row["layer"] not in report.unreached:
             yield (
@@ -112,13 +116,13 @@ def _dead(report):
             )
 
 
-def _zeros(report):
+def _zeros(report: "Report") -> Iterator[str]:
     zeros = [row["layer"] for row in report.layers if row["is_kernel"] and row["weight_norm"] == 0]
     if zeros:
         yield f"{_list(zeros)}: all zeros, with no radius of their own. They follow the other kernels (docs/rates.md)."
 
 
-def _negative(report):
+def _negative(report: "Report") -> Iterator[str]:
     for row in report.layers:
         if row["is_kernel"] and row["negative"] > NEGATIVE and row["curvature_error"] == 0:
             yield (
@@ -127,7 +131,7 @@ def _negative(report):
             )
 
 
-def _uncertain(report):
+def _uncertain(report: "Report") -> Iterator[str]:
     rough = [row["layer"] for row in report.layers if row["curvature_error"] > UNCERTAIN * abs(row["curvature"])]
     if rough:
         yield f"The curvature of {_list(rough)} is known to its order of magnitude only: raise num_samples."
@@ -138,7 +142,7 @@ def _percent(share: float) -> str:
     return "over 99 %" if text == "100 %" and share < 1 else text
 
 
-def _list(names) -> str:
+def _list(names: Sequence[str]) -> str:
     shown = list(names)[:3]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(shown) + more

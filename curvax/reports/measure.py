@@ -11,7 +11,8 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from curvax.curvature.micro_batches import micro_batch, num_examples, number_of_
 from curvax.exact.independence import example_axes
 from curvax.layers import Layer, Layers
 from curvax.meshes import on_auto
-from curvax.noise_scale import NoiseScale, noise_scale
+from curvax.noise_scale import noise_scale
 from curvax.objective import Objective
 from curvax.probes import QUANTILES
 from curvax.radii import squared_norms
@@ -45,7 +46,8 @@ FIRST_ORDER = {
 }
 
 Statistics = dict[str, np.ndarray]
-
+#: Of a part of the work, by its name: it says that it runs.
+Stage = Callable[[str], AbstractContextManager[None]]
 
 #: Leaves of a layer, as indices into those of a tree, and the axes of each that count layers.
 Members = Sequence[tuple[int, Axes]]
@@ -81,12 +83,24 @@ def each(layers: Sequence[Members], function: Callable[..., dict[str, Any]], *tr
 
 def _host(x: jax.Array, axes: Axes) -> np.ndarray:
     """The slices in rows."""
-    x = np.asarray(x).astype(statistics_dtype(x.dtype), copy=False)
+    array = np.asarray(x).astype(statistics_dtype(x.dtype), copy=False)
     number = math.prod(sizes(x.shape, axes))
-    return np.moveaxis(x, axes, range(len(axes))).reshape(number, -1)
+    return np.moveaxis(array, axes, range(len(axes))).reshape(number, -1)
 
 
-def gradient(objective: Any, params: Any, parts: Parts, stage: Callable) -> tuple[Any, Any, NoiseScale | str]:
+class Noise(NamedTuple):
+    """A `NoiseScale` in NumPy's float64, of which that would make float32: one entry for each layer."""
+
+    squared_gradient: np.ndarray
+    noise: np.ndarray
+
+    @property
+    def critical_batch_size(self) -> np.ndarray:
+        known = self.squared_gradient > 0
+        return np.where(known, self.noise / np.where(known, self.squared_gradient, 1), np.inf)
+
+
+def gradient(objective: Any, params: Any, parts: Parts, stage: Stage) -> tuple[Any, Any, Noise | str]:
     """The loss, its gradient, and the noise of the latter or why it is not known."""
     axes = _axes(objective, params)
     if isinstance(axes, str):
@@ -95,7 +109,7 @@ def gradient(objective: Any, params: Any, parts: Parts, stage: Callable) -> tupl
     number, size = number_of_parts(objective, params, PARTS), num_examples(objective, params)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def with_part(sums, params, data, index):
+    def with_part(sums: Any, params: Any, data: Any, index: Any) -> Any:
         part = dataclasses.replace(objective, data=micro_batch(data, axes, number, index))
         found = jax.tree.map(lambda x: x / number, jax.value_and_grad(part)(params))
         squares = times(number, _squares(parts.scaled, found[1]))
@@ -109,28 +123,25 @@ def gradient(objective: Any, params: Any, parts: Parts, stage: Callable) -> tupl
             sums = jax.block_until_ready(with_part(sums, params, data, i))
     (value, grad), small = sums
     large = jax.jit(functools.partial(_squares, parts.scaled))(grad)
-    return value, grad, NoiseScale(*map(_float64, noise_scale(small, large, size // number, size)))
+    return value, grad, Noise(*map(_float64, noise_scale(small, large, size // number, size)))
 
 
 def _squares(layers: Sequence[Members], tree: Any) -> Wide:
     """The squared norm of the arrays of each layer."""
 
-    def of_layer(leaves, members):
+    def of_layer(leaves: Sequence[jax.Array], members: Members) -> list[jax.Array]:
         dtype = jnp.finfo(statistics_dtype(*[leaves[i].dtype for i, _ in members])).dtype
         return [jnp.abs(slices(leaves[i], axes)).astype(dtype) for i, axes in members]
 
-    return on_auto(lambda leaves: squared_norms([of_layer(leaves, x) for x in layers], None), jax.tree.leaves(tree))
+    norms = lambda leaves: squared_norms([of_layer(leaves, x) for x in layers], None)
+    squares: Wide = on_auto(norms, jax.tree.leaves(tree))
+    return squares
 
 
 def _float64(x: Wide) -> np.ndarray:
     """Large enough for the squares of whatever a float32 is."""
-    return np.ldexp(np.asarray(x.value, np.float64), np.asarray(x.exponent))
-
-
-def critical_batch_size(noise: NoiseScale) -> np.ndarray:
-    """That of NumPy's numbers, of which `NoiseScale` itself would make float32."""
-    known = noise.squared_gradient > 0
-    return np.where(known, noise.noise / np.where(known, noise.squared_gradient, 1), np.inf)
+    numbers: np.ndarray = np.ldexp(np.asarray(x.value, np.float64), np.asarray(x.exponent))
+    return numbers
 
 
 def _axes(objective: Any, params: Any) -> Any:
@@ -147,7 +158,7 @@ def _axes(objective: Any, params: Any) -> Any:
 def first_order(parts: Parts, layers: Layers, params: Any, grad: Any) -> Statistics:
     """What follows from parameters and gradient alone."""
 
-    def of_layer(w, g):
+    def of_layer(w: Sequence[np.ndarray], g: Sequence[np.ndarray]) -> dict[str, float]:
         return {
             "weight_norm": _norm(w),
             "weight_median": _median(w),
@@ -160,7 +171,7 @@ def first_order(parts: Parts, layers: Layers, params: Any, grad: Any) -> Statist
     found |= each(parts.measured, of_layer, params, grad)
 
     @jax.jit
-    def steps(params, grad):
+    def steps(params: Any, grad: Any) -> dict[str, Wide]:
         return {
             name: _squares(parts.measured, _step(tx(layers=layers), params, grad)) for name, tx in FIRST_ORDER.items()
         }
@@ -172,7 +183,8 @@ def first_order(parts: Parts, layers: Layers, params: Any, grad: Any) -> Statist
 
 def dead_units(parts: Parts, grad: Any) -> list[int]:
     """How many columns of each layer's arrays have no gradient at all."""
-    leaves, found = jax.tree.leaves(grad), []
+    leaves = jax.tree.leaves(grad)
+    found: list[int] = []
     for members in parts.measured:
         own = [slices(leaves[i], axes) == 0 for i, axes in members]
         columns = [jnp.all(x, tuple(range(1, x.ndim - 1))) for x in own if x.ndim > 2]
@@ -199,7 +211,7 @@ def curvature(
     layers: Layers,
     method: Any,
     keys: Sequence[Any],
-    stage: Callable,
+    stage: Stage,
 ) -> tuple[Statistics, Statistics]:
     """The means over the draws of what is said of curvature, and their standard errors, NaN for a single draw.
 
@@ -209,13 +221,13 @@ def curvature(
 
     # Two programs, of which none holds more than two trees like the parameters beside its arguments.
     @jax.jit
-    def draw(params, data, key):
+    def draw(params: Any, data: Any, key: Any) -> tuple[Any, Any]:
         whole = dataclasses.replace(objective, data=data) if isinstance(objective, Objective) else objective
         found = value_grad_and_hessian_diag(whole, params, method, key=key)
         return found.grad, found.diag
 
     @jax.jit
-    def radii(params, grad, diag):
+    def radii(params: Any, grad: Any, diag: Any) -> Any:
         # Without the slope term a radius does not depend on the gradient, but for what has none, and is not measured.
         moving = jax.tree.map(lambda g: (g != 0).astype(statistics_dtype(g.dtype)), grad)
         tx = scale_by_curvature_radius(DAMPING, slope_term=False, layers=layers)
@@ -272,7 +284,8 @@ def _median(x: Sequence[np.ndarray]) -> float:
 def _over(w: np.ndarray, g: np.ndarray) -> np.ndarray:
     """Eq. 17, infinite where g is zero and w is not."""
     with np.errstate(divide="ignore", over="ignore"):
-        return np.divide(w, g, out=np.zeros_like(w), where=w != 0)
+        found: np.ndarray = np.divide(w, g, out=np.zeros_like(w), where=w != 0)
+        return found
 
 
 def _share_of(kind: Callable[[np.ndarray], np.ndarray]) -> Callable[[Sequence[np.ndarray]], dict[str, float]]:

@@ -22,7 +22,6 @@ from curvax.curvature.scalar import scalar_objective
 from curvax.curvature.short_forms import as_method, needs_key
 from curvax.keys import Key, as_key
 from curvax.layers import Layer, Layers, checked, group, path_name
-from curvax.noise_scale import NoiseScale
 from curvax.objective import Objective
 from curvax.reports import advice, measure, plot, table
 from curvax.scans import scanned_axes
@@ -166,7 +165,7 @@ def report(
     # Large, and computed anew with the curvature.
     del grad
     second, errors = measure.curvature(scalar, params, parts, layers, method, keys, clock.stage)
-    whole = None if isinstance(noise, str) else NoiseScale(*(np.sum(x) for x in noise))
+    whole = None if isinstance(noise, str) else measure.Noise(*(np.sum(x) for x in noise))
     rows = _rows(groups, leaves, first | second, dead, errors, noise)
     gradients = 1 + max(len(keys), 1)
     times = f"{len(keys)} x " if keys else ""
@@ -179,7 +178,7 @@ def report(
         loss=float(loss),
         params=sum(x.size for _, x in leaves),
         num_examples=num_examples(scalar, params) if isinstance(scalar, Objective) else 0,
-        critical_batch_size=None if whole is None else float(measure.critical_batch_size(whole)),
+        critical_batch_size=None if whole is None else float(whole.critical_batch_size),
         noise_reason=noise if isinstance(noise, str) else "",
         method=repr(method) + (f", {len(keys)} draws" if keys else ""),
         unreached=tuple(path_name(leaves[i][0]) for i in dark),
@@ -203,11 +202,11 @@ def _with_scans(objective: Any, params: Any, layers: Layers) -> tuple[Layers, tu
     return Stacked(axes, "kernel"), tuple(names[i] for i in hidden)
 
 
-def _method(objective: Any, params: Any, method: Any) -> tuple[Any, int, int]:
-    """The method, and the passes and products that it takes."""
+def _method(objective: Any, params: Any, method: Any) -> tuple[Any, int | None, int | None]:
+    """The method, and the passes and products that it takes, where that is known."""
     if method is None:
         said = explain(objective, params, Exact())
-        if said.passes + said.products <= CHEAP:
+        if (said.passes or 0) + (said.products or 0) <= CHEAP:
             return Exact(), said.passes, said.products
         method = Auto().choose(objective, params)
     method = as_method(method, {})
@@ -215,12 +214,19 @@ def _method(objective: Any, params: Any, method: Any) -> tuple[Any, int, int]:
     return method, said.passes, said.products
 
 
-def _rows(groups, leaves, found, dead, errors, noise) -> list[dict[str, Any]]:
+def _rows(
+    groups: Sequence[Layer],
+    leaves: Any,
+    found: measure.Statistics,
+    dead: Sequence[int],
+    errors: measure.Statistics,
+    noise: measure.Noise | str,
+) -> list[dict[str, Any]]:
     radii = {name: found[f"radius_{name}"] for name in measure.FIRST_ORDER}
     squares = found["gradient_norm"] ** 2
     whole = {name: np.sqrt(_over(np.nansum(r**2 * squares), np.nansum(squares))) for name, r in radii.items()}
-    scales = None if isinstance(noise, str) else measure.critical_batch_size(noise)
-    rows = []
+    scales = None if isinstance(noise, str) else noise.critical_batch_size
+    rows: list[dict[str, Any]] = []
     for name, layer, shapes in _single_layers(groups, leaves):
         i = len(rows)
         units = sum(shapes[j][-1] for j in layer.measured or layer.scaled if len(shapes[j]) > 1)

@@ -5,13 +5,18 @@ import importlib.util
 import io
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from curvax.reports.report import Report
+
 WIDTH = 100
 NAME = 20
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 class Column(NamedTuple):
@@ -62,6 +67,10 @@ def _name(row: Any) -> str:
     return _short(row["layer"] or "(all)")
 
 
+def _rate_of(name: str) -> Callable[[Any], str]:
+    return lambda row: number(row[f"rate_{name}"])
+
+
 LAYERS = (
     Column("layer", _name),
     Column("params", lambda row: count(row["params"])),
@@ -81,13 +90,13 @@ RATES = (
     Column("R 50%", lambda row: number(row["radius_50"])),
     Column("R 95%", lambda row: number(row["radius_95"])),
     *(
-        Column(head, lambda row, name=name: number(row[f"rate_{name}"]))
+        Column(head, _rate_of(name))
         for head, name in (("lars", "lars"), ("mclr", "mclr"), ("p.delta", "percent_delta"))
     ),
 )
 
 
-def text(report, color: bool | None = None) -> str:
+def text(report: "Report", color: bool | None = None) -> str:
     """The report as text; in colour on a terminal."""
     tables = [(title, columns, report.layers) for title, columns in _tables(report)]
     lines = [_heading(report), ""]
@@ -99,7 +108,7 @@ def text(report, color: bool | None = None) -> str:
     return "\n".join([*lines, *said, *([""] if said else []), report.cost])
 
 
-def _tables(report):
+def _tables(report: "Report") -> Iterator[tuple[str, Sequence[Column]]]:
     matrix = "Gauss-Newton matrix" if report.method.startswith("GaussNewton") else "Hessian"
     yield f"Layers. Curvature is the mean of the {matrix}'s diagonal, by {report.method}.", LAYERS
     yield (
@@ -109,18 +118,18 @@ def _tables(report):
     )
 
 
-def _heading(report) -> str:
+def _heading(report: "Report") -> str:
     noise = report.critical_batch_size
     batch = f", batch {report.num_examples:,}" if report.num_examples else ""
     scale = "" if noise is None else f", noise scale about {count(noise)} examples"
     return f"loss {number(report.loss)}, {count(report.params)} parameters{batch}{scale}"
 
 
-def _cells(columns: Sequence[Column], rows) -> list[list[str]]:
+def _cells(columns: Sequence[Column], rows: Rows) -> list[list[str]]:
     return [[column.text(row) for column in columns] for row in rows]
 
 
-def _plain(title: str, columns: Sequence[Column], rows, color: bool) -> str:
+def _plain(title: str, columns: Sequence[Column], rows: Rows, color: bool) -> str:
     del color
     table = [[column.head for column in columns], *_cells(columns, rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -128,7 +137,7 @@ def _plain(title: str, columns: Sequence[Column], rows, color: bool) -> str:
     return "\n".join([*_wrapped(title), lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def _rich(title: str, columns: Sequence[Column], rows, color: bool) -> str:
+def _rich(title: str, columns: Sequence[Column], rows: Rows, color: bool) -> str:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -149,7 +158,7 @@ def _wrapped(sentence: str) -> list[str]:
     return textwrap.wrap(sentence, WIDTH, subsequent_indent="  " if sentence.startswith("- ") else "")
 
 
-def markup(report) -> str:
+def markup(report: "Report") -> str:
     """The report as HTML."""
     parts = [f"<p><b>{html.escape(_heading(report))}</b></p>"]
     for title, columns in _tables(report):
