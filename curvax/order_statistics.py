@@ -220,7 +220,8 @@ def _widened(q: Any, dtype: np.dtype) -> jax.Array:
 
 
 def _has_64_bits() -> bool:
-    return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]  # Settings become attributes at run time.
+    # JAX 0.10 makes its settings attributes at run time.
+    return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined,unused-ignore]
 
 
 def count_dtype(size: int) -> np.dtype:

@@ -14,7 +14,7 @@ from curvax.varying import AxisName
 def statistics_dtype(*dtypes: Any) -> Any:
     """The dtype of statistics over arrays of these dtypes: float32 at least, whatever the rules for promotion."""
     with jax.numpy_dtype_promotion("standard"):
-        return functools.reduce(jnp.promote_types, dtypes, jnp.float32)
+        return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
 
 def diag_dtype(dtype: Any) -> Any:
