@@ -93,8 +93,8 @@ def example_axes(objective: Objective, params: Any, parts: int) -> list[Axis | N
     return found[num_params:]
 
 
-def _losses(objective: Objective, treedef, leaves: Sequence[Any]) -> ClosedJaxpr:
-    def losses(*leaves):
+def _losses(objective: Objective, treedef: Any, leaves: Sequence[Any]) -> ClosedJaxpr:
+    def losses(*leaves: Any) -> jax.Array:
         params, data = treedef.unflatten(leaves)
         return objective.example_losses(objective.predict(params, data), data)
 
@@ -114,7 +114,7 @@ def _check_backward(closed: ClosedJaxpr) -> None:
         raise Unproved(f"the backward rule of {name!r} is not proved to be linear, and gradients of a part are larger")
 
 
-def _read_rules(closed: ClosedJaxpr, inputs: Sequence[jax.Array], order: int) -> list:
+def _read_rules(closed: ClosedJaxpr, inputs: Sequence[jax.Array], order: int) -> list[Any]:
     env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     env |= zip(closed.jaxpr.invars, inputs, strict=True)
     for eqn in closed.jaxpr.eqns:
@@ -137,7 +137,7 @@ def _read_rules(closed: ClosedJaxpr, inputs: Sequence[jax.Array], order: int) ->
 def _rule(eqn: JaxprEqn, slots: Sequence[int]) -> ClosedJaxpr:
     """What a call's own rule makes of its operands and the tangents of some: the results, and their tangents."""
 
-    def pushed(operands, tangents):
+    def pushed(operands: Any, tangents: Any) -> tuple[Any, ...]:
         results, pull = jax.vjp(in_slots(eqn, slots, operands), *(operands[slot] for slot in slots))
         return results, *jax.linear_transpose(pull, results)(tuple(tangents))
 
@@ -155,7 +155,7 @@ def _rule(eqn: JaxprEqn, slots: Sequence[int]) -> ClosedJaxpr:
     return closed
 
 
-def _shortened(leaf: Any, axis: Axis | None, parts: int) -> jax.ShapeDtypeStruct:
+def _shortened(leaf: Any, axis: Axis | None, parts: int) -> Any:
     shape = list(jnp.shape(leaf))
     if axis is not None:
         shape[axis.dim] //= parts
@@ -200,7 +200,8 @@ def _position(program: ClosedJaxpr, axes: Axes) -> tuple[str | None, set[Var]]:
                 return reason or "a loss depends on its example's place in the batch", places
         if name in RANDOM and results:
             return "random numbers are drawn for each example; other parts would draw others", places
-        if name == "iota" and results and eqn.params["dimension"] == axes[results[0]].dim:
+        axis = axes[results[0]] if results else None
+        if name == "iota" and axis is not None and eqn.params["dimension"] == axis.dim:
             places.update(results)
         # `logits[jnp.arange(B), labels]` is each example's own row, wherever it stands.
         if not read or (name == "gather" and eqn.invars[0] not in places and len(counted.get(index, {})) == 1):
@@ -224,7 +225,8 @@ def _alike(batch: ClosedJaxpr, part: ClosedJaxpr, axes: Axes, parts: int) -> boo
         if is_scan and not over_examples(ours, {i: axes.get(var) for i, var in enumerate(ours.outvars)}):
             return False
     pairs = zip(_variables(batch.jaxpr), _variables(part.jaxpr), strict=True)
-    return all(theirs.aval.shape == _shape(ours, axes, parts) for ours, theirs in pairs if ours in axes)
+    shape = lambda var: var.aval.shape
+    return all(shape(theirs) == _shape(ours, axes, parts) for ours, theirs in pairs if ours in axes)
 
 
 def _variables(jaxpr: Jaxpr) -> list[Var]:
@@ -238,7 +240,7 @@ def _variables(jaxpr: Jaxpr) -> list[Var]:
     return [*jaxpr.constvars, *jaxpr.invars, *(var for eqn in jaxpr.eqns for var in eqn.outvars), *inner]
 
 
-def _shape(var: Var, axes: Axes, parts: int) -> tuple[int, ...]:
+def _shape(var: Any, axes: Axes, parts: int) -> tuple[int, ...]:
     shape, axis = list(var.aval.shape), axes[var]
     if axis is not None:
         shape[axis.dim] //= parts

@@ -66,20 +66,22 @@ def bodies(eqn: JaxprEqn) -> list[ClosedJaxpr]:
     return [body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, ()) for body in found]
 
 
-def rebuilt(eqn: JaxprEqn, operands: Sequence[jax.Array], inner: Callable[[ClosedJaxpr, Sequence[Any]], list]) -> list:
+def rebuilt(
+    eqn: JaxprEqn, operands: Sequence[jax.Array], inner: Callable[[ClosedJaxpr, Sequence[Any]], list[Any]]
+) -> list[Any]:
     """The results of one of `LOOPS`, with what `inner` makes of a body and its operands in the body's place."""
     params, name = eqn.params, eqn.primitive.name
     if name == "cond":
         index, *operands = operands
-        return lax.switch(index, [lambda *x, body=body: inner(body, x) for body in bodies(eqn)], *operands)
+        return list(lax.switch(index, [lambda *x, body=body: inner(body, x) for body in bodies(eqn)], *operands))
     if name == "while":
         condition, body = bodies(eqn)
         own, consts, carry = _parted(operands, params["cond_nconsts"], params["body_nconsts"])
         keeps_on = lambda carry: inner(condition, [*own, *carry])[0]
-        return lax.while_loop(keeps_on, lambda carry: inner(body, [*consts, *carry]), carry)
+        return list(lax.while_loop(keeps_on, lambda carry: inner(body, [*consts, *carry]), carry))
     consts, carry, xs = _parted(operands, *scan_numbers(eqn))
 
-    def step(carry, xs):
+    def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
         results = inner(*bodies(eqn), [*consts, *carry, *xs])
         return results[: len(carry)], results[len(carry) :]
 
@@ -87,7 +89,7 @@ def rebuilt(eqn: JaxprEqn, operands: Sequence[jax.Array], inner: Callable[[Close
     return [*carry, *ys]
 
 
-def _parted(values: Sequence[Any], first: int, second: int) -> tuple[list, list, list]:
+def _parted(values: Sequence[Any], first: int, second: int) -> tuple[list[Any], list[Any], list[Any]]:
     return list(values[:first]), list(values[first : first + second]), list(values[first + second :])
 
 
@@ -114,7 +116,7 @@ def _while(eqn: JaxprEqn, results: Mapping[int, Axis | None], walk: Walk) -> Fou
     # What decides on a further step reaches everything.
     deciding = walk(condition, {0: None})
     decides = _reached(condition, deciding)
-    operands = {slot: None for slot in decides if slot < for_condition}
+    operands: dict[int, Axis | None] = {slot: None for slot in decides if slot < for_condition}
     results = {**results, **{slot - for_condition: None for slot in decides if slot >= for_condition}}
     inside = _settled(body, results, range(consts, len(body.jaxpr.invars)), walk)
     operands |= {for_condition + slot: axis for slot, axis in _reached(body, inside).items()}
