@@ -210,7 +210,7 @@ def finite(**changes):
     own = {name: changes.pop(name) for name in list(changes) if name in layer}
     fields = {
         "loss": 1.0, "params": 8, "num_examples": 64, "critical_batch_size": 64.0, "noise_reason": "", "method": "",
-        "unreached": (), "cost": "",
+        "unreached": (), "hidden_stacks": (), "cost": "",
     }  # fmt: skip
     return curvax.Report(layers=[layer | own, layer | {"layer": "b"}], **(fields | changes))
 
