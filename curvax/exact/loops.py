@@ -80,9 +80,10 @@ def rebuilt(
         keeps_on = lambda carry: inner(condition, [*own, *carry])[0]
         return list(lax.while_loop(keeps_on, lambda carry: inner(body, [*consts, *carry]), carry))
     consts, carry, xs = _parted(operands, *scan_numbers(eqn))
+    (body,) = bodies(eqn)
 
     def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        results = inner(*bodies(eqn), [*consts, *carry, *xs])
+        results = inner(body, [*consts, *carry, *xs])
         return results[: len(carry)], results[len(carry) :]
 
     carry, ys = lax.scan(step, carry, xs, params["length"], params["reverse"])
