@@ -179,8 +179,9 @@ def _axes(program: ClosedJaxpr, results: Mapping[int, Axis | None], num_examples
             slots = [slot for slot, operand in enumerate(eqn.invars) if isinstance(operand, Var)]
             operands = operand_axes(eqn, slots, found, num_examples, counted.get(index, {}))
         for slot, axis in operands.items():
-            if isinstance(eqn.invars[slot], Var):
-                axes[eqn.invars[slot]] = meet(axes, eqn.invars[slot], axis)
+            operand = eqn.invars[slot]
+            if isinstance(operand, Var):
+                axes[operand] = meet(axes, operand, axis)
     return axes | inside
 
 
@@ -206,7 +207,7 @@ def _position(program: ClosedJaxpr, axes: Axes) -> tuple[str | None, set[Var]]:
         # `logits[jnp.arange(B), labels]` is each example's own row, wherever it stands.
         if not read or (name == "gather" and eqn.invars[0] not in places and len(counted.get(index, {})) == 1):
             continue
-        folded = name in FOLDS and all(not jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)
+        folded = name in FOLDS and not any(is_inexact(var.aval) for var in eqn.outvars)
         if results and not (folded and len(read) == 1):
             return "a loss depends on its example's place in the batch", places
         places.update(results)
