@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, reshard, use_abstract_mesh
 
-from curvax.exact.trace import apply, callee, derivative, read
+from curvax.exact.equations import apply, callee, derivative, read
 
 
 def auto(mesh: AbstractMesh) -> AbstractMesh:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
 import curvax
-from curvax.exact.trace import equations
+from curvax.exact.equations import equations
 from curvax.matrices import matrices_of
 from curvax.rotations import Rotation, Sides, rotated_objective
 

@@ -9,7 +9,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from curvax.curvature.gauss_newton import sampled_gauss_newton
-from curvax.exact import contract, exact_diag, explain, factor, ggn_diag, pullbacks
+from curvax.exact import contract, exact_diag, explain, factor, ggn_diag
+from curvax.exact.primitives import record
 from curvax.objective import Objective
 
 CLASSES = 5
@@ -179,7 +180,7 @@ def test_max_pooling_chooses_as_jax_does_among_equals(window, strides, padding):
     out, pull = jax.vjp(pool, images)
     cotangent = jnp.asarray(np.random.default_rng(1).normal(size=out.shape), jnp.float32)
     (eqn,) = jax.make_jaxpr(pool)(images).jaxpr.eqns
-    special = pullbacks.special_pullback(eqn, [0], [images])
+    special = record(eqn).pullback(eqn, [images])
     np.testing.assert_allclose(special(cotangent), pull(cotangent)[0], rtol=1e-6, atol=1e-6)
 
 

@@ -16,7 +16,7 @@ at the price of a product.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -34,11 +34,11 @@ from curvax.exact.columns import Columns, RandomColumns, Source, evaluate_atoms,
 from curvax.exact.dataflow import Flow, analyse, between
 from curvax.exact.derivatives import hessian_product, without_derivative
 from curvax.exact.diagonals import backward_reason, check_backward, zeros
+from curvax.exact.equations import is_complex, is_inexact
 from curvax.exact.explanation import Explanation, Row
-from curvax.exact.primitives import is_complex
-from curvax.exact.routes import Route, plan_gauss_newton
+from curvax.exact.routes import Route, UnitVectors, plan_gauss_newton
 from curvax.exact.sweep import sweep
-from curvax.exact.trace import is_inexact, trace, trace_loss
+from curvax.exact.trace import trace, trace_loss
 from curvax.objective import Objective
 from curvax.trees import at_least_float32, like_diag
 
@@ -95,10 +95,10 @@ def explain_sampling(objective: Objective, params: Any, num_samples: int, square
         count = num_samples if not rows else 0
         if form == "product":
             row = ("signs, Gauss-Newton products", proved, 0, count)
-        elif form == "example" and route.name != "unit vectors":
+        elif form == "example" and not isinstance(route, UnitVectors):
             row = ("random column", f"{proved}; squares of each example's gradient", count, 0)
         else:
-            why = f" ({route.reason})" if route.name == "unit vectors" else ""
+            why = f" ({route.reason})" if isinstance(route, UnitVectors) else ""
             row = (
                 "random column",
                 f"{proved}; squares over the batch, or parts of it where examples are independent{why}",
@@ -118,7 +118,7 @@ def _plan(flow: Flow, squares: Squares | None) -> Sampling:
     known, reason = _columns_of(flow)
     if not known:
         return Sampling("product", reason, routes)
-    followed = all(route.name != "unit vectors" for route in routes)
+    followed = not any(isinstance(route, UnitVectors) for route in routes)
     return Sampling(squares or ("example" if followed else "batch"), reason, routes)
 
 
@@ -250,7 +250,7 @@ def _by_example(objective: Objective, params: Any) -> Sampler:
         return value, grad, lambda key: _no_curvature(params)
     treedef, size = jax.tree.structure(params), flow.program.num_examples
     followed = [route for route in routes if route.origins]
-    others = [route for route in routes if route.name == "unit vectors"]
+    others = [route for route in routes if isinstance(route, UnitVectors)]
 
     def sample(key: jax.Array) -> Any:
         drawn = columns.draw(key, by_example=not others)
@@ -267,7 +267,7 @@ def _by_example(objective: Objective, params: Any) -> Sampler:
 
 
 def _whole_batch(
-    flow: Flow, env: Mapping[Var, jax.Array], routes: list[Route], columns: Random, drawn: Columns
+    flow: Flow, env: Mapping[Var, jax.Array], routes: Sequence[Route], columns: Random, drawn: Columns
 ) -> dict[int, jax.Array]:
     """Squares over the batch, of the arrays that are not followed."""
     variables = [flow.program.params[route.bit] for route in routes]

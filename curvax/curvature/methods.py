@@ -12,8 +12,8 @@ from curvax.curvature.hutchinson import Hutchinson
 from curvax.curvature.method import Method
 from curvax.curvature.scalar import plain
 from curvax.exact import BUDGET, Explanation, exact_diag, explain, explain_ggn, explain_products, ggn_diag
+from curvax.exact.derivatives import function_diag
 from curvax.exact.diagonals import check_objective
-from curvax.exact.units import function_diag
 from curvax.objective import Objective
 from curvax.trees import at_least_float32
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from curvax.curvature.estimate import Estimate
+from curvax.exact.equations import equations
 from curvax.exact.independence import example_axes
 from curvax.exact.primitives import Axis
-from curvax.exact.trace import equations
 from curvax.objective import Objective
 from curvax.varying import varying_like
 

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal, Var
 
-from curvax.exact.dataflow import Flow, added_curvature, differentiable_slots, rule_jaxpr
-from curvax.exact.primitives import ELEMENTWISE, is_complex
+from curvax.exact.dataflow import Flow, added_curvature, rule_jaxpr
+from curvax.exact.equations import is_complex
+from curvax.exact.primitives import Entries, differentiable_slots, record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +84,6 @@ class State(NamedTuple):
     curved: bool
     source: Var
     bent: bool
-
-
-# What may stand between an exponential, its sum and the logarithm: entry for entry the same numbers.
-SAME_NUMBERS = frozenset(
-    "abs broadcast_in_dim convert_element_type copy pvary reduce_precision reshape reshard"
-    " sharding_constraint squeeze".split()
-)
 
 
 def find_atoms(flow: Flow) -> Structure | str:
@@ -157,11 +151,12 @@ def _keeps_entries_apart(eqn: JaxprEqn, slots: Sequence[int], shape: tuple[int, 
     if eqn.primitive.name == "broadcast_in_dim":
         return eqn.invars[0].aval.ndim == 0
     if eqn.primitive.name != "custom_jvp_call":
-        return eqn.primitive.name in ELEMENTWISE and eqn.outvars[0].aval.shape in (shape, ())
+        apart = record(eqn).entries in (Entries.SAME, Entries.APART)
+        return apart and eqn.outvars[0].aval.shape in (shape, ())
     body = str(eqn.params["call_jaxpr"])
     if body in outer:
         return True
-    rule, outer = rule_jaxpr(eqn, slots, linear_only=False)[0], outer | {body}
+    rule, outer = rule_jaxpr(eqn, slots, linear_only=False)[0].jaxpr, outer | {body}
     return all(_keeps_entries_apart(inner, differentiable_slots(inner), shape, outer) for inner in rule.eqns)
 
 
@@ -170,7 +165,7 @@ def _begin(flow: Flow, places: Sequence[int], states: Mapping[Var, State]) -> Va
 
     Of `(z / 1e20) ** 2` that is the quotient, whose curvature float32 can hold.
     """
-    makers = {var: index for index, _, _, results in flow.equations for var in results}
+    makers = flow.program.makers
     operands = lambda place: {eqn.invars[slot] for eqn, slots in [flow.equations[place][1:3]] for slot in slots}
     begins = set().union(*map(operands, places)) & states.keys()
     begins -= {var for place in places for var in flow.links[place][1]}
@@ -196,34 +191,35 @@ def _read_outside(flow: Flow, places: Sequence[int]) -> tuple[Var, ...]:
 
 def _softmaxes(flow: Flow, begin: int) -> tuple[dict[int, Softmax], set[int]]:
     """The softmaxes, by the place of their logarithm, and the places of the equations inside them."""
-    makers = {var: index for index, _, _, results in flow.equations[begin:] for var in results}
     reads = Counter(eqn.invars[slot] for _, eqn, slots, _ in flow.equations for slot in slots)
     reads[flow.program.losses] += 1
     found, inside = {}, set()
     for index, eqn, slots, _ in flow.equations[begin:]:
         if eqn.primitive.name == "log" and slots:
             chain: list[int] = []
-            softmax = _softmax(flow, eqn.invars[0], makers, reads, chain)
+            softmax = _softmax(flow, eqn.invars[0], begin, reads, chain)
             if softmax is not None:
                 found[index] = softmax
                 inside.update(chain)
     return found, inside
 
 
-def _softmax(flow: Flow, var: Var, makers, reads, chain: list[int]) -> Softmax | None:
+def _softmax(flow: Flow, var: Var, begin: int, reads, chain: list[int]) -> Softmax | None:
     """The softmax whose sum, or the same numbers in another shape, is `var`; `chain` collects what it is made of."""
 
     def back(var: Var, passes: Callable[[JaxprEqn, int], bool]) -> tuple[Var, JaxprEqn | None]:
         """Back through equations that are passed, to one that is not; all of them are read once."""
-        while reads[var] == 1 and var in makers:
-            eqn, slots = flow.program.jaxpr.eqns[makers[var]], _varying(flow, makers[var])
-            chain.append(makers[var])
+        while reads[var] == 1 and (index := flow.program.makers.get(var, -1)) >= begin:
+            eqn, slots = flow.program.jaxpr.eqns[index], _varying(flow, index)
+            chain.append(index)
             if len(slots) != 1 or not passes(eqn, slots[0]):
                 return var, eqn
             var = eqn.invars[slots[0]]
         return var, None
 
-    total, summed = back(var, lambda eqn, _: eqn.primitive.name in SAME_NUMBERS)
+    # Of a sum of exponentials `abs` is the same number.
+    same = lambda eqn: eqn.primitive.name == "abs" or record(eqn).entries in (Entries.SAME, Entries.MOVED)
+    total, summed = back(var, lambda eqn, _: same(eqn))
     if summed is None or summed.primitive.name != "reduce_sum":
         return None
     # A mask may stand between the exponentials and their sum, not after it.
@@ -249,6 +245,7 @@ def _masks(flow: Flow, eqn: JaxprEqn, slot: int) -> bool:
 def _is_zero(flow: Flow, atom: Var | Literal) -> bool:
     if isinstance(atom, Literal):
         return bool(np.all(atom.val == 0))
-    maker = next((eqn for eqn in flow.program.jaxpr.eqns if atom in eqn.outvars), None)
-    passes = maker is not None and maker.primitive.name in ("broadcast_in_dim", "convert_element_type")
-    return passes and _is_zero(flow, maker.invars[0])
+    if atom not in flow.program.makers:
+        return False
+    maker = flow.program.jaxpr.eqns[flow.program.makers[atom]]
+    return maker.primitive.name in ("broadcast_in_dim", "convert_element_type") and _is_zero(flow, maker.invars[0])

@@ -28,8 +28,8 @@ from jax.extend.core import Var
 
 from curvax.exact.atoms import Atom, Separate, Softmax
 from curvax.exact.dataflow import Flow, between
-from curvax.exact.layers import examples_first
-from curvax.exact.primitives import Axis, is_complex
+from curvax.exact.equations import is_complex
+from curvax.exact.primitives import Axis, examples_first
 from curvax.exact.sweep import sweep
 from curvax.trees import diag_dtype
 
@@ -98,12 +98,16 @@ def num_columns(flow: Flow, atom: Atom) -> int:
     return entries // classes * (classes - 1) if classes else entries
 
 
-def evaluate_atoms(flow: Flow, env: Mapping[Var, jax.Array], atoms: Sequence[Atom]) -> list[Curved]:
-    """The numbers of all atoms, from sweeps back through what follows them."""
+def evaluate_atoms(
+    flow: Flow, env: Mapping[Var, jax.Array], atoms: Sequence[Atom], pulls: dict | None = None
+) -> list[Curved]:
+    """The numbers of all atoms, from sweeps back through what follows them, which `pulls` may share with others."""
     losses, totals = flow.program.losses, [atom.total for atom in atoms if isinstance(atom, Softmax)]
-    back = lambda targets, skipped=(): dict(
-        zip(targets, sweep(flow, env, [losses], targets, skipped)([jnp.ones_like(env[losses])]), strict=True)
-    )
+
+    def back(targets, skipped=()):
+        slopes = sweep(flow, env, [losses], targets, skipped, pulls)([jnp.ones_like(env[losses])])
+        return dict(zip(targets, slopes, strict=True))
+
     of_totals = back(totals)
     found = []
     for atom in atoms:

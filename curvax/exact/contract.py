@@ -7,17 +7,18 @@ For one layer, with columns c of signs s, and the positions p, q of one window,
 
 The products cost as many matrices as there are columns, the pairs one for every two positions: a dense layer has one
 position, hence one pair, and costs a single product whatever the number of columns. Every form is a sum over columns,
-so columns can arrive in chunks: `start`, then `update` by each chunk, then `finish`.
+so columns can arrive in chunks: `start`, then `update` by each chunk, then `finish`. A form knows shapes alone, and is
+given the layer's operand each time: layers that are alike share one.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvax.exact.layers import Layer, Lookup
+from curvax.exact.primitives import Layer, Lookup
 from curvax.trees import diag_dtype
 from curvax.varying import varying_like
 
@@ -35,23 +36,40 @@ OVERHEAD = 16
 class Contraction(Protocol):
     """Accumulates one layer's part of a Hessian diagonal from signed columns of cotangents of its result."""
 
-    def start(self) -> Any:
+    def operand(self, values: Sequence[jax.Array]) -> jax.Array:
+        """What the layer's operand is, from the values of the operation's operands."""
+
+    def start(self, operand: jax.Array) -> Any:
         """Nothing yet."""
 
-    def update(self, total: Any, columns: jax.Array, signs: jax.Array) -> Any:
+    def update(self, operand: jax.Array, total: Any, columns: jax.Array, signs: jax.Array) -> Any:
         """Adds columns `(C, *result)` with their `signs (C, B)`."""
 
-    def finish(self, total: Any) -> jax.Array:
+    def finish(self, operand: jax.Array, total: Any) -> jax.Array:
         """The diagonal: of the layer's operand, or of the parameter if the contraction knows how to pull it back."""
 
 
+class Shared(NamedTuple):
+    """The parts of a `Contraction`, compiled or not."""
+
+    operand: Callable
+    start: Callable
+    update: Callable
+    finish: Callable
+
+
 def contraction(
-    layer: Layer | Lookup, out: jax.ShapeDtypeStruct, num_columns: int, pull: Callable | None = None
+    layer: Layer | Lookup,
+    operands: Sequence[jax.ShapeDtypeStruct],
+    out: jax.ShapeDtypeStruct,
+    num_columns: int,
+    pull: Callable | None = None,
 ) -> Contraction:
     """The cheapest form for a layer.
 
     Args:
         layer: the layer.
+        operands: shapes and dtypes of the operation's operands.
         out: shape and dtype of its result.
         num_columns: how many columns there will be in all, which decides between products and pairs.
         pull: where the layer's operand is a linear function of the parameter that mixes its entries, the transpose of
@@ -63,12 +81,13 @@ def contraction(
         return Pulled(layer, folded, pull)
     if isinstance(layer, Lookup):
         return Rows(layer, folded)
-    return (Pairs if _prefers_pairs(layer, folded.shape, num_columns) else Products)(layer, folded)
+    inputs = jax.eval_shape(layer.operand, operands).shape[-1]
+    return (Pairs if _prefers_pairs(layer, inputs, folded.shape, num_columns) else Products)(layer, folded)
 
 
-def _prefers_pairs(layer: Layer, shape: Sequence[int], num_columns: int) -> bool:
+def _prefers_pairs(layer: Layer, inputs: int, shape: Sequence[int], num_columns: int) -> bool:
     batch, positions, groups, outputs = shape
-    matrix = layer.x.shape[-1] * outputs
+    matrix = inputs * outputs
     meeting = np.array([len(seen) for seen, _ in layer.windows])
     num_pairs = positions * (positions + 1) // 2
     products = num_columns * np.sum(meeting + OVERHEAD) * matrix
@@ -81,14 +100,16 @@ class Pairs:
 
     def __init__(self, layer: Layer, folded: jax.ShapeDtypeStruct):
         self.layer, self.folded = layer, folded
-        self.x = layer.x.astype(folded.dtype)
         self.first, self.second = np.triu_indices(folded.shape[1])
 
-    def start(self) -> jax.Array:
-        batch, _, groups, outputs = self.folded.shape
-        return varying_like(jnp.zeros((batch, len(self.first), groups, outputs), self.folded.dtype), self.x)
+    def operand(self, values: Sequence[jax.Array]) -> jax.Array:
+        return self.layer.operand(values).astype(self.folded.dtype)
 
-    def update(self, total: jax.Array, columns: jax.Array, signs: jax.Array) -> jax.Array:
+    def start(self, operand: jax.Array) -> jax.Array:
+        batch, _, groups, outputs = self.folded.shape
+        return varying_like(jnp.zeros((batch, len(self.first), groups, outputs), self.folded.dtype), operand)
+
+    def update(self, operand: jax.Array, total: jax.Array, columns: jax.Array, signs: jax.Array) -> jax.Array:
         def add(total, column_and_signs):
             column, signs = column_and_signs
             column = self.layer.fold(column).astype(self.folded.dtype)
@@ -98,10 +119,10 @@ class Pairs:
         # Column by column: summed at once, the gathers would not be vectorised (0.128 s against 0.005 s).
         return jax.lax.scan(add, total, (columns, signs))[0]
 
-    def finish(self, total: jax.Array) -> jax.Array:
+    def finish(self, operand: jax.Array, total: jax.Array) -> jax.Array:
         matrices = lambda x, total: [self._matrix(window, x, total) for window in self.layer.windows]
-        per_example = total.shape[1] * self.x.shape[2] * self.x.shape[3]
-        return self.layer.unfold(jnp.stack(sum_over_examples(matrices, (self.x, total), per_example)))
+        per_example = total.shape[1] * operand.shape[2] * operand.shape[3]
+        return self.layer.unfold(jnp.stack(sum_over_examples(matrices, (operand, total), per_example)))
 
     def _matrix(self, window, x, total):
         seen, reached = window
@@ -120,27 +141,31 @@ class Products:
 
     def __init__(self, layer: Layer, folded: jax.ShapeDtypeStruct):
         self.layer, self.folded = layer, folded
-        self.x = layer.x.astype(folded.dtype)
 
-    def start(self) -> list[jax.Array]:
-        shape = (self.folded.shape[2], self.x.shape[3], self.folded.shape[3])
-        return [varying_like(jnp.zeros(shape, self.folded.dtype), self.x) for _ in self.layer.windows]
+    def operand(self, values: Sequence[jax.Array]) -> jax.Array:
+        return self.layer.operand(values).astype(self.folded.dtype)
 
-    def update(self, total: list[jax.Array], columns: jax.Array, signs: jax.Array) -> list[jax.Array]:
+    def start(self, operand: jax.Array) -> list[jax.Array]:
+        shape = (self.folded.shape[2], operand.shape[3], self.folded.shape[3])
+        return [varying_like(jnp.zeros(shape, self.folded.dtype), operand) for _ in self.layer.windows]
+
+    def update(
+        self, operand: jax.Array, total: list[jax.Array], columns: jax.Array, signs: jax.Array
+    ) -> list[jax.Array]:
         columns = jax.vmap(self.layer.fold, out_axes=3)(columns).astype(self.folded.dtype)
-        squares = _sums_squared if self.x.shape[-1] * columns.shape[-1] == 1 else _products_squared
+        squares = _sums_squared if operand.shape[-1] * columns.shape[-1] == 1 else _products_squared
 
         def matrices(x, columns, signs):
             windows = self.layer.windows
             return [squares(take(x, seen, 1), take(columns, reached, 1), signs) for seen, reached in windows]
 
-        matrix = self.x.shape[3] * columns.shape[3] * columns.shape[4]
+        matrix = operand.shape[3] * columns.shape[3] * columns.shape[4]
         together = matrix < MATRIX or jax.default_backend() != "cpu"
         per_example = matrix * columns.shape[2] if together else BLOCK
-        parts = sum_over_examples(matrices, (self.x, columns, signs.T.astype(self.folded.dtype)), per_example)
+        parts = sum_over_examples(matrices, (operand, columns, signs.T.astype(self.folded.dtype)), per_example)
         return [t + part for t, part in zip(total, parts, strict=True)]
 
-    def finish(self, total: list[jax.Array]) -> jax.Array:
+    def finish(self, operand: jax.Array, total: list[jax.Array]) -> jax.Array:
         return self.layer.unfold(jnp.stack(total))
 
 
@@ -161,19 +186,22 @@ class Rows:
     def __init__(self, layer: Lookup, folded: jax.ShapeDtypeStruct):
         self.layer, self.folded = layer, folded
 
-    def start(self) -> jax.Array:
-        return varying_like(jnp.zeros(self.folded.shape, self.folded.dtype), self.layer.rows)
+    def operand(self, values: Sequence[jax.Array]) -> jax.Array:
+        return self.layer.operand(values)
 
-    def update(self, total: jax.Array, columns: jax.Array, signs: jax.Array) -> jax.Array:
+    def start(self, operand: jax.Array) -> jax.Array:
+        return varying_like(jnp.zeros(self.folded.shape, self.folded.dtype), operand)
+
+    def update(self, operand: jax.Array, total: jax.Array, columns: jax.Array, signs: jax.Array) -> jax.Array:
         columns = jax.vmap(self.layer.fold)(columns).astype(total.dtype)
-        same = (self.layer.rows[:, :, None] == self.layer.rows[:, None, :]).astype(total.dtype)
+        same = (operand[:, :, None] == operand[:, None, :]).astype(total.dtype)
         sums = jnp.einsum("bpq,cbqo->cbpo", same, columns)
         # Of the square of a row's sum, each of its positions adds its own share.
         return total + jnp.sum(signs.astype(total.dtype)[:, :, None, None] * columns * sums, 0)
 
-    def finish(self, total: jax.Array) -> jax.Array:
-        rows, num_rows = self.layer.rows, self.layer.num_rows
-        rows = jnp.where(rows < 0, num_rows, rows).ravel()
+    def finish(self, operand: jax.Array, total: jax.Array) -> jax.Array:
+        num_rows = self.layer.num_rows
+        rows = jnp.where(operand < 0, num_rows, operand).ravel()
         table = jnp.zeros((num_rows, total.shape[-1]), total.dtype)
         return self.layer.unfold(table.at[rows].add(total.reshape(-1, total.shape[-1]), mode="drop"))
 
@@ -183,24 +211,27 @@ class Pulled:
 
     def __init__(self, layer: Layer | Lookup, folded: jax.ShapeDtypeStruct, pull: Callable):
         self.layer, self.folded, self.pull = layer, folded, pull
-        self.operand = layer.rows if isinstance(layer, Lookup) else layer.x.astype(folded.dtype)
 
-    def start(self) -> jax.Array:
-        like = jax.eval_shape(self._gradients, self.operand, self.folded)
-        return varying_like(jnp.zeros(like.shape[1:], self.folded.dtype), self.operand)
+    def operand(self, values: Sequence[jax.Array]) -> jax.Array:
+        operand = self.layer.operand(values)
+        return operand if isinstance(self.layer, Lookup) else operand.astype(self.folded.dtype)
 
-    def update(self, total: jax.Array, columns: jax.Array, signs: jax.Array) -> jax.Array:
+    def start(self, operand: jax.Array) -> jax.Array:
+        like = jax.eval_shape(self._gradients, operand, self.folded)
+        return varying_like(jnp.zeros(like.shape[1:], self.folded.dtype), operand)
+
+    def update(self, operand: jax.Array, total: jax.Array, columns: jax.Array, signs: jax.Array) -> jax.Array:
         columns = jax.vmap(self.layer.fold)(columns).astype(self.folded.dtype)
 
         def squares(operand, columns, signs):
             pulled = jax.vmap(self._gradients, (None, 1))(operand, columns)
             return jnp.einsum("cb...,bc->...", pulled**2, signs)
 
-        per_example = columns.shape[0] * _matrix_size(self.layer, columns.shape[-1])
-        arrays = (self.operand, jnp.moveaxis(columns, 0, 1), signs.T.astype(total.dtype))
+        per_example = columns.shape[0] * _matrix_size(self.layer, operand, columns.shape[-1])
+        arrays = (operand, jnp.moveaxis(columns, 0, 1), signs.T.astype(total.dtype))
         return total + sum_over_examples(squares, arrays, per_example)
 
-    def finish(self, total: jax.Array) -> jax.Array:
+    def finish(self, operand: jax.Array, total: jax.Array) -> jax.Array:
         return total
 
     def _gradients(self, operand, column):
@@ -215,10 +246,10 @@ class Pulled:
         return jax.vmap(lambda matrix: self.pull(self.layer.unfold(matrix)))(matrices)
 
 
-def _matrix_size(layer: Layer | Lookup, outputs: int) -> int:
+def _matrix_size(layer: Layer | Lookup, operand: jax.Array, outputs: int) -> int:
     if isinstance(layer, Lookup):
         return layer.num_rows * outputs
-    return len(layer.windows) * layer.x.shape[2] * layer.x.shape[3] * outputs
+    return len(layer.windows) * operand.shape[2] * operand.shape[3] * outputs
 
 
 def sum_over_examples(function: Callable[..., Any], arrays: Sequence[jax.Array], per_example: int) -> Any:

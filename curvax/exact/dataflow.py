@@ -7,19 +7,24 @@ derivatives, so whatever passes only through comparisons, integers or `stop_grad
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
+from curvax.exact.equations import callee, derivative, evaluate, form_of, read
 from curvax.exact.indices import Counted, counted_dimensions
-from curvax.exact.primitives import BILINEAR, Axis, differentiable, is_complex, piecewise_linear, pull_axis
-from curvax.exact.trace import Program, apply, derivative, flattened, read
+from curvax.exact.primitives import Axis, Form, differentiable_slots, form, pull_axis, record
+from curvax.exact.trace import Program, flattened, live, trace
+from curvax.objective import Objective
 
 # None is the axis of a variable of which one entry may reach several examples, as a parameter's does.
 Axes = Mapping[Var, Axis | None]
+# How often an objective is differentiated; a rule may call functions that have rules.
+ORDER = 2
 Slots = tuple[int, ...]
 Results = tuple[Var, ...]
 
@@ -36,6 +41,7 @@ class Flow:
         rules: what each `custom_jvp` does, by its place among the equations.
         depends: for each variable, the parameters it depends on, as the bits of an integer.
         curved: for each variable, the parameters in which it is not known to be piecewise linear.
+        next_cut: for each variable but the losses, the first that every derivative from it to them passes through.
     """
 
     program: Program
@@ -44,6 +50,7 @@ class Flow:
     rules: Mapping[int, "CustomRule"]
     depends: Mapping[Var, int]
     curved: Mapping[Var, int]
+    next_cut: Mapping[Var, Var]
 
     @functools.cached_property
     def equations(self) -> list[tuple[int, JaxprEqn, Slots, Results]]:
@@ -51,12 +58,17 @@ class Flow:
         pairs = zip(self.program.jaxpr.eqns, self.links, strict=True)
         return [(index, eqn, *link) for index, (eqn, link) in enumerate(pairs)]
 
+    @functools.cached_property
+    def traced(self) -> dict[Hashable, Callable]:
+        """What is traced once for all operations that are alike."""
+        return {}
+
 
 def analyse(program: Program) -> Flow:
     """Both passes over a program."""
     seeds = {program.losses: Axis(0)} if isinstance(program.losses, Var) else {}
     counted = counted_dimensions(program.jaxpr, program.consts)
-    axes, rules = backward(program.jaxpr, seeds, program.num_examples, counted=counted)
+    axes, rules = _Backward(program.num_examples).follow(program.jaxpr, seeds, ORDER, counted)
     if program.num_examples == 1:
         axes |= dict.fromkeys(_shared_by_a_single_example(program, axes))
     links = [_link(eqn, axes, rules.get(index)) for index, eqn in enumerate(program.jaxpr.eqns)]
@@ -69,7 +81,7 @@ def analyse(program: Program) -> Flow:
             bend |= curved.get(eqn.invars[slot], 0)
         depends |= dict.fromkeys(results, _union(masks))
         curved |= dict.fromkeys(results, bend)
-    return Flow(program, axes, links, rules, depends, curved)
+    return Flow(program, axes, links, rules, depends, curved, _next_cuts(program, links))
 
 
 def _shared_by_a_single_example(program: Program, axes: Axes) -> list[Var]:
@@ -84,41 +96,89 @@ def _shared_by_a_single_example(program: Program, axes: Axes) -> list[Var]:
 
 @dataclasses.dataclass(frozen=True)
 class CustomRule:
-    """What a `custom_jvp` does: the axes of the operands its derivative reads, and whether that derivative varies."""
+    """What a `custom_jvp` does.
+
+    Attributes:
+        axes: of the operands that its derivative reads.
+        curved: whether that derivative varies.
+        tangents: those of its results, from all operands and the tangents of those that have one; None where the rule
+            does not say everything.
+    """
 
     axes: Mapping[int, Axis | None]
     curved: bool
+    tangents: ClosedJaxpr | None = None
 
 
-def backward(
-    jaxpr: Jaxpr, seeds: Axes, num_examples: int, order: int = 2, counted: Counted | None = None
-) -> tuple[dict[Var, Axis | None], dict[int, CustomRule]]:
-    """Follows the example axis from `seeds` back to every variable that a derivative connects to them.
+class _Backward:
+    """Follows the example axis back through programs, and through the rules in them, each of which is read once."""
 
-    Args:
-        jaxpr: a flat jaxpr.
-        seeds: the axes of some of its results.
-        num_examples: B.
-        order: how many more derivatives will be taken of a `custom_jvp`.
-        counted: what is known of the indices of its gathers.
+    def __init__(self, num_examples: int):
+        self.num_examples = num_examples
+        self._known: dict[Any, CustomRule] = {}
 
-    Returns:
-        The axes, and the rule of each `custom_jvp` by its place among the equations.
-    """
-    axes, rules = dict(seeds), {}
-    for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
-        results = {r: axes[var] for r, var in enumerate(eqn.outvars) if var in axes}
-        if not results:
-            continue
-        if eqn.primitive.name == "custom_jvp_call":
-            rules[index] = _custom_rule(eqn, results, num_examples, order)
-            operands = rules[index].axes
-        else:
-            counts = (counted or {}).get(index, {})
-            operands = operand_axes(eqn, differentiable_slots(eqn), results, num_examples, counts)
-        for slot, axis in operands.items():
-            axes[eqn.invars[slot]] = meet(axes, eqn.invars[slot], axis)
-    return axes, rules
+    def follow(
+        self, jaxpr: Jaxpr, seeds: Axes, order: int, counted: Counted
+    ) -> tuple[dict[Var, Axis | None], dict[int, CustomRule]]:
+        """From `seeds`, the axes of some results, to every variable that a derivative connects to them.
+
+        Args:
+            jaxpr: a flat jaxpr.
+            seeds: the axes of some of its results.
+            order: how many more derivatives will be taken of a `custom_jvp`.
+            counted: what is known of the indices of its gathers.
+
+        Returns:
+            The axes, and the rule of each `custom_jvp` by its place among the equations.
+        """
+        axes, rules = dict(seeds), {}
+        for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
+            results = {r: axes[var] for r, var in enumerate(eqn.outvars) if var in axes}
+            if not results:
+                continue
+            if eqn.primitive.name == "custom_jvp_call":
+                rules[index] = self._rule(eqn, results, order)
+                operands = rules[index].axes
+            else:
+                slots = differentiable_slots(eqn)
+                operands = operand_axes(eqn, slots, results, self.num_examples, counted.get(index, {}))
+            for slot, axis in operands.items():
+                axes[eqn.invars[slot]] = meet(axes, eqn.invars[slot], axis)
+        return axes, rules
+
+    def _rule(self, eqn: JaxprEqn, results: Mapping[int, Axis | None], order: int) -> "CustomRule":
+        # The equation is kept with its rule: what is gone may leave its address to another.
+        params = tuple((name, id(value)) for name, value in eqn.params.items())
+        key = params, tuple(atom.aval for atom in eqn.invars), tuple(results.items()), order
+        if key not in self._known:
+            self._known[key] = self._read(eqn, results, order), eqn
+        return self._known[key][0]
+
+    def _read(self, eqn: JaxprEqn, results: Mapping[int, Axis | None], order: int) -> "CustomRule":
+        """Reads the rule itself, not the function: it is what JAX differentiates, once and again.
+
+        The tangents that the rule returns are linear in those it is given. If no derivative connects them to the primal
+        values, the function is piecewise linear as far as JAX can tell. A rule may call its own function (softmax
+        does), and so on for ever; but a Hessian takes two derivatives, and the second needs the inner rule's tangents
+        alone.
+        """
+        slots = differentiable_slots(eqn)
+        if not order:
+            return CustomRule(dict.fromkeys(slots), curved=True)
+        closed, primals, tangents = rule_jaxpr(eqn, slots, linear_only=order == 1)
+        jaxpr = closed.jaxpr
+        values, out_tangents = jaxpr.outvars[: len(eqn.outvars)], jaxpr.outvars[len(eqn.outvars) :]
+        if not all(_calls_itself(jaxpr, eqn, value) for value in values):
+            return CustomRule(dict.fromkeys(slots), curved=True)
+        seeds = {out_tangents[r]: axis for r, axis in results.items() if isinstance(out_tangents[r], Var)}
+        axes, _ = self.follow(jaxpr, seeds, order - 1, {})
+        operand_axes = {}
+        for slot, *roles in zip(slots, primals, tangents, strict=True):
+            for var in roles:
+                if var in axes:
+                    operand_axes[slot] = meet(operand_axes, slot, axes[var])
+        pushed = live(ClosedJaxpr(jaxpr.replace(outvars=out_tangents), closed.consts))
+        return CustomRule(operand_axes, any(var in axes for var in primals), pushed if order > 1 else None)
 
 
 def operand_axes(
@@ -139,41 +199,12 @@ def operand_axes(
     return axes
 
 
-def differentiable_slots(eqn: JaxprEqn) -> list[int]:
-    """The operands through which a derivative passes."""
-    return [slot for slot in range(len(eqn.invars)) if differentiable(eqn, slot)]
-
-
 def meet(axes: Mapping[Any, Axis | None], key: Any, axis: Axis | None) -> Axis | None:
     """`axis`, if `key` has that axis or none yet."""
     return axis if axes.get(key, axis) == axis else None
 
 
-def _custom_rule(eqn: JaxprEqn, results: Mapping[int, Axis | None], num_examples: int, order: int) -> CustomRule:
-    """Reads the rule itself, not the function: it is what JAX differentiates, once and again.
-
-    The tangents that the rule returns are linear in those it is given. If no derivative connects them to the primal
-    values, the function is piecewise linear as far as JAX can tell. A rule may call its own function (softmax does),
-    and so on for ever; but a Hessian takes two derivatives, and the second needs the inner rule's tangents alone.
-    """
-    slots = differentiable_slots(eqn)
-    if not order:
-        return CustomRule(dict.fromkeys(slots), curved=True)
-    jaxpr, primals, tangents = rule_jaxpr(eqn, slots, linear_only=order == 1)
-    values, out_tangents = jaxpr.outvars[: len(eqn.outvars)], jaxpr.outvars[len(eqn.outvars) :]
-    if not all(_calls_itself(jaxpr, eqn, value) for value in values):
-        return CustomRule(dict.fromkeys(slots), curved=True)
-    seeds = {out_tangents[r]: axis for r, axis in results.items() if isinstance(out_tangents[r], Var)}
-    axes, _ = backward(jaxpr, seeds, num_examples, order - 1)
-    operand_axes = {}
-    for slot, *roles in zip(slots, primals, tangents, strict=True):
-        for var in roles:
-            if var in axes:
-                operand_axes[slot] = meet(operand_axes, slot, axes[var])
-    return CustomRule(operand_axes, curved=any(var in axes for var in primals))
-
-
-def rule_jaxpr(eqn: JaxprEqn, slots: Sequence[int], *, linear_only: bool) -> tuple[Jaxpr, list[Var], list[Var]]:
+def rule_jaxpr(eqn: JaxprEqn, slots: Sequence[int], *, linear_only: bool) -> tuple[ClosedJaxpr, list[Var], list[Var]]:
     """The rule, values then tangents, as a function of its primals and tangents, and which inputs are which.
 
     With `linear_only` derivatives are stopped at the primals, which then are constants.
@@ -185,8 +216,9 @@ def rule_jaxpr(eqn: JaxprEqn, slots: Sequence[int], *, linear_only: bool) -> tup
     # Abstract values rather than shapes: they know over which axes of a `shard_map` they vary.
     operands = [atom.aval for atom in eqn.invars]
     closed = jax.make_jaxpr(rule)(operands, [operands[slot] for slot in slots])
-    jaxpr = flattened(closed).jaxpr
-    return jaxpr, [jaxpr.invars[slot] for slot in slots], jaxpr.invars[len(operands) :]
+    closed = flattened(closed)
+    invars = closed.jaxpr.invars
+    return closed, [invars[slot] for slot in slots], invars[len(operands) :]
 
 
 def _calls_itself(jaxpr: Jaxpr, eqn: JaxprEqn, value: Var) -> bool:
@@ -198,7 +230,9 @@ def _calls_itself(jaxpr: Jaxpr, eqn: JaxprEqn, value: Var) -> bool:
     inner = next((inner for inner in jaxpr.eqns if value in inner.outvars), None)
     if inner is None or inner.primitive is not eqn.primitive:
         return False
-    return str(inner.params["call_jaxpr"]) == str(eqn.params["call_jaxpr"])
+    one, other = callee(inner).jaxpr, callee(eqn).jaxpr
+    same = [form_of(jaxpr.eqns, (*jaxpr.invars, *jaxpr.outvars)) for jaxpr in (one, other)]
+    return (same[0] is not None and same[0] == same[1]) or str(one) == str(other)
 
 
 def _link(eqn, axes, rule: CustomRule | None) -> tuple[Slots, Results]:
@@ -209,54 +243,59 @@ def _link(eqn, axes, rule: CustomRule | None) -> tuple[Slots, Results]:
 
 def added_curvature(eqn: JaxprEqn, slots: Sequence[int], masks: Sequence[int], rule: CustomRule | None) -> int:
     """The parameters in which the equation itself is not known to be piecewise linear, as the bits of an integer."""
-    name = eqn.primitive.name
-    if piecewise_linear(eqn) or (rule is not None and not rule.curved):
-        return 0
-    if name in BILINEAR:
-        return masks[0] & masks[1] if len(masks) == 2 else 0
-    if name == "div":
-        return sum(mask for slot, mask in zip(slots, masks, strict=True) if slot == 1)
+    if rule is not None:
+        return _union(masks) if rule.curved else 0
+    match form(eqn):
+        case Form.LINEAR | Form.PIECEWISE | Form.CONSTANT:
+            return 0
+        case Form.BILINEAR:
+            return masks[0] & masks[1] if len(masks) == 2 else 0
+        case Form.QUOTIENT:
+            return _union([mask for slot, mask in zip(slots, masks, strict=True) if slot != record(eqn).numerator])
     return _union(masks)
 
 
 def _union(masks: Sequence[int]) -> int:
-    union = 0
-    for mask in masks:
-        union |= mask
-    return union
+    return functools.reduce(operator.or_, masks, 0)
 
 
-def cuts(flow: Flow, bit: int) -> Iterator[Var]:
-    """The real variables that every derivative from parameter `bit` to the losses passes through, in order.
+def _next_cuts(program: Program, links: Sequence[tuple[Slots, Results]]) -> dict[Var, Var]:
+    """For each variable, the first that every derivative from it to the losses passes through.
 
-    Just after such a variable is computed, nothing computed before it is needed again.
+    The immediate post-dominators: of a variable that several results are made of, the first that all of their own
+    chains have in common.
     """
-    program = flow.program
-    last_use = {program.losses: len(flow.links)}
-    for index, eqn, slots, _ in flow.equations:
-        last_use |= {eqn.invars[slot]: max(index, last_use.get(eqn.invars[slot], 0)) for slot in slots}
-    horizon = last_use.get(program.params[bit], 0)
-    for index, _, _, results in flow.equations:
-        reached = [var for var in results if flow.depends[var] >> bit & 1]
-        if len(reached) == 1 and horizon <= index and not is_complex(reached[0]):
-            yield reached[0]
-        horizon = max([horizon, *(last_use[var] for var in reached)])
+    cuts: dict[Var, Var] = {}
+    depth = {program.losses: 0}
+
+    def common(one: Var, other: Var) -> Var:
+        while one is not other:
+            one, other = (one, cuts[other]) if depth[one] < depth[other] else (cuts[one], other)
+        return one
+
+    for eqn, (slots, results) in reversed(list(zip(program.jaxpr.eqns, links, strict=True))):
+        depth |= {var: depth[cuts[var]] + 1 for var in results if var is not program.losses}
+        for var in (eqn.invars[slot] for slot in slots):
+            cuts[var] = functools.reduce(common, results, cuts.get(var, results[0]))
+    return cuts
 
 
 def between(
     flow: Flow, env: Mapping[Var, jax.Array], starts: Sequence[Var], stops: Sequence[Var]
 ) -> Callable[..., list[jax.Array]]:
     """`stops` as a function of `starts`, everything that does not depend on them held fixed."""
+    reached, path = set(starts), []
+    for _, eqn, slots, results in flow.equations:
+        if any(eqn.invars[slot] in reached for slot in slots):
+            path.append(eqn)
+            reached.update(results)
+    # A start may itself be computed from another one: it stays what it is given. The rest of the environment too,
+    # such as the results of these equations that have no derivative.
+    fixed = {var: value for var, value in env.items() if var not in reached}
 
     def function(*values):
-        varying = dict(zip(starts, values, strict=True))
-        for _, eqn, slots, results in flow.equations:
-            if any(eqn.invars[slot] in varying for slot in slots):
-                values = [varying[v] if isinstance(v, Var) and v in varying else read(env, v) for v in eqn.invars]
-                out = dict(zip(eqn.outvars, apply(eqn, *values), strict=True))
-                # A start may itself be computed from another one: it stays what it is given.
-                varying |= {var: out[var] for var in results if var not in starts}
-        return [varying[var] if var in varying else read(env, var) for var in stops]
+        varying = evaluate(path, fixed | dict(zip(starts, values, strict=True)))
+        return [read(varying, var) for var in stops]
 
     return function
 
@@ -265,3 +304,34 @@ def total_loss(flow: Flow, env: Mapping[Var, jax.Array], starts: Sequence[Var]) 
     """The sum of the losses as a function of `starts`."""
     losses = between(flow, env, starts, [flow.program.losses])
     return lambda *values: jnp.sum(losses(*values)[0])
+
+
+def piecewise_linear(objective: Objective, params: Any) -> bool:
+    """Whether every array is proved to enter the outputs piecewise linearly while all the others stay.
+
+    Formula:
+        Then `d^2 outputs / d params_i^2 = 0`, and the Hessian of the mean loss has the diagonal of its Gauss-Newton
+        matrix, also where the loss couples the examples.
+
+    Args:
+        objective: an `Objective`; its penalty is not looked at.
+        params: a pytree of floating-point arrays.
+
+    Returns:
+        True if it is proved, else False.
+
+    Raises:
+        ValueError: if the loss does not return one value per example.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from curvax import Objective
+        >>> from curvax.exact import piecewise_linear
+        >>> square = lambda outputs, x: outputs**2
+        >>> relu = Objective(lambda w, x: jax.nn.relu(x @ w), square, jnp.ones((4, 2)))
+        >>> tanh = Objective(lambda w, x: jnp.tanh(x @ w), square, jnp.ones((4, 2)))
+        >>> piecewise_linear(relu, jnp.ones(2)), piecewise_linear(tanh, jnp.ones(2))
+        (True, False)
+    """
+    flow = analyse(trace(objective, params))
+    return flow.program.nonlinear_backward is None and not any(flow.curved.get(var, 0) for var in flow.program.outputs)

@@ -9,14 +9,22 @@ import jax.numpy as jnp
 import optax
 from jax.extend.core import Var
 
-from curvax.exact import columns, factor, units
+from curvax.exact import columns, factor
 from curvax.exact.backprop import diagonals
 from curvax.exact.columns import Source, evaluate_atoms
 from curvax.exact.dataflow import Flow, analyse, between, total_loss
-from curvax.exact.derivatives import hessian_product, jacobian_products, without_derivative
+from curvax.exact.derivatives import (
+    along_units,
+    function_diag,
+    hessian_product,
+    jacobian_products,
+    second_derivatives,
+    without_derivative,
+)
 from curvax.exact.explanation import Explanation, explain_products, explain_routes
 from curvax.exact.penalty import mixed_arrays, penalty_diagonal
-from curvax.exact.routes import Route, plan, plan_gauss_newton, variable
+from curvax.exact.routes import Route, UnitVectors, Zero, plan, plan_gauss_newton, variable
+from curvax.exact.sweep import sweep
 from curvax.exact.trace import trace
 from curvax.objective import Objective
 from curvax.trees import at_least_float32, check_real, diag_dtype, like_diag
@@ -39,11 +47,11 @@ def exact_diag(
     check_real(params)
     if not isinstance(objective, Objective):
         _explain_units(params, PLAIN).check(budget)
-        return units.function_diag(objective, params, chunk_size)
+        return function_diag(objective, params, chunk_size)
     flow = analyse(trace(objective, params))
     if flow.program.nonlinear_backward is not None:
         _explain_units(params, backward_reason(flow)).check(budget)
-        return units.function_diag(objective, params, chunk_size)
+        return function_diag(objective, params, chunk_size)
     routes, mixed = plan(flow), _mixed(objective, params)
     explain_routes(flow, routes, sorted(mixed)).check(budget)
     unit_vectors = functools.partial(_hessian_units, chunk_size=chunk_size)
@@ -112,35 +120,46 @@ def check_objective(objective: Any, method: str) -> None:
 
 
 def _by_routes(objective, params, flow: Flow, routes: Sequence[Route], unit_vectors, mixed, chunk_size):
-    """Value, gradient and diagonal. The forward passes written here are one: the compiler finds them equal."""
-    value, grad = jax.value_and_grad(objective)(params)
-    env = flow.program.environment()
+    """Value, gradient and diagonal, by one forward pass and the derivatives of its operations."""
+    env, pulls = flow.program.environment(), {}
+    value, grad = _value_and_grad(objective, params, flow, env, pulls)
     total = zeros(flow, routes)
-    total |= {route.bit: unit_vectors(flow, env, var) for route, var in _vars(flow, routes, "unit vectors")}
-    for source in sources(flow, env, routes, chunk_size):
+    total |= {route.bit: unit_vectors(flow, env, var) for route, var in _vars(flow, routes, UnitVectors)}
+    for source in _sources(flow, env, routes, chunk_size, pulls):
         sharing = [route for route in routes if source.variables[0] in map(variable, route.origins)]
-        found = diagonals(flow, env, sharing, source, chunk_size)
+        found = diagonals(flow, env, sharing, source, chunk_size, pulls)
         for route, diagonal in zip(sharing, found, strict=True):
             diagonal = without_derivative(diagonal)
             total[route.bit] = total[route.bit] + diagonal if route.bit in total else diagonal
     return value, grad, assemble(objective, params, flow, total, mixed, chunk_size)
 
 
-def sources(flow: Flow, env, routes: Sequence[Route], chunk_size: int | None) -> Iterator[Source]:
+def _value_and_grad(objective: Objective, params, flow: Flow, env, pulls: dict) -> tuple[jax.Array, Any]:
+    losses = flow.program.losses
+    value, pull = jax.vjp(jnp.mean, env[losses])
+    leaves = sweep(flow, env, [losses], flow.program.params, pulls=pulls)(pull(jnp.ones_like(value)))
+    grad = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    if objective.penalty is None:
+        return value, grad
+    more = jax.value_and_grad(objective.penalty)(params)
+    return jax.tree.map(jnp.add, (value, grad), more)
+
+
+def _sources(flow: Flow, env, routes: Sequence[Route], chunk_size: int | None, pulls: dict) -> Iterator[Source]:
     """All columns that some routes need, origin by origin."""
     origins = list(dict.fromkeys(place for route in routes for place in route.origins))
-    curved = evaluate_atoms(flow, env, [place for place in origins if not isinstance(place, Var)])
+    curved = evaluate_atoms(flow, env, [place for place in origins if not isinstance(place, Var)], pulls)
     yield from (columns.source(flow, atom) for atom in curved)
     yield from (factor.source(flow, env, cut, chunk_size) for cut in origins if isinstance(cut, Var))
 
 
 def zeros(flow: Flow, routes: Sequence[Route]) -> dict[int, jax.Array]:
     """The diagonals of the parameters that no derivative reaches."""
-    return {route.bit: jnp.zeros(v.aval.shape, diag_dtype(v.aval.dtype)) for route, v in _vars(flow, routes, "zero")}
+    return {route.bit: jnp.zeros(v.aval.shape, diag_dtype(v.aval.dtype)) for route, v in _vars(flow, routes, Zero)}
 
 
-def _vars(flow, routes, name):
-    return [(route, flow.program.params[route.bit]) for route in routes if route.name == name]
+def _vars(flow, routes, kind):
+    return [(route, flow.program.params[route.bit]) for route in routes if isinstance(route, kind)]
 
 
 def assemble(objective, params, flow: Flow, total: dict[int, jax.Array], mixed, chunk_size) -> Any:
@@ -157,7 +176,7 @@ def _mixed(objective: Objective, params: Any) -> frozenset[int]:
 
 
 def _hessian_units(flow, env, var, *, chunk_size) -> jax.Array:
-    return units.second_derivatives(total_loss(flow, env, [var]), env[var], chunk_size)
+    return second_derivatives(total_loss(flow, env, [var]), env[var], chunk_size)
 
 
 def _gauss_newton_units(flow, env, var, *, chunk_size) -> jax.Array:
@@ -171,7 +190,7 @@ def _gauss_newton_units(flow, env, var, *, chunk_size) -> jax.Array:
         parts = jax.tree.map(lambda a, b: jnp.sum(at_least_float32(jnp.real(a * b))), moved, curvature(moved))
         return optax.tree.sum(parts)
 
-    return units.along_units(entry, env[var], chunk_size)
+    return along_units(entry, env[var], chunk_size)
 
 
 def _explain_units(params, reason: str) -> Explanation:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from curvax.exact.dataflow import Flow
-from curvax.exact.routes import Route, cost
+from curvax.exact.routes import Route
 from curvax.exact.trace import leaf_paths
 
 CURES = (
@@ -120,10 +120,7 @@ def explain_routes(flow: Flow, routes: Sequence[Route], penalised: Sequence[int]
         shape = flow.program.params[route.bit].aval.shape
         fresh = [place for place in route.origins if place not in paid]
         paid.update(fresh)
-        passes, products = (sum(column) for column in zip((0, 0), *(cost(flow, place) for place in fresh), strict=True))
-        if route.name == "unit vectors":
-            products = flow.program.params[route.bit].aval.size
-        rows.append(Row(route.path, shape, route.name, route.reason, passes, products))
+        rows.append(Row(route.path, shape, route.name, route.reason, *route.cost(flow, fresh)))
     for bit in penalised:
         aval, path = flow.program.params[bit].aval, f"penalty of {flow.program.paths[bit]}"
         rows.append(Row(path, aval.shape, "unit vectors", "the penalty mixes its entries", 0, aval.size))

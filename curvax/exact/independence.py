@@ -20,33 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from curvax.exact.backward_rules import nonlinear_backward
-from curvax.exact.dataflow import differentiable_slots, meet, operand_axes
-from curvax.exact.indices import FOLDS, counted_dimensions
-from curvax.exact.loops import LOOPS, Unproved, bodies, over_examples, rebuilt, seeds
+from curvax.exact.dataflow import ORDER, meet, operand_axes
+from curvax.exact.equations import apply, callee, derivative, equations, evaluate, in_slots, is_inexact, read
+from curvax.exact.indices import counted_dimensions
+from curvax.exact.loops import Unproved, bodies, over_examples, rebuilt, seeds
 from curvax.exact.loops import operand_axes as loop_axes
-from curvax.exact.primitives import Axis
-from curvax.exact.trace import (
-    INLINED,
-    apply,
-    callee,
-    derivative,
-    equations,
-    flattened,
-    in_slots,
-    is_inexact,
-    leaf_paths,
-    live,
-    read,
-)
+from curvax.exact.primitives import Axis, Role, differentiable_slots, record
+from curvax.exact.trace import flattened, leaf_paths, live, nonlinear_backward
 from curvax.objective import Objective
 
-CALLS = ("custom_jvp_call", "custom_vjp_call")
 # Parameters that say no more than the shapes of operands and results, which are compared.
 SHAPES = frozenset("shape new_sizes sizes slice_sizes limit_indices out_sharding sharding length".split())
-# How often an objective is differentiated; a rule may call functions that have rules.
-ORDER = 2
-RANDOM = frozenset("random_bits threefry2x32 rng_bit_generator rng_uniform".split())
 
 Axes = Mapping[Var, Axis | None]
 
@@ -115,22 +99,23 @@ def _check_backward(closed: ClosedJaxpr) -> None:
 
 
 def _read_rules(closed: ClosedJaxpr, inputs: Sequence[jax.Array], order: int) -> list[Any]:
+    def apply_rule(eqn: JaxprEqn, *values: jax.Array) -> list[Any]:
+        role = record(eqn).role
+        if role is Role.LOOP:
+            return rebuilt(eqn, values, functools.partial(_read_rules, order=order))
+        if role not in (Role.CALL, Role.RULE):
+            return apply(eqn, *values)
+        results = _read_rules(callee(eqn), values, order)
+        slots = differentiable_slots(eqn) if order and role is Role.RULE else ()
+        if not slots:
+            return results
+        found = _read_rules(_rule(eqn, slots), [*values, *(values[slot] for slot in slots)], order - 1)
+        ruled, tangents = found[: len(results)], found[len(results) :]
+        return [value + x + t for value, x, t in zip(results, ruled, tangents, strict=True)]
+
     env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     env |= zip(closed.jaxpr.invars, inputs, strict=True)
-    for eqn in closed.jaxpr.eqns:
-        values = [read(env, atom) for atom in eqn.invars]
-        if eqn.primitive.name in LOOPS:
-            results = rebuilt(eqn, values, functools.partial(_read_rules, order=order))
-        elif eqn.primitive.name not in (*INLINED, *CALLS):
-            results = apply(eqn, *values)
-        else:
-            results = _read_rules(callee(eqn), values, order)
-        slots = differentiable_slots(eqn) if order and eqn.primitive.name in CALLS else ()
-        if slots:
-            found = _read_rules(_rule(eqn, slots), [*values, *(values[slot] for slot in slots)], order - 1)
-            ruled, tangents = found[: len(results)], found[len(results) :]
-            results = [value + x + t for value, x, t in zip(results, ruled, tangents, strict=True)]
-        env |= zip(eqn.outvars, results, strict=True)
+    env = evaluate(closed.jaxpr.eqns, env, apply_rule)
     return [read(env, atom) for atom in closed.jaxpr.outvars]
 
 
@@ -171,7 +156,7 @@ def _axes(program: ClosedJaxpr, results: Mapping[int, Axis | None], num_examples
         found = {result: axes[var] for result, var in enumerate(eqn.outvars) if var in axes}
         if not found:
             continue
-        if eqn.primitive.name in LOOPS:
+        if record(eqn).role is Role.LOOP:
             operands, inner = loop_axes(eqn, found, walk)
             # A body may be that of several loops.
             inside |= {var: meet(inside, var, axis) for var, axis in inner.items()}
@@ -193,13 +178,14 @@ def _position(program: ClosedJaxpr, axes: Axes) -> tuple[str | None, set[Var]]:
     places: set[Var] = set()
     counted = counted_dimensions(program.jaxpr, program.consts)
     for index, eqn in enumerate(program.jaxpr.eqns):
-        name, read = eqn.primitive.name, [atom for atom in eqn.invars if isinstance(atom, Var) and atom in places]
+        name, role = eqn.primitive.name, record(eqn).role
+        read = [atom for atom in eqn.invars if isinstance(atom, Var) and atom in places]
         results = [var for var in eqn.outvars if axes.get(var) is not None]
-        for body in bodies(eqn) if name in LOOPS else ():
+        for body in bodies(eqn) if role is Role.LOOP else ():
             reason, inside = _position(body, axes)
             if reason or inside.intersection(var for var in body.jaxpr.outvars if isinstance(var, Var)):
                 return reason or "a loss depends on its example's place in the batch", places
-        if name in RANDOM and results:
+        if role is Role.RANDOM and results:
             return "random numbers are drawn for each example; other parts would draw others", places
         axis = axes[results[0]] if results else None
         if name == "iota" and axis is not None and eqn.params["dimension"] == axis.dim:
@@ -207,7 +193,7 @@ def _position(program: ClosedJaxpr, axes: Axes) -> tuple[str | None, set[Var]]:
         # `logits[jnp.arange(B), labels]` is each example's own row, wherever it stands.
         if not read or (name == "gather" and eqn.invars[0] not in places and len(counted.get(index, {})) == 1):
             continue
-        folded = name in FOLDS and not any(is_inexact(var.aval) for var in eqn.outvars)
+        folded = record(eqn).fold is not None and not any(is_inexact(var.aval) for var in eqn.outvars)
         if results and not (folded and len(read) == 1):
             return "a loss depends on its example's place in the batch", places
         places.update(results)
@@ -234,7 +220,7 @@ def _variables(jaxpr: Jaxpr) -> list[Var]:
     inner = (
         var
         for eqn in jaxpr.eqns
-        if eqn.primitive.name in LOOPS
+        if record(eqn).role is Role.LOOP
         for body in bodies(eqn)
         for var in _variables(body.jaxpr)
     )
@@ -253,7 +239,7 @@ def _same_numbers(one: Jaxpr, other: Jaxpr) -> bool:
     for ours, theirs in zip(equations(one), equations(other), strict=True):
         if ours.primitive is not theirs.primitive or ours.params.keys() != theirs.params.keys():
             return False
-        if ours.primitive.name in CALLS:  # Left in a loop, where rules are not read.
+        if record(ours).role is Role.RULE:  # Left in a loop, where rules are not read.
             return False
         pairs = [(ours.params[name], theirs.params[name]) for name in ours.params.keys() - SHAPES]
         literals = [[atom.val for atom in eqn.invars if isinstance(atom, Literal)] for eqn in (ours, theirs)]

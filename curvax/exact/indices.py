@@ -1,11 +1,11 @@
 """`logits[jnp.arange(B), labels]`: the common way to say that every example takes an entry of its own row.
 
 In the jaxpr it is a gather whose indices were computed, from a count and from data. Whatever depends on nothing is
-folded into constants; where a component of the indices then turns out to count a dimension, the gather moves that
-dimension whole.
+folded into constants, by NumPy: what JAX computes inside a `shard_map` is traced, even from constants. Where a
+component of the indices then turns out to count a dimension, the gather moves that dimension whole.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
+from curvax.exact.primitives import Entries, record
+
 # Larger constants are not worth folding: they would be data.
 LARGEST = 2**20
-
-# What keeps an index as it is.
-SAME = frozenset("convert_element_type copy pvary reshard sharding_constraint".split())
 
 # For each gather, by its place: which dimension of the operand each dimension of the result counts.
 Counted = dict[int, dict[int, int]]
@@ -32,13 +31,13 @@ def counted_dimensions(jaxpr: Jaxpr, consts: Sequence[Any]) -> Counted:
         if eqn.primitive.name == "gather":
             counted[index] = _counted(eqn, known, makers)
         elif (
-            eqn.primitive.name in FOLDS
+            record(eqn).fold is not None
             and all(_is_index(var) for var in eqn.outvars)
             and all(_is_known(atom, known) for atom in eqn.invars)
         ):
             values = [np.asarray(a.val if isinstance(a, Literal) else known[a]) for a in eqn.invars]
             (var,) = eqn.outvars
-            known[var] = np.asarray(FOLDS[eqn.primitive.name](eqn, *values), var.aval.dtype)
+            known[var] = np.asarray(record(eqn).fold(eqn, *values), var.aval.dtype)
     return counted
 
 
@@ -61,7 +60,7 @@ def _components(indices: Var | Literal, known, makers) -> list[np.ndarray | None
     if _is_known(indices, known):
         return list(np.moveaxis(np.asarray(indices.val if isinstance(indices, Literal) else known[indices]), -1, 0))
     maker = makers.get(indices)
-    if maker is not None and maker.primitive.name in SAME:
+    if maker is not None and record(maker).entries is Entries.SAME:
         return _components(maker.invars[0], known, makers)
     last = indices.aval.ndim - 1
     if maker is None or maker.primitive.name != "concatenate" or maker.params["dimension"] != last:
@@ -82,67 +81,3 @@ def _is_index(var: Var) -> bool:
 def _is_concrete(value) -> bool:
     # A key has a dtype of its own.
     return not isinstance(value, jax.core.Tracer) and getattr(jnp.result_type(value), "kind", "") in tuple("iub")
-
-
-# What computes indices, by NumPy: what JAX computes inside a `shard_map` is traced, even from constants.
-
-
-def _elementwise(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    return lambda eqn, *values: function(*values)
-
-
-def _broadcast(eqn, value):
-    shape = eqn.outvars[0].aval.shape
-    dims = eqn.params["broadcast_dimensions"]
-    return np.broadcast_to(
-        value.reshape([value.shape[dims.index(d)] if d in dims else 1 for d in range(len(shape))]), shape
-    )
-
-
-def _count(eqn):
-    shape, dim = eqn.outvars[0].aval.shape, eqn.params["dimension"]
-    return np.broadcast_to(np.arange(shape[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))]), shape)
-
-
-def _reshape(eqn, value):
-    # Of a reshape, the order in which dimensions are read; of a squeeze, those that go.
-    order = eqn.params["dimensions"] if eqn.primitive.name == "reshape" else None
-    return np.transpose(value, order).reshape(eqn.outvars[0].aval.shape)
-
-
-def _slice(eqn, value):
-    names = ("start_indices", "limit_indices", "strides")
-    starts, limits, strides = (eqn.params[name] or [None] * value.ndim for name in names)
-    return value[tuple(map(slice, starts, limits, strides))]
-
-
-FOLDS: dict[str, Callable[..., np.ndarray]] = {
-    "add": _elementwise(np.add),
-    "sub": _elementwise(np.subtract),
-    "mul": _elementwise(np.multiply),
-    "neg": _elementwise(np.negative),
-    "rem": _elementwise(np.fmod),
-    "max": _elementwise(np.maximum),
-    "min": _elementwise(np.minimum),
-    "clamp": _elementwise(lambda low, value, high: np.minimum(np.maximum(value, low), high)),
-    "eq": _elementwise(np.equal),
-    "ne": _elementwise(np.not_equal),
-    "lt": _elementwise(np.less),
-    "le": _elementwise(np.less_equal),
-    "gt": _elementwise(np.greater),
-    "ge": _elementwise(np.greater_equal),
-    "and": _elementwise(np.bitwise_and),
-    "or": _elementwise(np.bitwise_or),
-    "not": _elementwise(np.invert),
-    "select_n": _elementwise(lambda which, *cases: np.choose(which.astype(int), cases)),
-    **dict.fromkeys(SAME, _elementwise(np.asarray)),
-    "convert_element_type": lambda eqn, value: value.astype(eqn.params["new_dtype"]),
-    "iota": _count,
-    "broadcast_in_dim": _broadcast,
-    "reshape": _reshape,
-    "squeeze": _reshape,
-    "transpose": lambda eqn, value: np.transpose(value, eqn.params["permutation"]),
-    "concatenate": lambda eqn, *values: np.concatenate(values, eqn.params["dimension"]),
-    "slice": _slice,
-    "rev": lambda eqn, value: np.flip(value, eqn.params["dimensions"]),
-}

@@ -19,8 +19,6 @@ Walk = Callable[[ClosedJaxpr, Mapping[int, Axis | None]], Axes]
 #: The axes of the operands of an equation, by place, and those of the variables of its bodies.
 Found = tuple[dict[int, Axis | None], Axes]
 
-LOOPS = ("scan", "while", "cond")
-
 
 class Unproved(Exception):
     """Says of what nothing is proved."""
@@ -30,7 +28,7 @@ def operand_axes(eqn: JaxprEqn, results: Mapping[int, Axis | None], walk: Walk) 
     """The axes along which each slice of an operand reaches one example alone, from those of the results.
 
     Args:
-      eqn: one of `LOOPS`.
+      eqn: a loop or a branch.
       results: the axes of its results, by place.
       walk: does the same for a body.
 
@@ -59,7 +57,7 @@ def scan_numbers(eqn: JaxprEqn) -> tuple[int, int]:
 
 
 def bodies(eqn: JaxprEqn) -> list[ClosedJaxpr]:
-    """The programs inside of one of `LOOPS`."""
+    """The programs inside of a loop or a branch."""
     params = eqn.params
     of = {"scan": ["jaxpr"], "while": ["cond_jaxpr", "body_jaxpr"], "cond": []}[eqn.primitive.name]
     found = [params[name] for name in of] or params["branches"]
@@ -69,7 +67,7 @@ def bodies(eqn: JaxprEqn) -> list[ClosedJaxpr]:
 def rebuilt(
     eqn: JaxprEqn, operands: Sequence[jax.Array], inner: Callable[[ClosedJaxpr, Sequence[Any]], list[Any]]
 ) -> list[Any]:
-    """The results of one of `LOOPS`, with what `inner` makes of a body and its operands in the body's place."""
+    """The results of a loop or a branch, with what `inner` makes of a body and its operands in the body's place."""
     params, name = eqn.params, eqn.primitive.name
     if name == "cond":
         index, *operands = operands

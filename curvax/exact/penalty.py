@@ -13,15 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
-from curvax.exact import units
-from curvax.exact.derivatives import hessian_product
-from curvax.exact.primitives import BILINEAR, ELEMENTWISE
+from curvax.exact.derivatives import hessian_product, second_derivatives
+from curvax.exact.primitives import Entries, is_linear, record
 from curvax.exact.trace import flattened
 from curvax.trees import at_least_float32
-
-# Every entry of the result is one entry of the operand, or a constant.
-MOVES = frozenset("broadcast_in_dim dynamic_slice gather pad reshape rev slice squeeze transpose".split())
-LINEAR = MOVES | frozenset("add add_any concatenate convert_element_type copy cumsum neg reduce_sum sub".split())
 
 
 class Provenance(NamedTuple):
@@ -54,7 +49,7 @@ def penalty_diagonal(
     diagonal = [at_least_float32(row) for row in jax.tree.leaves(product)]
     for bit in mixed:
         alone = lambda leaf, bit=bit: penalty(jax.tree.unflatten(treedef, [*leaves[:bit], leaf, *leaves[bit + 1 :]]))
-        diagonal[bit] = units.second_derivatives(alone, leaves[bit], chunk_size)
+        diagonal[bit] = second_derivatives(alone, leaves[bit], chunk_size)
     return diagonal
 
 
@@ -72,7 +67,7 @@ def _mixed(jaxpr: Jaxpr) -> frozenset[int]:
             arrays = frozenset().union(*(operand.arrays for operand in operands.values()))
             layout = _layout(eqn, list(operands.values()))
             known |= dict.fromkeys(eqn.outvars, Provenance(arrays, layout))
-            if layout is None and not _linear(eqn, list(operands)):
+            if layout is None and not is_linear(eqn, list(operands)):
                 mixed |= arrays
     return mixed
 
@@ -81,13 +76,7 @@ def _layout(eqn: JaxprEqn, operands: Sequence[Provenance]) -> Var | None:
     layouts = {operand.layout for operand in operands}
     if len(layouts) > 1 or None in layouts:
         return None
-    if eqn.primitive.name in ELEMENTWISE:
-        (layout,) = layouts
+    entries, (layout,) = record(eqn).entries, layouts
+    if entries in (Entries.SAME, Entries.APART):
         return layout if layout.aval.shape == eqn.outvars[0].aval.shape else eqn.outvars[0]
-    return eqn.outvars[0] if eqn.primitive.name in MOVES else None
-
-
-def _linear(eqn: JaxprEqn, slots: Sequence[int]) -> bool:
-    """Whether the result is linear in the operands that depend on parameters."""
-    name = eqn.primitive.name
-    return name in LINEAR or (name in BILINEAR and len(slots) == 1) or (name == "div" and slots == [0])
+    return eqn.outvars[0] if entries is Entries.MOVED else None

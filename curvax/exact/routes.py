@@ -9,23 +9,23 @@ with an earlier `u` the loss has merely become longer. Where either proof fails,
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 from jax.extend.core import Var
 
 from curvax.exact.atoms import Atom, Softmax, Structure, find_atoms
 from curvax.exact.columns import num_columns, origin
-from curvax.exact.dataflow import Flow, cuts
+from curvax.exact.dataflow import Flow
+from curvax.exact.equations import is_complex
 from curvax.exact.factor import plan_columns
-from curvax.exact.layers import supported
-from curvax.exact.primitives import is_complex
+from curvax.exact.primitives import Entries, Form, form, is_layer, is_linear, record
 
-# What turns a parameter into an operand without mixing its entries, by name; `chain_is_monomial` checks the rest.
-MONOMIAL = frozenset(
-    "add broadcast_in_dim convert_element_type copy div dynamic_slice mul neg pad reduce_precision reshape rev"
-    " select_n slice squeeze sub transpose".split()
-)
+# Where columns start: at an atom of the loss, or at a cut, whose Hessian has no known structure.
+Origin = Atom | Var
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +45,6 @@ class Entry:
     monomial: bool
 
 
-# Where columns start: at an atom of the loss, or at a cut, whose Hessian has no known structure.
-Origin = Atom | Var
-
-
 @dataclasses.dataclass(frozen=True)
 class Route:
     """How one parameter's diagonal is computed.
@@ -56,31 +52,67 @@ class Route:
     Attributes:
         path: the parameter.
         bit: its position among the parameters.
-        name: "gauss-newton", "tail", "unit vectors" or "zero".
         reason: why this route and no cheaper one.
-        origins: where the columns start; none for unit vectors.
-        entry: where they end; None for unit vectors.
+        origins: where the columns start that it needs, if any; parameters with the same origins share them.
+        entry: where they end.
     """
 
     path: str
     bit: int
-    name: str
     reason: str
     origins: tuple[Origin, ...] = ()
     entry: Entry | None = None
+    name: ClassVar[str]
+
+    def cost(self, flow: Flow, origins: Sequence[Origin] | None = None) -> tuple[int, int]:
+        """Backward passes and Hessian-vector products: for the columns of all origins, or of some."""
+        places = self.origins if origins is None else origins
+        costs = [plan_columns(flow, p)[:2] if isinstance(p, Var) else (num_columns(flow, p), 0) for p in places]
+        return sum(columns for columns, _ in costs), sum(products for _, products in costs)
+
+
+class Zero(Route):
+    """No derivative of the derivative reaches the parameter."""
+
+    name = "zero"
+
+
+class UnitVectors(Route):
+    """One product for each entry."""
+
+    name = "unit vectors"
+
+    def cost(self, flow: Flow, origins: Sequence[Origin] | None = None) -> tuple[int, int]:
+        """See `Route.cost`."""
+        return 0, flow.program.params[self.bit].aval.size
+
+
+class GaussNewton(Route):
+    """Columns of the loss's Hessian, swept back."""
+
+    name = "gauss-newton"
+
+
+class Tail(Route):
+    """Columns of the Hessian of what lies beyond a cut, swept back."""
+
+    name = "tail"
 
 
 def plan(flow: Flow) -> list[Route]:
     """A route to the Hessian diagonal of every parameter."""
-    origins = loss_origins(flow)
-    routes = [_hessian_route(flow, bit, origins) for bit in range(len(flow.program.paths))]
-    return [_cheaper(flow, route, routes) for route in routes]
+    planner = _Planner(flow)
+    routes = [planner.hessian(bit) for bit in range(len(flow.program.paths))]
+    sharing = Counter()
+    for route in routes:
+        sharing[route.origins] += flow.program.params[route.bit].aval.size
+    return [_cheaper(flow, route, sharing[route.origins]) for route in routes]
 
 
 def plan_gauss_newton(flow: Flow) -> list[Route]:
     """A route to the diagonal of `J^T H J` at the outputs: a product by definition, so nothing need be linear."""
-    origins = loss_origins(flow)
-    return [_gauss_newton_route(flow, bit, origins) for bit in range(len(flow.program.paths))]
+    planner = _Planner(flow)
+    return [planner.gauss_newton(bit) for bit in range(len(flow.program.paths))]
 
 
 def loss_origins(flow: Flow) -> tuple[Origin, ...] | str:
@@ -106,108 +138,162 @@ def variable(place: Origin) -> Var:
     return place if isinstance(place, Var) else origin(place)
 
 
-def cost(flow: Flow, place: Origin) -> tuple[int, int]:
-    """Backward passes and Hessian-vector products for the columns of an origin."""
-    return plan_columns(flow, place)[:2] if isinstance(place, Var) else (num_columns(flow, place), 0)
-
-
-def _price(flow: Flow, origins: Sequence[Origin]) -> int:
+def _price(route: Route, flow: Flow) -> int:
     """In backward passes; a Hessian-vector product is worth about two."""
-    costs = [cost(flow, place) for place in origins]
-    return sum(columns + 2 * products for columns, products in costs)
+    columns, products = route.cost(flow)
+    return columns + 2 * products
 
 
-def _reached(flow: Flow, bit: int, origins: Sequence[Origin]) -> tuple[Origin, ...]:
-    return tuple(place for place in origins if flow.depends.get(variable(place), 0) >> bit & 1)
-
-
-def _proved(flow: Flow, bit: int, var: Var) -> bool:
-    """Whether a variable is piecewise linear in a parameter, and tells the examples apart."""
-    return not flow.curved[var] >> bit & 1 and flow.axes.get(var) is not None
-
-
-def _hessian_route(flow: Flow, bit: int, origins: Sequence[Origin] | str) -> Route:
-    path, entry = flow.program.paths[bit], _entry(flow, bit)
-    if not isinstance(entry, Entry):
-        return entry
-    candidates = _tails(flow, bit)
-    if not isinstance(origins, str):
-        reached = _reached(flow, bit, origins)
-        linear = all(not flow.curved[var] >> bit & 1 for var in flow.program.outputs if var in flow.curved)
-        if linear and not reached:
-            return Route(path, bit, "zero", "the loss is piecewise linear in it")
-        if linear and all(_proved(flow, bit, variable(place)) for place in reached):
-            reason = "piecewise linear up to the outputs"
-            candidates.insert(0, Route(path, bit, "gauss-newton", reason, reached, entry))
-    if not candidates:
-        return Route(path, bit, "unit vectors", _curved_reason(flow, bit))
-    return min(candidates, key=lambda route: _price(flow, route.origins))
-
-
-def _tails(flow: Flow, bit: int) -> list[Route]:
-    """The route of the smallest cut before the outputs, the latest of these, if any is proved."""
-    found, outputs = list(cuts(flow, bit)), set(flow.program.outputs)
-    before = next((place for place, cut in enumerate(found) if cut in outputs), len(found))
-    proved = [cut for cut in found[:before] if _proved(flow, bit, cut)]
-    if not proved:
-        return []
-    cut = min(reversed(proved), key=lambda cut: cut.aval.size)
-    reason = f"piecewise linear up to {_describe(flow, cut)}"
-    return [Route(flow.program.paths[bit], bit, "tail", reason, (cut,), _entry(flow, bit))]
-
-
-def _gauss_newton_route(flow: Flow, bit: int, origins: Sequence[Origin] | str) -> Route:
-    path, entry = flow.program.paths[bit], _entry(flow, bit)
-    if not isinstance(entry, Entry):
-        return entry
-    if isinstance(origins, str):
-        return Route(path, bit, "unit vectors", origins)
-    reached = _reached(flow, bit, origins)
-    if not reached:
-        return Route(path, bit, "zero", "the loss is piecewise linear in the outputs that it reaches")
-    if any(flow.axes.get(variable(place)) is None for place in reached):
-        return Route(path, bit, "unit vectors", "the loss does not tell the examples apart")
-    return Route(path, bit, "gauss-newton", "a product by definition", reached, entry)
-
-
-def _cheaper(flow: Flow, route: Route, routes: Sequence[Route]) -> Route:
-    """Unit vectors instead, where all the parameters that share columns are fewer than these."""
-    if not route.origins:
-        return route
-    size = sum(flow.program.params[other.bit].aval.size for other in routes if other.origins == route.origins)
-    columns = sum(cost(flow, place)[0] for place in route.origins)
+def _cheaper(flow: Flow, route: Route, size: int) -> Route:
+    """Unit vectors instead, where all the parameters that share columns, of `size` entries, are fewer than these."""
+    columns, _ = route.cost(flow)
     if size >= columns:
         return route
-    reason = f"cheaper: {size} parameters share {columns} columns"
-    return Route(route.path, route.bit, "unit vectors", reason)
+    return UnitVectors(route.path, route.bit, f"cheaper: {size} parameters share {columns} columns")
 
 
-def _entry(flow: Flow, bit: int) -> Entry | Route:
-    """Where a parameter meets the examples, or the route that is left if there is no one such place."""
-    path, var = flow.program.paths[bit], flow.program.params[bit]
-    if var not in flow.axes or not all(v.aval.size for v in (var, *cuts(flow, bit))):
-        return Route(path, bit, "zero", "no derivative reaches the losses")
-    chain, doors = [], []
-    for index, eqn, slots, results in flow.equations:
-        shared = [slot for slot in slots if _shared(flow, eqn.invars[slot], bit)]
-        if shared and any(flow.axes[var] is not None for var in results):
-            doors += [(index, slot) for slot in shared]
-        elif shared:
-            chain.append(index)
-    if not doors:
-        return Route(path, bit, "unit vectors", "no operation tells the examples apart")
-    names = [flow.program.jaxpr.eqns[index].primitive.name for index, _ in doors]
-    if len(doors) > 1:
-        return Route(path, bit, "unit vectors", f"enters {len(doors)} operations: {', '.join(names)}")
-    (index, slot), eqn = doors[0], flow.program.jaxpr.eqns[doors[0][0]]
-    result, num_examples = eqn.outvars[0], flow.program.num_examples
-    if not supported(eqn, slot, flow.axes.get(result), num_examples) or flow.curved[result] >> bit & 1:
-        return Route(path, bit, "unit vectors", f"enters through {names[0]}, whose structure is not known")
-    return Entry(index, slot, tuple(chain), _is_monomial(flow, bit, chain, eqn.invars[slot]))
+@dataclasses.dataclass(frozen=True)
+class _Planner:
+    """Finds routes. What several parameters ask of a program is found once, in one pass over it."""
+
+    flow: Flow
+    _tails: dict[Var, Var | None] = dataclasses.field(default_factory=dict)
+    _empty: dict[Var, bool] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def origins(self) -> tuple[Origin, ...] | str:
+        return loss_origins(self.flow)
+
+    @functools.cached_property
+    def outputs(self) -> frozenset[Var]:
+        return frozenset(self.flow.program.outputs)
+
+    def hessian(self, bit: int) -> Route:
+        """By the cheapest route that is proved."""
+        flow, entry = self.flow, self._entry(bit)
+        if not isinstance(entry, Entry):
+            return entry
+        path, candidates = flow.program.paths[bit], []
+        if not isinstance(self.origins, str):
+            reached = self._reached(bit)
+            linear = all(not flow.curved[var] >> bit & 1 for var in flow.program.outputs if var in flow.curved)
+            if linear and not reached:
+                return Zero(path, bit, "the loss is piecewise linear in it")
+            if linear and all(self._proved(bit, variable(place)) for place in reached):
+                candidates.append(GaussNewton(path, bit, "piecewise linear up to the outputs", reached, entry))
+        tail = self._tail(bit)
+        if tail is not None:
+            candidates.append(Tail(path, bit, f"piecewise linear up to {self._describe(tail)}", (tail,), entry))
+        if not candidates:
+            return UnitVectors(path, bit, self._curved_reasons.get(bit, "no cut tells the examples apart"))
+        return min(candidates, key=lambda route: _price(route, flow))
+
+    def gauss_newton(self, bit: int) -> Route:
+        """From the loss, whatever the network is."""
+        path, entry = self.flow.program.paths[bit], self._entry(bit)
+        if not isinstance(entry, Entry):
+            return entry
+        if isinstance(self.origins, str):
+            return UnitVectors(path, bit, self.origins)
+        reached = self._reached(bit)
+        if not reached:
+            return Zero(path, bit, "the loss is piecewise linear in the outputs that it reaches")
+        if any(self.flow.axes.get(variable(place)) is None for place in reached):
+            return UnitVectors(path, bit, "the loss does not tell the examples apart")
+        return GaussNewton(path, bit, "a product by definition", reached, entry)
+
+    def _reached(self, bit: int) -> tuple[Origin, ...]:
+        return tuple(place for place in self.origins if self.flow.depends.get(variable(place), 0) >> bit & 1)
+
+    def _proved(self, bit: int, var: Var) -> bool:
+        """Whether a variable is piecewise linear in a parameter, and tells the examples apart."""
+        return not self.flow.curved[var] >> bit & 1 and self.flow.axes.get(var) is not None
+
+    def _tail(self, bit: int) -> Var | None:
+        """The smallest cut before the outputs that is proved, the latest of these.
+
+        From one cut to the next all parameters before it depend on it alone: whether the next is linear in them, if
+        this is, is the same for all, and so is the best of those that follow.
+        """
+        flow, passed = self.flow, []
+        linear = lambda var: var is not None and var not in self.outputs and not flow.curved[var] >> bit & 1
+        cut = flow.next_cut.get(flow.program.params[bit])
+        while linear(cut) and cut not in self._tails:
+            passed.append(cut)
+            cut = flow.next_cut.get(cut)
+        best = self._tails[cut] if linear(cut) else None
+        for cut in reversed(passed):
+            apart = flow.axes[cut] is not None and not is_complex(cut)
+            best = cut if apart and (best is None or cut.aval.size < best.aval.size) else best
+            self._tails[cut] = best
+        return best
+
+    def _entry(self, bit: int) -> Entry | Route:
+        """Where a parameter meets the examples, or the route that is left if there is no one such place."""
+        flow = self.flow
+        path, var, eqns = flow.program.paths[bit], flow.program.params[bit], flow.program.jaxpr.eqns
+        if var not in flow.axes or self._is_empty(var):
+            return Zero(path, bit, "no derivative reaches the losses")
+        entries, chain = (found.get(bit, []) for found in self._meetings)
+        if not entries:
+            return UnitVectors(path, bit, "no operation tells the examples apart")
+        names = [eqns[index].primitive.name for index, _ in entries]
+        if len(entries) > 1:
+            return UnitVectors(path, bit, f"enters {len(entries)} operations: {', '.join(names)}")
+        (index, slot), eqn = entries[0], eqns[entries[0][0]]
+        result, num_examples = eqn.outvars[0], flow.program.num_examples
+        known = flow.axes.get(result) is not None and is_layer(eqn, slot, flow.axes[result], num_examples)
+        if not known or flow.curved[result] >> bit & 1:
+            return UnitVectors(path, bit, f"enters through {names[0]}, whose structure is not known")
+        return Entry(index, slot, tuple(chain), _is_monomial(flow, bit, chain, eqn.invars[slot]))
+
+    @functools.cached_property
+    def _meetings(self) -> tuple[dict[int, list[tuple[int, int]]], dict[int, list[int]]]:
+        """For each parameter, the operands where it meets the examples, and the equations before that."""
+        entries, chains = {}, {}
+        for index, eqn, slots, results in self.flow.equations:
+            shared = [slot for slot in slots if self.flow.axes[eqn.invars[slot]] is None]
+            if shared and any(self.flow.axes[var] is not None for var in results):
+                for slot in shared:
+                    for bit in _bits(self.flow.depends.get(eqn.invars[slot], 0)):
+                        entries.setdefault(bit, []).append((index, slot))
+            elif shared:
+                masks = [self.flow.depends.get(eqn.invars[slot], 0) for slot in shared]
+                for bit in {bit for mask in masks for bit in _bits(mask)}:
+                    chains.setdefault(bit, []).append(index)
+        return entries, chains
+
+    def _is_empty(self, var: Var) -> bool:
+        """Whether a variable, or a cut after it, has no entries."""
+        passed = []
+        while var is not None and var.aval.size and var not in self._empty:
+            passed.append(var)
+            var = self.flow.next_cut.get(var)
+        empty = var is not None and self._empty.get(var, True)
+        self._empty.update(dict.fromkeys(passed, empty))
+        return empty
+
+    @functools.cached_property
+    def _curved_reasons(self) -> dict[int, str]:
+        found, seen = {}, 0
+        for _, eqn, _, results in self.flow.equations:
+            for var in results:
+                reason = f"curved from {eqn.primitive.name} on, before any cut that tells the examples apart"
+                found |= dict.fromkeys(_bits(self.flow.curved[var] & ~seen), reason)
+                seen |= self.flow.curved[var]
+        return found
+
+    def _describe(self, cut: Var) -> str:
+        program = self.flow.program
+        return f"{cut.aval.str_short()}, the result of {program.jaxpr.eqns[program.makers[cut]].primitive.name}"
 
 
-def _shared(flow: Flow, var: Var, bit: int) -> bool:
-    return bool(flow.depends.get(var, 0) >> bit & 1) and flow.axes[var] is None
+def _bits(mask: int) -> Iterator[int]:
+    """The places of the ones of an integer."""
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
 
 
 def _is_monomial(flow: Flow, bit: int, chain: Sequence[int], operand: Var) -> bool:
@@ -216,23 +302,19 @@ def _is_monomial(flow: Flow, bit: int, chain: Sequence[int], operand: Var) -> bo
     for index in chain:
         eqn, (slots, _) = flow.program.jaxpr.eqns[index], flow.links[index]
         used = [slot for slot in slots if flow.depends.get(eqn.invars[slot], 0) >> bit & 1]
-        if len(used) != 1 or eqn.invars[used[0]] is not current or eqn.primitive.name not in MONOMIAL:
-            return False
-        grows = eqn.primitive.name != "pad" and eqn.outvars[0].aval.size > current.aval.size
-        if grows or (eqn.primitive.name in ("div", "pad") and used[0] != 0):
+        if len(used) != 1 or eqn.invars[used[0]] is not current or not _scales(eqn, used[0]):
             return False
         current = eqn.outvars[0]
     return current is operand
 
 
-def _curved_reason(flow: Flow, bit: int) -> str:
-    for _, eqn, _, results in flow.equations:
-        for var in results:
-            if flow.curved[var] >> bit & 1:
-                return f"curved from {eqn.primitive.name} on, before any cut that tells the examples apart"
-    return "no cut tells the examples apart"
-
-
-def _describe(flow: Flow, cut: Var) -> str:
-    index = next(i for i, eqn in enumerate(flow.program.jaxpr.eqns) if cut in eqn.outvars)
-    return f"{cut.aval.str_short()}, the result of {flow.program.jaxpr.eqns[index].primitive.name}"
+def _scales(eqn, slot: int) -> bool:
+    """Whether every entry of the result is an entry of an operand times a number, and none is copied."""
+    result, operand, name = eqn.outvars[0], eqn.invars[slot], eqn.primitive.name
+    if is_complex(result) or is_complex(operand) or name in ("gather", "tile"):
+        return False
+    if record(eqn).entries is Entries.MOVED:
+        return slot == 0 and (name == "pad" or result.aval.size <= operand.aval.size)
+    if record(eqn).entries is Entries.MIXED or result.aval.size > operand.aval.size:
+        return False
+    return form(eqn) is Form.PIECEWISE or is_linear(eqn, [slot])

@@ -8,20 +8,21 @@ differentiates.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
+from curvax.exact.equations import Atom, callee, equations, evaluate, in_slots, is_inexact, signature
+from curvax.exact.primitives import Form, Role, form, is_linear, record
 from curvax.layers import names_of
 from curvax.objective import Objective
 
 _OUTPUT = "curvax.outputs"
-INLINED = ("jit", "closed_call", "remat2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +51,19 @@ class Program:
         """The outputs of the network that are computed, each once: a constant has no derivative."""
         return list(dict.fromkeys(v for v in self.jaxpr.outvars[:-1] if isinstance(v, Var)))
 
+    @functools.cached_property
+    def makers(self) -> dict[Var, int]:
+        """The place of the equation that computes each variable."""
+        return {var: index for index, eqn in enumerate(self.jaxpr.eqns) for var in eqn.outvars}
+
     @property
     def begin_of_loss(self) -> int:
         """The place of the first equation after those that make the outputs: the loss is traced after the network."""
-        outputs = set(self.outputs)
-        return max((i + 1 for i, eqn in enumerate(self.jaxpr.eqns) if outputs & set(eqn.outvars)), default=0)
+        return max((self.makers[var] + 1 for var in self.outputs if var in self.makers), default=0)
 
     @functools.cached_property
     def nonlinear_backward(self) -> str | None:
         """The name of a function whose backward rule is not proved to be linear, if there is one."""
-        from curvax.exact.backward_rules import nonlinear_backward
-
         return nonlinear_backward(self.jaxpr)
 
     @property
@@ -125,11 +128,6 @@ def trace_loss(objective: Objective, outputs: Any) -> Program:
     return _program(run, [leaves[i] for i in floating], (fixed, objective.data))
 
 
-def is_inexact(x: Any) -> bool:
-    """Whether an array has real or complex numbers, which can be differentiated."""
-    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-
-
 def _end_of_network(output: Any) -> Any:
     """Marks an output, for what comes after it is the loss, even where it computes the same as the network."""
     return checkpoint_name(output, _OUTPUT) if isinstance(output, jax.Array) and is_inexact(output) else output
@@ -138,7 +136,7 @@ def _end_of_network(output: Any) -> Any:
 def _program(run: Callable, params: Any, data: Any) -> Program:
     closed = jax.make_jaxpr(run)(params, data)
     inputs = tuple(jnp.asarray(x) for x in jax.tree.leaves((params, data)))
-    flat = jax.make_jaxpr(lambda *inputs: inline(closed, *inputs))(*inputs)
+    flat = live(flattened(closed))
     return Program(flat.jaxpr, flat.consts, leaf_paths(params), inputs)
 
 
@@ -147,88 +145,58 @@ def leaf_paths(params: Any) -> tuple[str, ...]:
     return tuple(names_of([path for path, _ in jax.tree_util.tree_leaves_with_path(params)]))
 
 
-def inline(closed: ClosedJaxpr, *inputs: jax.Array, also: Sequence[str] = (), seen: dict | None = None) -> list:
-    """Evaluates a jaxpr call by call; traced, it leaves none of the calls in `INLINED`, and in `also`.
-
-    What is computed twice is computed once: `seen` has the results of every operation on the same operands. Nothing is
-    shared between network and loss, which must be a function of the outputs.
-    """
-    seen = {} if seen is None else seen
-    env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    env |= zip(closed.jaxpr.invars, inputs, strict=True)
-    for eqn in closed.jaxpr.eqns:
-        values = [read(env, atom) for atom in eqn.invars]
-        if eqn.primitive.name == "name" and eqn.params["name"] == _OUTPUT:
-            results = values
-            seen.clear()
-        elif eqn.primitive.name in (*INLINED, *also):
-            results = inline(callee(eqn), *values, also=also, seen=seen)
-        else:
-            key = _identity(eqn, values)
-            results = seen[key][0] if key in seen else apply(eqn, *values)
-            if key is not None:
-                # The operands are kept, lest another one get the place of one that is gone.
-                seen[key] = results, values
-        env |= zip(eqn.outvars, results, strict=True)
-    return [read(env, atom) for atom in closed.jaxpr.outvars]
-
-
-def _identity(eqn: JaxprEqn, values: Sequence[Any]) -> Any:
-    """What tells an operation on these operands from all others; None where nothing does."""
-    known = lambda x: id(x) if isinstance(x, jax.core.Tracer) else (np.asarray(x).tobytes(), jax.typeof(x))
-    if eqn.effects or any(isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in values):
-        return None
-    key = (eqn.primitive, tuple(map(known, values)), tuple(sorted(eqn.params.items(), key=lambda item: item[0])))
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
-
-
-def evaluate(eqns: Sequence[JaxprEqn], env: dict[Var, jax.Array]) -> dict[Var, jax.Array]:
-    """Extends `env` by the results of `eqns`."""
-    for eqn in eqns:
-        results = apply(eqn, *(read(env, atom) for atom in eqn.invars))
-        env |= zip(eqn.outvars, results, strict=True)
-    return env
-
-
-def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-    """All equations, those of calls, loops and branches included."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in jaxprs_in_params(eqn.params):
-            yield from equations(inner)
-
-
-def apply(eqn: JaxprEqn, *values: jax.Array) -> list[jax.Array]:
-    """The results of one equation."""
-    with eqn.ctx.manager:
-        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-    return list(results) if eqn.primitive.multiple_results else [results]
-
-
-def read(env: dict[Var, jax.Array], atom: Var | Literal) -> Any:
-    """The value of a variable or a literal."""
-    return atom.val if isinstance(atom, Literal) else env[atom]
-
-
-def in_slots(eqn: JaxprEqn, slots: Sequence[int], operands: Sequence[Any]) -> Callable[..., list[jax.Array]]:
-    """The results of one equation as a function of its operands in `slots`, the others as they are."""
-
-    def results(*varying):
-        values = list(operands)
-        for slot, value in zip(slots, varying, strict=True):
-            values[slot] = value
-        return apply(eqn, *values)
-
-    return results
-
-
 def flattened(closed: ClosedJaxpr) -> ClosedJaxpr:
-    """The same program without the calls in `INLINED`."""
-    return jax.make_jaxpr(lambda *inputs: inline(closed, *inputs))(*closed.in_avals)
+    """The same program without its calls, where what is computed twice is computed once.
+
+    Nothing is shared between network and loss, which must be a function of the outputs.
+    """
+    flat = _Flat()
+    results = flat.inline(closed, closed.jaxpr.invars)
+    constvars, consts = ([const[i] for const in flat.consts.values()] for i in (0, 1))
+    return ClosedJaxpr(closed.jaxpr.replace(constvars=constvars, eqns=flat.eqns, outvars=results), consts)
+
+
+class _Flat:
+    """The equations of a program and of its calls, one after the other.
+
+    They are copied, not bound again: that takes a tenth of the time, and what repeats stays the same object.
+    """
+
+    def __init__(self):
+        self.eqns: list[JaxprEqn] = []
+        self.consts: dict[int, tuple[Var, Any]] = {}
+        self._seen: dict[Any, Sequence[Var]] = {}
+
+    def inline(self, closed: ClosedJaxpr, operands: Sequence[Atom]) -> list[Atom]:
+        """Adds the equations of a jaxpr applied to some atoms; the atoms that are its results."""
+        env: dict[Var, Atom] = dict(zip(closed.jaxpr.invars, operands, strict=True))
+        for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
+            env[var], _ = self.consts.setdefault(id(value), (Var(var.aval), value))
+        read = lambda atom: atom if isinstance(atom, Literal) else env[atom]
+        for eqn in closed.jaxpr.eqns:
+            env |= zip(eqn.outvars, self._add(eqn, [read(atom) for atom in eqn.invars]), strict=True)
+        return [read(atom) for atom in closed.jaxpr.outvars]
+
+    def _add(self, eqn: JaxprEqn, operands: list[Atom]) -> Sequence[Atom]:
+        if eqn.primitive.name == "name" and eqn.params["name"] == _OUTPUT:
+            self._seen.clear()
+            return operands
+        if record(eqn).role is Role.CALL:
+            return self.inline(callee(eqn), operands)
+        key = _identity(eqn, operands)
+        if key is None or key not in self._seen:
+            results = [Var(var.aval) for var in eqn.outvars]
+            self.eqns.append(eqn.replace(invars=operands, outvars=results))
+            self._seen[key] = results
+            return results
+        return self._seen[key]
+
+
+def _identity(eqn: JaxprEqn, operands: Sequence[Atom]) -> Hashable | None:
+    """What tells an operation on these operands from all others; None where nothing does."""
+    operation = signature(eqn)
+    known = lambda x: (np.asarray(x.val).tobytes(), x.aval) if isinstance(x, Literal) else x
+    return None if operation is None else (operation, *map(known, operands))
 
 
 def live(closed: ClosedJaxpr) -> ClosedJaxpr:
@@ -241,16 +209,55 @@ def live(closed: ClosedJaxpr) -> ClosedJaxpr:
     return ClosedJaxpr(closed.jaxpr.replace(eqns=kept[::-1]), closed.consts)
 
 
-def derivative(eqn: JaxprEqn, slots: Sequence[int]) -> Callable[..., tuple[list[jax.Array], list[jax.Array]]]:
-    """The results of one equation and their tangents, from all its operands and the tangents of those in `slots`."""
-
-    def function(operands, tangents):
-        return jax.jvp(in_slots(eqn, slots, operands), [operands[slot] for slot in slots], tangents)
-
-    return function
+# Backward rules that are no derivatives. A `custom_vjp` may do anything to a cotangent: clip it, say, or reverse it.
+# JAX's gradient then is what the rule makes of it, and so is the derivative of that gradient. But the Gauss-Newton
+# matrix `J^T H J` has no meaning where `J^T` is not linear, nor has any sum over columns or examples. Whether a rule is
+# linear is read off its trace; what is not proved to be so is taken for not linear.
 
 
-def callee(eqn: JaxprEqn) -> ClosedJaxpr:
-    """The body of a call."""
-    callee = next(eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params)
-    return callee if isinstance(callee, ClosedJaxpr) else ClosedJaxpr(callee, ())
+def nonlinear_backward(jaxpr: Jaxpr) -> str | None:
+    """The name of a function in a program whose backward rule is not proved to be linear, if there is one."""
+    for eqn in equations(jaxpr):
+        if eqn.primitive.name.startswith("custom_vjp_call") and not _is_linear(eqn):
+            return eqn.params["call_jaxpr"].jaxpr.debug_info.func_name
+    return None
+
+
+def _is_linear(eqn: JaxprEqn) -> bool:
+    operands, results = [atom.aval for atom in eqn.invars], [var.aval for var in eqn.outvars]
+    slots = [i for i, aval in enumerate(operands) if is_inexact(aval)]
+    if not all(is_inexact(aval) for aval in results):
+        return False
+
+    def pull(cotangents, values):
+        return jax.vjp(in_slots(eqn, slots, values), *(values[i] for i in slots))[1](cotangents)
+
+    try:
+        closed = jax.make_jaxpr(pull)(results, operands)
+        flat = flattened(closed).jaxpr
+    except Exception:  # A rule that cannot be traced by itself is not proved to be linear.
+        return False
+    return _linear_in(flat, flat.invars[: len(results)])
+
+
+def _linear_in(jaxpr: Jaxpr, inputs: Sequence[Var]) -> bool:
+    varying, zeros = set(inputs), set()
+    is_zero = lambda atom: bool(np.all(atom.val == 0)) if isinstance(atom, Literal) else atom in zeros
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("broadcast_in_dim", "convert_element_type") and is_zero(eqn.invars[0]):
+            zeros.update(eqn.outvars)
+        slots = [i for i, atom in enumerate(eqn.invars) if isinstance(atom, Var) and atom in varying]
+        if not slots:
+            continue
+        if not _linear(eqn, slots, is_zero):
+            return False
+        varying.update(eqn.outvars)
+    return True
+
+
+def _linear(eqn: JaxprEqn, slots: Sequence[int], is_zero: Callable[[Var | Literal], bool]) -> bool:
+    # Numbers that are rounded to integers do not add up.
+    if not is_linear(eqn, slots) or not all(is_inexact(var.aval) for var in eqn.outvars):
+        return False
+    others = [atom for slot, atom in enumerate(eqn.invars) if slot not in slots and is_inexact(atom.aval)]
+    return form(eqn) not in (Form.LINEAR, Form.COLLECTIVE) or all(map(is_zero, others))
