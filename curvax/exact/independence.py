@@ -17,22 +17,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 
 from curvax.exact.dataflow import ORDER, meet, operand_axes
-from curvax.exact.equations import apply, callee, derivative, equations, evaluate, in_slots, is_inexact, read
+from curvax.exact.equations import apply, callee, derivative, evaluate, in_slots, is_inexact, read
 from curvax.exact.indices import counted_dimensions
-from curvax.exact.loops import Unproved, bodies, over_examples, rebuilt, seeds
+from curvax.exact.loops import Unproved, rebuilt, seeds
 from curvax.exact.loops import operand_axes as loop_axes
+from curvax.exact.places import depends_on_place
 from curvax.exact.primitives import Axis, Role, differentiable_slots, record
+from curvax.exact.sameness import same_program
 from curvax.exact.trace import flattened, leaf_paths, live, nonlinear_backward
 from curvax.objective import Objective
-
-# Parameters that say no more than the shapes of operands and results, which are compared.
-SHAPES = frozenset("shape new_sizes sizes slice_sizes limit_indices out_sharding sharding length".split())
-
-Axes = Mapping[Var, Axis | None]
 
 
 def example_axes(objective: Objective, params: Any, parts: int) -> list[Axis | None] | str:
@@ -61,12 +57,12 @@ def example_axes(objective: Objective, params: Any, parts: int) -> list[Axis | N
         return "a parameter has an entry for each example"
     if any(axes.get(var) is not None for var in jaxpr.constvars):
         return "the objective closes over an array with an entry for each example; pass it in data"
-    reason, _ = _position(program, axes)
+    reason = depends_on_place(program, axes)
     if reason:
         return reason
     part = [_shortened(leaf, axis, parts) for leaf, axis in zip(leaves, found, strict=True)]
     try:
-        alike = _alike(program, _with_rules(_losses(objective, treedef, part)), axes, parts)
+        alike = same_program(program, _with_rules(_losses(objective, treedef, part)), axes, parts)
     except Exception:  # Whatever the user's code raises, on shapes that it was not written for.
         alike = False
     if not alike:
@@ -129,6 +125,8 @@ def _rule(eqn: JaxprEqn, slots: Sequence[int]) -> ClosedJaxpr:
     forward = eqn.primitive.name == "custom_jvp_call"
     operands = [atom.aval for atom in eqn.invars]
     try:
+        if eqn.params.get("symbolic_zeros"):
+            raise TypeError("what the rule does depends on which operands are differentiated")
         if not all(map(is_inexact, (var.aval for var in eqn.outvars))):
             raise TypeError("results without a tangent")
         rule = derivative(eqn, slots) if forward else pushed
@@ -168,100 +166,3 @@ def _axes(program: ClosedJaxpr, results: Mapping[int, Axis | None], num_examples
             if isinstance(operand, Var):
                 axes[operand] = meet(axes, operand, axis)
     return axes | inside
-
-
-def _position(program: ClosedJaxpr, axes: Axes) -> tuple[str | None, set[Var]]:
-    """Why a loss depends on its example's place in the batch, which a split changes; None if it does not.
-
-    With what holds the places, for the loop of which the program is the body.
-    """
-    places: set[Var] = set()
-    counted = counted_dimensions(program.jaxpr, program.consts)
-    for index, eqn in enumerate(program.jaxpr.eqns):
-        name, role = eqn.primitive.name, record(eqn).role
-        read = [atom for atom in eqn.invars if isinstance(atom, Var) and atom in places]
-        results = [var for var in eqn.outvars if axes.get(var) is not None]
-        for body in bodies(eqn) if role is Role.LOOP else ():
-            reason, inside = _position(body, axes)
-            if reason or inside.intersection(var for var in body.jaxpr.outvars if isinstance(var, Var)):
-                return reason or "a loss depends on its example's place in the batch", places
-        if role is Role.RANDOM and results:
-            return "random numbers are drawn for each example; other parts would draw others", places
-        axis = axes[results[0]] if results else None
-        if name == "iota" and axis is not None and eqn.params["dimension"] == axis.dim:
-            places.update(results)
-        # `logits[jnp.arange(B), labels]` is each example's own row, wherever it stands.
-        if not read or (name == "gather" and eqn.invars[0] not in places and len(counted.get(index, {})) == 1):
-            continue
-        folded = record(eqn).fold is not None and not any(is_inexact(var.aval) for var in eqn.outvars)
-        if results and not (folded and len(read) == 1):
-            return "a loss depends on its example's place in the batch", places
-        places.update(results)
-    return None, places
-
-
-def _alike(batch: ClosedJaxpr, part: ClosedJaxpr, axes: Axes, parts: int) -> bool:
-    """Whether the program of a part is that of the batch, in shapes that are shorter where the examples are."""
-    if len(batch.jaxpr.eqns) != len(part.jaxpr.eqns) or not _same_numbers(batch.jaxpr, part.jaxpr):
-        return False
-    if not _equal(batch.consts, part.consts):
-        return False
-    for ours, theirs in zip(equations(batch.jaxpr), equations(part.jaxpr), strict=True):
-        # As many steps, unless they are the examples.
-        is_scan = ours.primitive.name == "scan" and ours.params["length"] != theirs.params["length"]
-        if is_scan and not over_examples(ours, {i: axes.get(var) for i, var in enumerate(ours.outvars)}):
-            return False
-    pairs = zip(_variables(batch.jaxpr), _variables(part.jaxpr), strict=True)
-    shape = lambda var: var.aval.shape
-    return all(shape(theirs) == _shape(ours, axes, parts) for ours, theirs in pairs if ours in axes)
-
-
-def _variables(jaxpr: Jaxpr) -> list[Var]:
-    inner = (
-        var
-        for eqn in jaxpr.eqns
-        if record(eqn).role is Role.LOOP
-        for body in bodies(eqn)
-        for var in _variables(body.jaxpr)
-    )
-    return [*jaxpr.constvars, *jaxpr.invars, *(var for eqn in jaxpr.eqns for var in eqn.outvars), *inner]
-
-
-def _shape(var: Any, axes: Axes, parts: int) -> tuple[int, ...]:
-    shape, axis = list(var.aval.shape), axes[var]
-    if axis is not None:
-        shape[axis.dim] //= parts
-    return tuple(shape)
-
-
-def _same_numbers(one: Jaxpr, other: Jaxpr) -> bool:
-    """Whether two programs have the same operations with the same numbers in them, but for their shapes."""
-    for ours, theirs in zip(equations(one), equations(other), strict=True):
-        if ours.primitive is not theirs.primitive or ours.params.keys() != theirs.params.keys():
-            return False
-        if record(ours).role is Role.RULE:  # Left in a loop, where rules are not read.
-            return False
-        pairs = [(ours.params[name], theirs.params[name]) for name in ours.params.keys() - SHAPES]
-        literals = [[atom.val for atom in eqn.invars if isinstance(atom, Literal)] for eqn in (ours, theirs)]
-        if len(literals[0]) != len(literals[1]):
-            return False
-        if not all(_equal(a, b) for a, b in [*pairs, *zip(*literals, strict=True)]):
-            return False
-    return True
-
-
-def _equal(one: Any, other: Any) -> bool:
-    # Inner programs are compared equation by equation, and functions have been traced.
-    if isinstance(one, ClosedJaxpr):
-        return _equal(one.consts, other.consts)
-    if isinstance(one, jax.core.Tracer):
-        return one is other
-    if isinstance(one, Jaxpr) or callable(one):
-        return True
-    if isinstance(one, tuple | list):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    if isinstance(one, jax.Array) and jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
-        return _equal(jax.random.key_data(one), jax.random.key_data(other))
-    if isinstance(one, np.ndarray | np.generic | jax.Array | float | complex):
-        return np.array_equal(one, other, equal_nan=np.issubdtype(np.asarray(one).dtype, np.inexact))
-    return bool(one == other)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
@@ -75,7 +76,8 @@ def rebuilt(
     if name == "while":
         condition, body = bodies(eqn)
         own, consts, carry = _parted(operands, params["cond_nconsts"], params["body_nconsts"])
-        keeps_on = lambda carry: inner(condition, [*own, *carry])[0]
+        # Under `vmap` an entry for each example may decide: the loop goes on while any does.
+        keeps_on = lambda carry: jnp.any(inner(condition, [*own, *carry])[0])
         return list(lax.while_loop(keeps_on, lambda carry: inner(body, [*consts, *carry]), carry))
     consts, carry, xs = _parted(operands, *scan_numbers(eqn))
     (body,) = bodies(eqn)

@@ -38,7 +38,7 @@ _CALLS = [
     *records(Form.CURVED, "closed_call", role=Role.CALL, versions=((0,), (0, 12))),
     *records(Form.CURVED, "custom_jvp_call custom_vjp_call", role=Role.RULE),
     *records(Form.CURVED, "cond scan while", role=Role.LOOP),
-    *records(Form.CURVED, "random_bits rng_bit_generator rng_uniform threefry2x32", role=Role.RANDOM),
+    *records(Form.CURVED, "random_bits random_split rng_bit_generator rng_uniform threefry2x32", role=Role.RANDOM),
 ]
 _THEMES = (elementwise.RECORDS, moves.RECORDS, sums.RECORDS, windows.RECORDS, indexing.RECORDS, _CALLS)
 TABLE: dict[str, Primitive] = {each.name: each for theme in _THEMES for each in theme}
