@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from curvax.exact.loops import bodies, scan_numbers
-from curvax.exact.trace import trace
+from curvax.exact.trace import flattened
 from curvax.layers import Layers, checked, path_name
 from curvax.objective import Objective
 from curvax.stacks import Axes, Stacked
@@ -34,6 +34,9 @@ def find_stacks(objective: Objective, params: Any, layers: Layers = "kernel") ->
     Returns:
       The grouping, with a rule for each array that is a stack.
 
+    Raises:
+      ValueError: if a stack and an array that is none have paths that read alike.
+
     Example:
       >>> import jax, jax.numpy as jnp, curvax
       >>> def predict(params, x):
@@ -44,15 +47,30 @@ def find_stacks(objective: Objective, params: Any, layers: Layers = "kernel") ->
       Stacked(axes=(('^blocks$', (0,)),), layers='kernel')
     """
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    found = zip(paths, scanned_axes(objective, params), strict=True)
-    return Stacked(tuple((f"^{re.escape(path)}$", axes) for path, axes in found if axes), checked(layers).layers)
+    return stacked_at(paths, scanned_axes(objective, params), checked(layers).layers)
+
+
+def stacked_at(paths: Sequence[str], axes: Sequence[Axes], layers: Layers) -> Stacked:
+    """The grouping by rules for single paths.
+
+    Raises:
+      ValueError: if two paths read alike, and their axes differ.
+    """
+    by_path: dict[str, Axes] = {}
+    for path, of_array in zip(paths, axes, strict=True):
+        if by_path.setdefault(path, of_array) != of_array:
+            raise ValueError(
+                f"'{path}' is the path of two arrays, of which one is a stack of layers and the other not, or along"
+                " other axes; give one of their keys another name."
+            )
+    return Stacked(tuple((f"^{re.escape(path)}$", of_array) for path, of_array in by_path.items() if of_array), layers)
 
 
 def scanned_axes(objective: Objective, params: Any) -> list[Axes]:
     """For each leaf of the parameters the axes along which scans run; none where it is read otherwise, too."""
-    program = trace(objective, params)
-    sizes = [jnp.ndim(x) for x in jax.tree.leaves(params)]
-    return [_axes(program.jaxpr, var, range(n)) for var, n in zip(program.params, sizes, strict=True)]
+    jaxpr = flattened(jax.make_jaxpr(objective.predict)(params, objective.data)).jaxpr
+    leaves = jax.tree.leaves(params)
+    return [_axes(jaxpr, var, range(jnp.ndim(x))) for x, var in zip(leaves, jaxpr.invars, strict=False)]
 
 
 def _axes(jaxpr: Jaxpr, var: Var, dims: Sequence[int]) -> Axes:

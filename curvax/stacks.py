@@ -132,11 +132,12 @@ def _as_axes(said: Any) -> Axes:
 
 
 def _of_array(path: str, shape: tuple[int, ...], rules: tuple[tuple[str, Axes], ...]) -> Axes:
-    # An empty array holds nothing to measure.
-    said = next((axes for pattern, axes in rules if math.prod(shape) and re.search(pattern, path)), ())
+    said = next((axes for pattern, axes in rules if re.search(pattern, path)), ())
     if any(not -len(shape) <= i < len(shape) for i in said) or len({i % len(shape) for i in said}) < len(said):
         raise ValueError(
             f"'{path}' has the shape {shape}, of which axes {said} cannot count layers; give its own axes, each once,"
             " or put a rule before this one."
         )
-    return tuple(i % len(shape) for i in said)
+    axes = tuple(i % len(shape) for i in said)
+    # A stack of no layers is an empty array like others.
+    return axes if math.prod(sizes(shape, axes)) else ()

@@ -247,3 +247,25 @@ def test_the_trace_shows_over_which_axis_a_scan_runs(name):
     objective, shape, axes = FOUND[name]
     wanted = curvax.Stacked({"^blocks$": axes} if axes else {})
     assert curvax.find_stacks(objective, {"blocks": jnp.ones(shape)}) == wanted
+
+
+def test_shapes_are_enough_to_find_stacks():
+    objective, shape, _ = FOUND["a scan"]
+    params = {"blocks": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    assert curvax.find_stacks(objective, params) == curvax.Stacked({"^blocks$": 0})
+
+
+def test_paths_that_read_alike_are_refused_where_one_is_a_stack():
+    predict = lambda p, x: jax.lax.scan(lambda h, w: (h @ w, None), x, p["a"]["b"])[0] @ p["a/b"]
+    objective = curvax.Objective(predict, lambda z, x: z[:, 0], jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match="'a/b' is the path of two arrays"):
+        curvax.find_stacks(objective, {"a": {"b": jnp.ones((2, 3, 3))}, "a/b": jnp.ones((3, 3))})
+
+
+def test_an_empty_array_beside_a_stack():
+    w = {"blocks": {"kernel": normal(0, 3, 4, 5), "empty": jnp.ones((3, 0))}}
+    tx = curvax.mclr(0.1, layers=curvax.Stacked({"^blocks/": 0}, "module"))
+    alone = curvax.mclr(0.1, layers=curvax.Stacked({"": 0}, "array"))
+    found = tx.update(w, tx.init(w), w)[0]["blocks"]["kernel"]
+    kernel = w["blocks"]["kernel"]
+    np.testing.assert_allclose(found, alone.update(kernel, alone.init(kernel), kernel)[0], rtol=1e-6)

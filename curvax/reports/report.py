@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import re
 import sys
 import threading
 import time
@@ -24,8 +23,8 @@ from curvax.keys import Key, as_key
 from curvax.layers import Layer, Layers, checked, group, path_name
 from curvax.objective import Objective
 from curvax.reports import advice, measure, plot, table
-from curvax.scans import scanned_axes
-from curvax.stacks import Stacked, sizes, without
+from curvax.scans import scanned_axes, stacked_at
+from curvax.stacks import sizes, without
 
 #: Passes and products up to which curvature is computed exactly: an estimate in four draws takes eight.
 CHEAP = 32
@@ -198,8 +197,8 @@ def _with_scans(objective: Any, params: Any, layers: Layers) -> tuple[Layers, tu
     hidden = [i for i, axes in read.items() if axes and axes != seen[i]]
     if not hidden:
         return layers, ()
-    axes = {f"^{re.escape(names[i])}$": read[i] or seen[i] for i in read}
-    return Stacked(axes, "kernel"), tuple(names[i] for i in hidden)
+    axes = [read[i] or seen[i] for i in read]
+    return stacked_at(list(names.values()), axes, "kernel"), tuple(names[i] for i in hidden)
 
 
 def _method(objective: Any, params: Any, method: Any) -> tuple[Any, int | None, int | None]:
