@@ -24,7 +24,7 @@ from curvax.exact.equations import apply, callee, derivative, evaluate, in_slots
 from curvax.exact.indices import counted_dimensions
 from curvax.exact.loops import Unproved, rebuilt, seeds
 from curvax.exact.loops import operand_axes as loop_axes
-from curvax.exact.places import depends_on_place
+from curvax.exact.places import PLACE, depends_on_place, has_fixed_rows
 from curvax.exact.primitives import Axis, Role, differentiable_slots, record
 from curvax.exact.sameness import same_program
 from curvax.exact.trace import flattened, leaf_paths, live, nonlinear_backward
@@ -70,6 +70,8 @@ def example_axes(objective: Objective, params: Any, parts: int) -> list[Axis | N
         whole = [path for path, axis in zip(paths, found[num_params:], strict=True) if axis is None]
         seen = ", ".join(map(repr, filter(None, whole))) or "the batch"
         return f"examples are not proved to be independent of each other (each loss may read all of {seen})"
+    if has_fixed_rows(program, axes):
+        return PLACE
     return found[num_params:]
 
 

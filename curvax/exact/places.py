@@ -47,8 +47,6 @@ def _places(program: ClosedJaxpr, axes: Axes) -> tuple[str | None, set[Var]]:
                 return reason or PLACE, places
         if known.role is Role.RANDOM and results:
             return DRAWN, places
-        if results and known.role is not Role.LOOP and _has_fixed_rows(eqn, results[0], axes):
-            return PLACE, places
         if name == "iota" and results and eqn.params["dimension"] == axes[results[0]].dim:
             places.update(results)
         if not read or (name == "gather" and _takes_own_rows(eqn, counted.get(index, {}), places, makers)):
@@ -60,7 +58,19 @@ def _places(program: ClosedJaxpr, axes: Axes) -> tuple[str | None, set[Var]]:
     return None, places
 
 
-def _has_fixed_rows(eqn: JaxprEqn, result: Var, axes: Axes) -> bool:
+def has_fixed_rows(program: ClosedJaxpr, axes: Axes) -> bool:
+    """Whether rows are cut out of what holds no examples, or written at fixed places, with arguments as above."""
+    for eqn in program.jaxpr.eqns:
+        if record(eqn).role is Role.LOOP:
+            found = any(has_fixed_rows(body, axes) for body in bodies(eqn))
+        else:
+            found = any(_is_of_place(eqn, var, axes) for var in eqn.outvars if axes.get(var) is not None)
+        if found:
+            return True
+    return False
+
+
+def _is_of_place(eqn: JaxprEqn, result: Var, axes: Axes) -> bool:
     """Whether a row of a result is that of a place, and not of an example."""
     name, axis = eqn.primitive.name, axes[result]
     if name in ("iota", "broadcast_in_dim"):
