@@ -142,16 +142,19 @@ def test_curvature_makes_convergence_independent_of_the_condition_number():
 @pytest.mark.parametrize(
     "tx",
     [
-        curvax.lars(optax.cosine_decay_schedule(0.05, 2000), trust_coefficient=1.0),
-        curvax.mclr(optax.cosine_decay_schedule(0.001, 2000)),
-        curvax.percent_delta(optax.cosine_decay_schedule(0.05, 2000)),
-        curvax.lamb(optax.cosine_decay_schedule(0.05, 2000)),
+        curvax.lars(optax.cosine_decay_schedule(0.05, 400), trust_coefficient=1.0),
+        curvax.mclr(optax.cosine_decay_schedule(0.001, 400)),
+        curvax.percent_delta(optax.cosine_decay_schedule(0.05, 400)),
+        curvax.lamb(optax.cosine_decay_schedule(0.05, 400)),
         curvax.cblr(optax.cosine_decay_schedule(0.05, 400)),
     ],
     ids=["lars", "mclr", "percent_delta", "lamb", "cblr"],
 )
 def test_every_method_trains_a_classifier_to_its_minimum_loss(tx):
-    """Ten points in general position in ten dimensions are separable, so that the loss goes to zero."""
+    """Ten points in general position in ten dimensions are separable, so that the loss goes to zero.
+
+    With a rate that ends there too: relative steps do not shrink with the gradient.
+    """
     data = problems.classification(examples=10, features=10)
     objective = curvax.Objective(problems.mlp, problems.cross_entropy, data)
     params = problems.mlp_params(sizes=(10, 16, 4))
