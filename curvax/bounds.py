@@ -8,6 +8,7 @@ And a step in proportion to a kernel that is nearly zero beside the others, as h
 leave it there: it takes steps as if it were larger.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvax.magnitudes import population_size
-from curvax.radii import Leaves, Rule, Scalar, TreeRule, along, count, entries, pairs, squared_norms, together
+from curvax.radii import Leaves, Rule, Scalar, TreeRule, along, count, pairs, squared_norms, together
 from curvax.sums import squares_and_moving, totals
 from curvax.varying import AxisName
 from curvax.wide import (
@@ -147,16 +148,14 @@ def _apart(found: Wide, layers: Sequence[Sequence[jax.Array]]) -> list[list[Fact
     """For each leaf of each layer its entries, in its dtype, as they multiply it."""
     dtypes = {jnp.finfo(g.dtype).dtype for leaves in layers for g in leaves}
     in_dtype = {dtype: factors(cast(found, dtype)) for dtype in dtypes}
-    of_leaves = {
-        d: entries(f, [Leaves((), (g,), ()) for leaves in layers for g in leaves]) for d, f in in_dtype.items()
-    }
-    radii: list[list[Factors]] = []
-    for leaves in layers:
-        radii.append([])
-        for g in leaves:
-            own = {dtype: next(each) for dtype, each in of_leaves.items()}[jnp.finfo(g.dtype).dtype]
-            radii[-1].append(Factors(*(along(x, g) for x in own)))
-    return radii
+    starts = itertools.accumulate((g.shape[0] for leaves in layers for g in leaves), initial=0)
+
+    def of_leaf(g: jax.Array, start: int) -> Factors:
+        number = g.shape[0]
+        own = take(in_dtype[jnp.finfo(g.dtype).dtype], start if number == 1 else range(start, start + number))
+        return Factors(*(along(x, g) for x in own))
+
+    return [[of_leaf(g, next(starts)) for g in leaves] for leaves in layers]
 
 
 def _measured(rule: Rule, kernels: Sequence[Leaves], axis_name: AxisName) -> tuple[_Kernels, Wide]:

@@ -9,13 +9,11 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from curvax.exact.loops import bodies, scan_numbers
+from curvax.exact.primitives import Entries, record
 from curvax.exact.trace import flattened
 from curvax.layers import Layers, checked, path_name
 from curvax.objective import Objective
 from curvax.stacks import Axes, Stacked
-
-# What leaves every entry where it is.
-_SAME = ("convert_element_type", "copy", "optimization_barrier", "pvary", "reshard", "sharding_constraint")
 
 
 def find_stacks(objective: Objective, params: Any, layers: Layers = "kernel") -> Stacked:
@@ -87,7 +85,8 @@ def _read(jaxpr: Jaxpr, eqn: JaxprEqn, slot: int, dims: Sequence[int]) -> Axes:
         body = bodies(eqn)[0].jaxpr
         # A scan in the scan, over what one step reads, has an axis more.
         return (dims[0], *_axes(body, body.invars[slot], dims[1:]))
-    if name in _SAME:
+    # A barrier has several operands, each of which it returns.
+    if record(eqn).entries is Entries.SAME or name == "optimization_barrier":
         return _axes(jaxpr, eqn.outvars[slot], dims)
     if name == "transpose":
         return _axes(jaxpr, eqn.outvars[0], [dims[i] for i in eqn.params["permutation"]])
